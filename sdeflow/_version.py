@@ -1,0 +1,3 @@
+"""The version, readable without importing the library."""
+
+__version__ = "0.1.0"

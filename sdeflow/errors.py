@@ -1,0 +1,131 @@
+"""Every error and warning of sdeflow.
+
+Errors derive from :class:`SdeflowError` and from the built-in that fits, so that both
+``except SdeflowError`` and ``except ValueError`` catch what their reader expects.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = [
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointVersionError",
+    "DataError",
+    "DataScaleWarning",
+    "DeclarationError",
+    "MaxStepsError",
+    "MissingPriorError",
+    "NonFiniteStateError",
+    "NotAffineError",
+    "PriorMismatchWarning",
+    "ScheduleError",
+    "ScoreError",
+    "SdeflowError",
+    "SolverError",
+    "StepUnderflowError",
+    "TraceErrorWarning",
+    "TrainingDivergedError",
+    "UnsafeExpressionError",
+]
+
+
+class SdeflowError(Exception):
+    """The root of all errors raised by sdeflow."""
+
+
+class DeclarationError(SdeflowError, ValueError):
+    """What was declared is not an SDE that sdeflow can read."""
+
+
+class UnsafeExpressionError(DeclarationError):
+    """A declaration holds something that must not be interpreted, such as text or a hostile name."""
+
+
+class NotAffineError(DeclarationError):
+    """A Gaussian perturbation kernel was asked of an SDE that has none."""
+
+
+class ScheduleError(DeclarationError):
+    """A coefficient is singular, complex, explosive or without noise on the horizon."""
+
+
+class MissingPriorError(SdeflowError, ValueError):
+    """No prior p(x_T) follows from the declaration, and none was given."""
+
+
+class ScoreError(SdeflowError, ValueError):
+    """A score or its network returned something of the wrong kind, shape, dtype or device."""
+
+
+class DataError(SdeflowError, ValueError):
+    """Data or a state has the wrong kind, shape or values."""
+
+
+class SolverError(SdeflowError, RuntimeError):
+    """A solve did not end well.
+
+    Attributes:
+        t: the time of the SDE (not of the solver's variable) where it went wrong, or None.
+        nfe: calls of the score until then.
+        bad_rows: indices of the samples concerned.
+        partial: the state at that time, where there is one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        t: float | None = None,
+        nfe: int | None = None,
+        bad_rows: list[int] | None = None,
+        partial: Tensor | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.t, self.nfe, self.bad_rows, self.partial = t, nfe, bad_rows, partial
+
+
+class MaxStepsError(SolverError):
+    """The budget of calls was used up before the end time."""
+
+
+class StepUnderflowError(SolverError):
+    """An adaptive method shrank its step to nothing."""
+
+
+class NonFiniteStateError(SolverError):
+    """The state, or what the score returned, became NaN, infinite or enormous."""
+
+
+class TrainingDivergedError(SdeflowError, RuntimeError):
+    """The loss was not finite for several steps in a row."""
+
+
+class CheckpointError(SdeflowError, RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint's bytes are not those that were written."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint belongs to another model, SDE or training run."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint was written by a newer format."""
+
+
+class PriorMismatchWarning(UserWarning):
+    """The prior in use is far from p(x_T)."""
+
+
+class DataScaleWarning(UserWarning):
+    """The data's scale is unusual enough to be a mistake."""
+
+
+class TraceErrorWarning(UserWarning):
+    """A log-likelihood's stochastic trace is noisier than its reader would expect."""

@@ -1,0 +1,1 @@
+"""Declarations and derivations in SymPy; no tensors here."""

@@ -1,0 +1,180 @@
+r"""The moments of an affine SDE's perturbation kernel, in closed form where a rule gives one.
+
+For dx = (a(t) x + b(t)) dt + g(t) dw with Var[x_0 | x_0] = P0, the kernel p(x_t | x_0) is
+N(alpha x_0 + offset, sigma^2) with
+
+    log alpha = ∫_0^t a ds,
+    offset    = ∫_0^t (alpha(t) / alpha(s)) b(s) ds,
+    sigma^2   = alpha^2 P0 + ∫_0^t (alpha(t) / alpha(s))^2 g(s)^2 ds.
+
+Rules are tried in order; where none applies the moment stays an unevaluated integral and its numbers
+come by quadrature (``sdeflow.quadrature``). Closed forms found here are candidates: the kernel accepts
+them only after comparing their compiled numbers with quadrature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy as sp
+
+from sdeflow.symbolic.affine import AffineDrift
+from sdeflow.symbolic.antiderivative import definite
+from sdeflow.symbolic.symbols import t
+
+__all__ = ["Moments", "derive_moments", "integral_moments", "square_root"]
+
+_SIZE_LIMIT = 400  # operations; above it even polynomial-time simplification takes seconds
+
+
+@dataclass(frozen=True)
+class Moments:
+    """log alpha, alpha, offset and variance of the kernel as SymPy expressions in t, with the rules that gave them."""
+
+    log_alpha: sp.Expr
+    alpha: sp.Expr
+    offset: sp.Expr
+    var: sp.Expr
+    rules: tuple[str, ...]
+
+    @property
+    def closed(self) -> bool:
+        """Whether no integral is left."""
+        return not any(e.has(sp.Integral) for e in (self.log_alpha, self.offset, self.var))
+
+
+def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: dict[sp.Symbol, float]) -> Moments:
+    """The moments by rule, each an integral where no rule applies.
+
+    Args:
+        drift: ``(a, b)`` of the drift a(t) x + b(t).
+        g: the diffusion g(t).
+        P0: the variance at t = 0.
+        T: the horizon.
+        values: numbers of the parameters, used only to read off the signs of logarithms' arguments.
+    """
+    a, b, q = (_rational(e) for e in (*drift, g**2))
+    P0 = _rational(sp.Float(P0))
+    fallback = integral_moments((a, b), q, P0)
+    if sum(sp.count_ops(e) for e in (a, b, q)) > _SIZE_LIMIT:
+        return fallback
+    midpoint = {**values, t: T / 2}
+    log_alpha = definite(a, t, midpoint)
+    if log_alpha is None:
+        return fallback
+    alpha = sp.powsimp(sp.exp(sp.expand_log(log_alpha, force=False)))
+    offset, offset_rule = _offset(a, b, alpha, midpoint)
+    var, var_rule = _variance(a, q, log_alpha, alpha, P0, midpoint)
+    return Moments(
+        log_alpha,
+        alpha,
+        fallback.offset if offset is None else offset,
+        fallback.var if var is None else var,
+        ("log alpha: antiderivative of a", offset_rule, var_rule),
+    )
+
+
+def integral_moments(drift: AffineDrift, q: sp.Expr, P0: sp.Expr) -> Moments:
+    """The moments as integrals, whatever the schedule; ``q`` is g^2."""
+    a, b = drift
+    u, v = sp.Symbol("u", nonnegative=True), sp.Symbol("v", nonnegative=True)
+    log_alpha = sp.Integral(a.subs(t, u), (u, 0, t))
+    alpha = sp.exp(log_alpha)
+    since = sp.Integral(a.subs(t, v), (v, u, t))
+    offset = sp.Integer(0) if b == 0 else sp.Integral(b.subs(t, u) * sp.exp(since), (u, 0, t))
+    var = P0 * alpha**2 + sp.Integral(q.subs(t, u) * sp.exp(2 * since), (u, 0, t))
+    return Moments(log_alpha, alpha, offset, var, ("by quadrature",) * 3)
+
+
+def square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
+    """The positive square root of a variance, without the modulus where its sign is known at ``at``."""
+    root = sp.sqrt(var)
+    for modulus in root.atoms(sp.Abs):
+        value = modulus.args[0].subs(at).evalf()
+        if value.is_number and value.is_real:
+            root = root.subs(modulus, modulus.args[0] if value >= 0 else -modulus.args[0])
+    return root
+
+
+def _rational(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with its floats as exact rationals: 0.1 as 1/10, for SymPy cancels no floats."""
+    floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
+    return expr.xreplace(floats)
+
+
+def _offset(a: sp.Expr, b: sp.Expr, alpha: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, str]:
+    if b == 0:
+        return sp.Integer(0), "offset: none"
+    level = _constant(-b / a) if a != 0 else None
+    if level is not None:
+        return level * (1 - alpha), "offset: mean reversion, b = -mu a gives mu (1 - alpha)"
+    integral = definite(b / alpha, t, midpoint)
+    if integral is None:
+        return None, "offset: by quadrature"
+    return _tidy(alpha * integral), "offset: antiderivative of b / alpha"
+
+
+def _variance(
+    a: sp.Expr, q: sp.Expr, log_alpha: sp.Expr, alpha: sp.Expr, P0: sp.Expr, midpoint: dict
+) -> tuple[sp.Expr | None, str]:
+    if a == 0:
+        integral = definite(q, t, midpoint)
+        rule = "variance: a = 0, antiderivative of g^2"
+        return (None, "variance: by quadrature") if integral is None else (_tidy(P0 + integral), rule)
+    level = _constant(-q / (2 * a))
+    if level is not None:
+        rule = "variance: g^2 = -2 c a gives c (1 - alpha^2) + P0 alpha^2"
+        return level + (P0 - level) * alpha**2, rule
+    power = _power_of_alpha(a, q, alpha, midpoint)
+    if power is not None:
+        return power + P0 * alpha**2, "variance: g^2 = -2a (c0 + c1 alpha^k), integrated in alpha"
+    integral = definite(q * sp.exp(-2 * log_alpha), t, midpoint)
+    if integral is None:
+        return None, "variance: by quadrature"
+    return _tidy(alpha**2 * (P0 + integral)), "variance: antiderivative of g^2 / alpha^2"
+
+
+def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> sp.Expr | None:
+    """sigma^2 for g^2 = -2a (c0 + c1 alpha^k), k != 2: c0 (1 - alpha^2) - 2 c1 (alpha^k - alpha^2) / (k - 2).
+
+    With r = g^2 / (-2a), r' = k c1 a alpha^k, so k = (r'/a)' / r' is constant. It is recognised at
+    three points in 30 digits; the kernel's comparison with quadrature decides.
+    """
+    r = q / (-2 * a)
+    slope = sp.diff(r, t)
+    try:
+        samples = []
+        for fraction in ("3/10", "1/2", "9/10"):
+            at = {**midpoint, t: midpoint[t] * 2 * sp.Rational(fraction)}
+            k = (sp.diff(slope / a, t) / slope).subs(at).evalf(30)
+            c1 = (slope / (k * a * alpha**k)).subs(at).evalf(30)
+            c0 = (r - c1 * alpha**k).subs(at).evalf(30)
+            samples.append([complex(value) for value in (k, c1, c0)])
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    spread = max(abs(u - v) for sample in samples for u, v in zip(sample, samples[0], strict=True))
+    if not spread < 1e-9 or any(value.imag for value in samples[0]):
+        return None
+    k, c1, c0 = (sp.Rational(value.real).limit_denominator(10**6) for value in samples[0])
+    if k == 2:
+        return None
+    w = sp.Dummy("w", positive=True)
+    step = 2 if (k / 2).is_Integer else 1  # a polynomial in alpha^2 or alpha, which factors; else as it stands
+    polynomial = c0 * (1 - w ** (2 // step)) - 2 * c1 * (w ** (k / step) - w ** (2 // step)) / (k - 2)
+    return (sp.factor(polynomial) if k.is_Integer else polynomial).subs(w, alpha**step)
+
+
+def _constant(ratio: sp.Expr) -> sp.Expr | None:
+    """``ratio`` where it does not depend on t, else None."""
+    if ratio.has(t):
+        ratio = sp.cancel(ratio) if ratio.is_rational_function(t) else sp.powsimp(sp.expand(ratio))
+    if ratio.has(t):
+        ratio = sp.cancel(sp.together(ratio))
+    return None if ratio.has(t) else ratio
+
+
+def _tidy(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with its cancellations made: factored where rational in t, exponentials merged otherwise."""
+    if expr.is_rational_function(t):
+        return sp.factor(sp.cancel(expr))
+    return sp.powsimp(sp.expand(expr))
