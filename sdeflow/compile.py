@@ -1,0 +1,428 @@
+"""SymPy expressions to torch functions, by one walk over the tree that builds closures.
+
+Nothing is printed and evaluated: each node becomes a Python closure over the slots of its arguments,
+equal sub-expressions share a slot, and constants are folded in float64. The walk rewrites what would
+cancel near t = 0:
+
+    c - c exp(z)   ->  -c expm1(z)          log(1 + z)  ->  log1p(z)
+    c - c cos(z)   ->  2 c sin(z/2)^2       c - c cos(z)^2  ->  c sin(z)^2
+
+Functions that torch lacks (Bessel, incomplete gamma, Lambert W, ...) of time alone are evaluated by
+SciPy at Chebyshev points once, and interpolated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import scipy.special
+import sympy as sp
+import torch
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanFalse, BooleanTrue
+from torch import Tensor
+
+from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
+from sdeflow.errors import DeclarationError, ScheduleError
+
+__all__ = ["Compiled", "compile_expressions"]
+
+Value = Tensor | float
+Instruction = Callable[[list[Value]], Value]
+
+_UNARY: dict[type, Callable[[Tensor], Tensor]] = {
+    sp.exp: torch.exp, sp.log: torch.log, sp.Abs: torch.abs, sp.sign: torch.sign,
+    sp.sin: torch.sin, sp.cos: torch.cos, sp.tan: torch.tan,
+    sp.asin: torch.asin, sp.acos: torch.acos, sp.atan: torch.atan,
+    sp.sinh: torch.sinh, sp.cosh: torch.cosh, sp.tanh: torch.tanh,
+    sp.asinh: torch.asinh, sp.acosh: torch.acosh, sp.atanh: torch.atanh,
+    sp.sec: lambda u: 1.0 / torch.cos(u), sp.csc: lambda u: 1.0 / torch.sin(u),
+    sp.cot: lambda u: 1.0 / torch.tan(u), sp.coth: lambda u: 1.0 / torch.tanh(u),
+    sp.sech: lambda u: 1.0 / torch.cosh(u), sp.csch: lambda u: 1.0 / torch.sinh(u),
+    sp.floor: torch.floor, sp.ceiling: torch.ceil, sp.frac: lambda u: u - torch.floor(u),
+    sp.erf: torch.erf, sp.erfc: torch.erfc, sp.loggamma: torch.lgamma,
+    sp.gamma: lambda u: torch.exp(torch.lgamma(u)),
+}  # fmt: skip
+
+_BINARY: dict[type, Callable[[Tensor, Tensor], Tensor]] = {sp.Mod: torch.remainder, sp.atan2: torch.atan2}
+
+_RELATIONS = {
+    sp.Lt: torch.lt, sp.Le: torch.le, sp.Gt: torch.gt, sp.Ge: torch.ge, sp.Eq: torch.eq, sp.Ne: torch.ne,
+}  # fmt: skip
+
+_SCIPY: dict[type, Callable[..., np.ndarray]] = {
+    sp.besselj: scipy.special.jv, sp.bessely: scipy.special.yv,
+    sp.besseli: scipy.special.iv, sp.besselk: scipy.special.kv,
+    sp.lowergamma: lambda a, z: scipy.special.gammainc(a, z) * scipy.special.gamma(a),
+    sp.uppergamma: lambda a, z: scipy.special.gammaincc(a, z) * scipy.special.gamma(a),
+    sp.LambertW: lambda z, k=0: scipy.special.lambertw(z, int(np.max(k))).real,
+    sp.erfi: scipy.special.erfi, sp.erfinv: scipy.special.erfinv, sp.Ei: scipy.special.expi,
+    sp.expint: scipy.special.expn, sp.digamma: scipy.special.digamma, sp.zeta: scipy.special.zeta,
+    sp.Si: lambda z: scipy.special.sici(z)[0], sp.Ci: lambda z: scipy.special.sici(z)[1],
+    sp.Shi: lambda z: scipy.special.shichi(z)[0], sp.Chi: lambda z: scipy.special.shichi(z)[1],
+    sp.fresnels: lambda z: scipy.special.fresnel(z)[0], sp.fresnelc: lambda z: scipy.special.fresnel(z)[1],
+    sp.elliptic_k: scipy.special.ellipk, sp.beta: scipy.special.beta, sp.airyai: lambda z: scipy.special.airy(z)[0],
+    sp.airybi: lambda z: scipy.special.airy(z)[2],
+}  # fmt: skip
+
+
+def compile_expressions(
+    expressions: sp.Expr | Sequence[sp.Expr],
+    arguments: Sequence[sp.Expr],
+    values: Mapping[sp.Symbol, float] | None = None,
+    horizon: float | None = None,
+) -> Compiled:
+    """A torch function of ``arguments`` that returns the value of each expression.
+
+    Args:
+        expressions: one expression, or several that share their common parts.
+        arguments: the symbols (or applied functions, such as s(x, t)) that become arguments, in order.
+        values: numbers for the other symbols.
+        horizon: the end of time's range [0, horizon]; needed only for functions that go through an interpolant.
+
+    Raises:
+        DeclarationError: for a function that neither torch nor an interpolant can give.
+        ScheduleError: for a constant that is not a finite real number.
+    """
+    return Compiled(expressions, tuple(arguments), dict(values or {}), horizon)
+
+
+class Compiled:
+    """A compiled SymPy expression: pure, differentiable, on any device.
+
+    Attributes:
+        expr: the expression, or the tuple of them, that it computes.
+        source: a rendering of its instructions, for reading; it is never executed.
+    """
+
+    def __init__(
+        self,
+        expressions: sp.Expr | Sequence[sp.Expr],
+        arguments: tuple[sp.Expr, ...],
+        values: dict[sp.Symbol, float],
+        horizon: float | None,
+    ) -> None:
+        self.single = isinstance(expressions, sp.Basic)
+        self.expr = expressions if self.single else tuple(expressions)
+        self.arguments = arguments
+        self._values = values
+        self._horizon = horizon
+        self._slots: dict[sp.Basic, int] = {argument: i for i, argument in enumerate(arguments)}
+        self._constants: dict[int, float] = {}
+        self._instructions: list[tuple[int, Instruction]] = []
+        self._lines: list[str] = []
+        self._count = len(arguments)
+        self._outputs = [self._emit(e) for e in ((expressions,) if self.single else expressions)]
+        # Expression trees are needed no longer, and functions must not keep them alive in a hot path.
+        del self._slots
+
+    def __call__(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The values, broadcast from the arguments' shapes; a constant takes the shape of the last one."""
+        slots: list[Value] = [*arguments, *self._template]
+        for slot, instruction in self._instructions:
+            slots[slot] = instruction(slots)
+        outputs = tuple(
+            value if isinstance(value := slots[slot], Tensor) else torch.full_like(arguments[-1], value)
+            for slot in self._outputs
+        )
+        return outputs[0] if self.single else outputs
+
+    @property
+    def source(self) -> str:
+        """The instructions in order, as readable text."""
+        names = ", ".join(str(argument) for argument in self.arguments)
+        returned = ", ".join(self._name(slot) for slot in self._outputs)
+        body = "".join(f"    {line}\n" for line in self._lines)
+        return f"def compiled({names}):\n{body}    return {returned}\n"
+
+    def __repr__(self) -> str:
+        return f"Compiled({self.expr})"
+
+    @property
+    def _template(self) -> list[Value]:
+        """Initial values of all slots behind the arguments."""
+        template = self.__dict__.get("_template_list")
+        if template is None:
+            first = len(self.arguments)
+            template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
+            self.__dict__["_template_list"] = template
+        return template
+
+    def _name(self, slot: int) -> str:
+        if slot < len(self.arguments):
+            return str(self.arguments[slot])
+        return repr(self._constants[slot]) if slot in self._constants else f"v{slot}"
+
+    def _emit(self, expr: sp.Basic) -> int:
+        """The slot that holds ``expr``, with the instructions that fill it added where they are missing."""
+        if expr not in self._slots:
+            self._slots[expr] = self._constant(expr) if self._is_constant(expr) else self._operation(expr)
+        return self._slots[expr]
+
+    def _is_constant(self, expr: sp.Basic) -> bool:
+        free = expr.free_symbols | {a for a in self.arguments if not a.is_Symbol and expr.has(a)}
+        unknown = free - set(self.arguments) - set(self._values)
+        if unknown:
+            raise DeclarationError(f"{expr} holds {', '.join(map(str, unknown))}, which has no value.")
+        return not free & set(self.arguments) and not isinstance(expr, Relational | sp.logic.boolalg.Boolean)
+
+    def _constant(self, expr: sp.Expr) -> int:
+        number = expr.xreplace({k: sp.Float(v, 30) for k, v in self._values.items()}).evalf(20)
+        if not number.is_number or number.is_real is False or not math.isfinite(float(number)):
+            raise ScheduleError(f"{expr} = {number} is not a finite real number.")
+        slot = self._new_slot()
+        self._constants[slot] = float(number)
+        return slot
+
+    def _new_slot(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _add(self, instruction: Instruction, text: str) -> int:
+        slot = self._new_slot()
+        self._instructions.append((slot, instruction))
+        self._lines.append(f"v{slot} = {text}")
+        return slot
+
+    def _operation(self, expr: sp.Basic) -> int:
+        if isinstance(expr, BooleanTrue | BooleanFalse):
+            slot = self._new_slot()
+            self._constants[slot] = float(bool(expr))
+            return slot
+        for kinds, rule in _RULES:
+            if isinstance(expr, kinds):
+                return rule(self, expr)
+        if type(expr) in _UNARY:
+            return self._call(_UNARY[type(expr)], expr, type(expr).__name__)
+        if type(expr) in _BINARY:
+            return self._call(_BINARY[type(expr)], expr, type(expr).__name__)
+        if type(expr) in _SCIPY:
+            return self._interpolated(expr)
+        raise DeclarationError(f"{expr}: the function {type(expr).__name__} cannot be computed.")
+
+    def _call(self, function: Callable[..., Tensor], expr: sp.Basic, name: str) -> int:
+        slots = [self._emit(argument) for argument in expr.args]
+        text = f"{name}({', '.join(self._name(i) for i in slots)})"
+        if len(slots) == 1:
+            (i,) = slots
+            return self._add(lambda v: function(v[i]), text)
+
+        def instruction(v: list[Value]) -> Value:
+            like = next(v[i] for i in slots if isinstance(v[i], Tensor))
+            return function(*(v[i] if isinstance(v[i], Tensor) else torch.full_like(like, v[i]) for i in slots))
+
+        return self._add(instruction, text)
+
+    def _sum(self, expr: sp.Add) -> int:
+        stable = _without_cancellation(expr)
+        if stable is not None:
+            return self._terms(stable)
+        return self._terms(expr.args)
+
+    def _terms(self, terms: Sequence[sp.Expr]) -> int:
+        slots = [self._emit(term) for term in terms]
+        if len(slots) == 1:
+            return slots[0]
+        if len(slots) == 2:
+            i, j = slots
+            return self._add(lambda v: v[i] + v[j], f"{self._name(i)} + {self._name(j)}")
+        first, *rest = slots
+
+        def instruction(v: list[Value]) -> Value:
+            total = v[first]
+            for i in rest:
+                total = total + v[i]
+            return total
+
+        return self._add(instruction, " + ".join(self._name(i) for i in slots))
+
+    def _product(self, expr: sp.Mul) -> int:
+        factors = list(expr.args)
+        constants = [factor for factor in factors if self._is_constant(factor)]
+        if len(constants) > 1:
+            factors = [sp.Mul(*constants, evaluate=False), *(f for f in factors if f not in constants)]
+            self._slots[factors[0]] = self._constant(sp.Mul(*constants))
+        slot = self._emit(factors[0])
+        for factor in factors[1:]:
+            i, j = slot, self._emit(factor)
+            slot = self._add(lambda v, i=i, j=j: v[i] * v[j], f"{self._name(i)} * {self._name(j)}")
+        return slot
+
+    def _power(self, expr: sp.Pow) -> int:
+        base, exponent = expr.args
+        if self._is_constant(exponent):
+            i, n = self._emit(base), self._constants[self._emit(exponent)]
+            name = self._name(i)
+            if n in _POWERS:
+                function, text = _POWERS[n]
+                return self._add(lambda v: function(v[i]), text.format(name))
+            return self._add(lambda v: torch.pow(v[i], n), f"{name} ** {n:g}")
+        if self._is_constant(base):
+            c, i = self._constants[self._emit(base)], self._emit(exponent)
+            if c <= 0:
+                raise ScheduleError(f"{expr}: a base of {c:g} has no real powers.")
+            log_c = math.log(c)
+            return self._add(lambda v: torch.exp(v[i] * log_c), f"exp({log_c:.6g} * {self._name(i)})")
+        i, j = self._emit(base), self._emit(exponent)
+        return self._add(lambda v: torch.pow(v[i], v[j]), f"{self._name(i)} ** {self._name(j)}")
+
+    def _logarithm(self, expr: sp.log) -> int:
+        (argument,) = expr.args
+        if argument.is_Add and 1 in argument.args:
+            i = self._emit(argument - 1)
+            return self._add(lambda v: torch.log1p(v[i]), f"log1p({self._name(i)})")
+        return self._call(torch.log, expr, "log")
+
+    def _expm1(self, expr: _Expm1) -> int:
+        return self._call(torch.expm1, expr, "expm1")
+
+    def _extremum(self, expr: sp.Max | sp.Min) -> int:
+        function, name = (torch.maximum, "maximum") if isinstance(expr, sp.Max) else (torch.minimum, "minimum")
+        first, *rest = expr.args
+        slot = self._emit(first)
+        for argument in rest:
+            i, j = slot, self._emit(argument)
+
+            def instruction(v: list[Value], i: int = i, j: int = j) -> Value:
+                like = v[i] if isinstance(v[i], Tensor) else v[j]
+                return function(*(torch.as_tensor(v[k], dtype=like.dtype, device=like.device) for k in (i, j)))
+
+            slot = self._add(instruction, f"{name}({self._name(i)}, {self._name(j)})")
+        return slot
+
+    def _relation(self, expr: Relational) -> int:
+        function = _RELATIONS[type(expr)]
+        i, j = (self._emit(side) for side in expr.args)
+
+        def instruction(v: list[Value]) -> Value:
+            return function(v[i], v[j]) if isinstance(v[i], Tensor) else function(torch.as_tensor(v[i]), v[j])
+
+        return self._add(instruction, f"{self._name(i)} {expr.rel_op} {self._name(j)}")
+
+    def _logic(self, expr: sp.logic.boolalg.Boolean) -> int:
+        slots = [self._emit(argument) for argument in expr.args]
+        text = f"{type(expr).__name__}({', '.join(self._name(i) for i in slots)})"
+        if isinstance(expr, sp.Not):
+            (i,) = slots
+            return self._add(lambda v: torch.logical_not(v[i]), text)
+        combine = torch.logical_and if isinstance(expr, sp.And) else torch.logical_or
+
+        def instruction(v: list[Value]) -> Value:
+            total = v[slots[0]]
+            for i in slots[1:]:
+                total = combine(total, v[i])
+            return total
+
+        return self._add(instruction, text)
+
+    def _heaviside(self, expr: sp.Heaviside) -> int:
+        i, at_zero = self._emit(expr.args[0]), float(expr.args[1])
+        return self._add(
+            lambda v: torch.heaviside(v[i], torch.full_like(v[i], at_zero)), f"heaviside({self._name(i)}, {at_zero})"
+        )
+
+    def _piecewise(self, expr: sp.Piecewise) -> int:
+        """torch.where, each branch computed at safe arguments where its condition fails.
+
+        Otherwise a branch that is singular where it is not taken, such as sqrt(t) at 0, would turn
+        the gradient of the branch that is taken into NaN.
+        """
+        conditions = [self._emit(condition) for _, condition in expr.args]
+        branches = [compile_expressions(e, self.arguments, self._values, self._horizon) for e, _ in expr.args]
+        safe = [_safe_arguments(branch) for branch in branches]
+        n = len(self.arguments)
+
+        def instruction(v: list[Value]) -> Value:
+            arguments = torch.broadcast_tensors(*v[:n])
+            total = torch.full_like(arguments[-1], math.nan)
+            for condition, branch, at in reversed(list(zip(conditions, branches, safe, strict=True))):
+                taken = v[condition]
+                if not isinstance(taken, Tensor):
+                    taken = torch.full_like(total, taken) > 0
+                masked = [torch.where(taken, a, torch.full_like(a, at)) for a in arguments]
+                total = torch.where(taken, branch(*masked), total)
+            return total
+
+        text = ", ".join(f"{e} if {c}" for e, c in expr.args)
+        return self._add(instruction, f"where({text})")
+
+    def _interpolated(self, expr: sp.Function) -> int:
+        """A function that torch lacks, of time alone, as an interpolant over [0, horizon]."""
+        time = self.arguments[-1] if len(self.arguments) == 1 else self.arguments[1]
+        if not expr.free_symbols <= {time, *self._values} or self._horizon is None:
+            raise DeclarationError(
+                f"{expr}: torch lacks {type(expr).__name__}, an interpolant serves only functions of t alone."
+            )
+        inner = compile_expressions(expr.args, (time,), self._values, self._horizon)
+        function = _SCIPY[type(expr)]
+
+        def values(points: np.ndarray) -> np.ndarray:
+            return function(*(a.numpy() for a in inner(torch.as_tensor(points))))[None]
+
+        table = PiecewiseChebyshev.fit(values, geometric_edges(0.0, self._horizon), name=str(expr))
+        i = self._slots[time]
+        return self._add(lambda v: table(v[i])[0].to(v[i].dtype), f"interpolant of {expr}")
+
+
+class _Expm1(sp.Function):
+    """e^z - 1, a node that only the compiler makes."""
+
+    nargs = 1
+
+
+def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
+    """The terms of ``expr`` rewritten so that nothing cancels near 0, or None where no rewriting applies."""
+    exponentials, others = [], []
+    for term in expr.args:
+        found = [f for f in sp.Mul.make_args(term) if isinstance(f, sp.exp) or (f.is_Pow and f.exp.free_symbols)]
+        if len(found) == 1 and (
+            isinstance(found[0], sp.exp) or (found[0].base.is_number and found[0].base.is_positive)
+        ):
+            power = found[0]
+            z = power.args[0] if isinstance(power, sp.exp) else power.exp * sp.log(power.base)
+            exponentials.append((term / power, z))
+        else:
+            others.append(term)
+    if exponentials and others and sp.expand(sp.Add(*others, *(c for c, _ in exponentials))) == 0:
+        return [c * _Expm1(z) for c, z in exponentials]
+    if len(expr.args) == 2:
+        for constant, term in (expr.args, expr.args[::-1]):
+            for cosine in term.atoms(sp.cos):
+                (z,) = cosine.args
+                if sp.expand(constant + term / cosine) == 0:
+                    return [2 * constant * sp.sin(z / 2) ** 2]
+                if sp.expand(constant + term / cosine**2) == 0:
+                    return [constant * sp.sin(z) ** 2]
+    return None
+
+
+def _safe_arguments(branch: Compiled) -> float:
+    """A number at which ``branch`` is finite, whichever argument takes it."""
+    for candidate in (1.0, 0.5, -0.5, 2.0, -2.0, 0.1, 0.0):
+        point = [torch.tensor(candidate, dtype=torch.float64)] * len(branch.arguments)
+        if torch.isfinite(branch(*point)):
+            return candidate
+    return 1.0
+
+
+_POWERS: dict[float, tuple[Callable[[Tensor], Tensor], str]] = {
+    2.0: (lambda u: u * u, "{0} * {0}"),
+    -1.0: (torch.reciprocal, "1 / {0}"),
+    0.5: (torch.sqrt, "sqrt({0})"),
+    -0.5: (torch.rsqrt, "1 / sqrt({0})"),
+}
+
+_RULES: tuple[tuple[tuple[type, ...], Callable[[Compiled, sp.Basic], int]], ...] = (
+    ((sp.Add,), Compiled._sum),
+    ((sp.Mul,), Compiled._product),
+    ((sp.Pow,), Compiled._power),
+    ((_Expm1,), Compiled._expm1),
+    ((sp.log,), Compiled._logarithm),
+    ((sp.Max, sp.Min), Compiled._extremum),
+    ((Relational,), Compiled._relation),
+    ((sp.And, sp.Or, sp.Not), Compiled._logic),
+    ((sp.Piecewise,), Compiled._piecewise),
+    ((sp.Heaviside,), Compiled._heaviside),
+)
