@@ -1,0 +1,292 @@
+"""An SDE with its score and its prior: what the reverse SDE, the flow and the likelihood share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdeflow.compile import compile_expressions
+from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError
+from sdeflow.gaussian import Gaussian
+from sdeflow.kernel import Kernel
+from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score
+from sdeflow.solvers import Clock, Solver, Torchdiffeq, Torchsde, make_clock, resolve
+from sdeflow.solvers.clock import Grid
+from sdeflow.symbolic.equations import Equation
+from sdeflow.symbolic.symbols import s, t, x
+
+__all__ = ["Model", "Plan", "Prior", "make_plan"]
+
+_PROBES = 1024  # samples from which the prior is read off the score
+_DEFAULT_SDE_STEPS = 500
+_MISMATCH = 0.01  # nats per dimension
+
+
+class Prior(Protocol):
+    """What a prior must do."""
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+
+class Model:
+    """A declaration, its score and its prior.
+
+    Args:
+        sde: the SDE.
+        score: a score, any callable (x, t) -> ∇ log p_t(x), or None for equations alone.
+        prior: p(x_T); None derives it from the data's moments, or reads it off the score at T.
+    """
+
+    def __init__(
+        self, sde: DeclaredSDE, score: ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None, prior: Prior | None
+    ) -> None:
+        self.declaration, self.values = sde.declaration, sde.values
+        self.kernel: Kernel | None = sde.kernel if sde.declaration.affine is not None else None
+        self._score = None if score is None else as_score(score, sde)
+        self._prior = prior
+        self._read_off: dict[tuple[int, ...], Prior] = {}
+        self.T = self.declaration.T
+        if self.kernel is not None:
+            self.cutoff = self.kernel.cutoff
+        elif self.declaration.cutoff is not None:
+            self.cutoff = self.declaration.cutoff
+        else:
+            self.cutoff = 0.0 if self.declaration.P0 > 0 else 1e-3 * self.T
+        self._warn_of_mismatch()
+
+    @property
+    def score(self) -> ScoreFunction:
+        """The score, or a ScoreError where there is none."""
+        if self._score is None:
+            raise ScoreError("no score is bound to this equation: pass one, as in sde.reverse(score).")
+        return self._score
+
+    def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The compiled drift of ``equation``, a function of (x, t, s)."""
+        return compile_expressions(equation.drift, (x, t, s), self.values, self.T)
+
+    def function_of_state(self, expression) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN001
+        """A compiled function of (x, t), such as the diffusion."""
+        arguments = (x, t) if expression.has(x) else (t,)
+        compiled = compile_expressions(expression, arguments, self.values, self.T)
+        return compiled if len(arguments) == 2 else lambda _, time: compiled(time)
+
+    def clock(self, grid: Grid) -> Clock:
+        """The time variable, centred on the data's scale where it is known."""
+        moments = self.score.data_moments()
+        scale = 1.0 if moments is None else float(moments[1].double().square().mean().sqrt())
+        return make_clock(grid, self.kernel, self.cutoff, self.T, scale if scale > 0 else 1.0)
+
+    def reference_scale(self) -> float:
+        """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""
+        moments = self.score.data_moments()
+        return 1.0 if moments is None else float(moments[1].double().square().mean().sqrt()) or 1.0
+
+    # ---------------------------------------------------------------- prior
+
+    @property
+    def known_prior(self) -> Prior | None:
+        """The prior, or None where it is still to be read off the score."""
+        if self._prior is not None:
+            return self._prior
+        moments = None if self._score is None else self._score.data_moments()
+        if moments is not None and self.kernel is not None:
+            return self.kernel.marginal(*moments, self.T)
+        return next(iter(self._read_off.values()), None)
+
+    def prior_for(self, like: Tensor) -> Prior:
+        """The prior for states shaped as ``like`` (batch, *event).
+
+        Raises:
+            MissingPriorError: for an SDE without a Gaussian kernel and without ``prior=``.
+        """
+        event = tuple(like.shape[1:])
+        known = self.known_prior if self._prior is not None or not self._read_off else self._read_off.get(event)
+        if known is not None:
+            return known
+        if self.kernel is None:
+            raise MissingPriorError(
+                "this SDE has no Gaussian kernel from which p(x_T) would follow: pass prior=, an object with "
+                "sample(shape, seed, dtype, device) and log_prob(x), such as sdeflow.Gaussian(mean, std)."
+            )
+        self._read_off[event] = self._read_prior(like)
+        return self._read_off[event]
+
+    def _read_prior(self, like: Tensor) -> Gaussian:
+        """N(m, v) per coordinate from s(x, T) = -(x - m) / v, fitted to the score on one batch."""
+        start = self.kernel.marginal(0.0, 1.0, self.T)
+        x_T = start.sample((_PROBES, *like.shape[1:]), seed=0, dtype=like.dtype, device=like.device)
+        with torch.no_grad(), evaluating(self.score):
+            gradient = self.score(x_T, self.T).double()
+        x_T = x_T.double()
+        centred = x_T - x_T.mean(0)
+        slope = (centred * gradient).mean(0) / centred.square().mean(0)
+        variance = -1.0 / slope
+        mean = x_T.mean(0) + variance * gradient.mean(0)
+        usual = float(start.std.square())
+        if bool(torch.isfinite(mean).all()) and bool(((variance > 0.1 * usual) & (variance < 10 * usual)).all()):
+            return Gaussian(mean.cpu(), variance.sqrt().cpu())
+        warnings.warn(
+            "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off it; "
+            f"{start} is used. Give the data's moments, or prior=.",
+            PriorMismatchWarning,
+            stacklevel=4,
+        )
+        return start
+
+    def _warn_of_mismatch(self) -> None:
+        if not isinstance(self._prior, Gaussian) or self.kernel is None or self._score is None:
+            return
+        moments = self._score.data_moments()
+        if moments is not None:
+            kl = self.kernel.marginal(*moments, self.T).kl_per_dimension(self._prior)
+            if not kl <= _MISMATCH:
+                warnings.warn(
+                    f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
+                    PriorMismatchWarning,
+                    stacklevel=5,
+                )
+
+    # ---------------------------------------------------------------- states
+
+    def initial_state(
+        self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tensor:
+        """x_T from the prior; shape, dtype and device checked or taken from the score."""
+        shape = checked_shape(shape)
+        parameter = next(self.score.parameters(), None)
+        holder = parameter if parameter is not None else next(self.score.buffers(), None)
+        if dtype is None:
+            floating = parameter is not None and parameter.is_floating_point()
+            dtype = parameter.dtype if floating else torch.get_default_dtype()
+        if device is None:
+            device = holder.device if holder is not None else "cpu"
+        like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+        return self.prior_for(like).sample(shape, seed=seed, dtype=dtype, device=device)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All of ``module`` in eval mode, each part's own mode restored afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+class Plan:
+    """A solver with what it needs for one solve.
+
+    Attributes:
+        solver, steps, rtol, atol: as they will be used.
+        max_calls: the budget.
+        expected_calls: of a fixed-step solve, for the progress bar; None for an adaptive one.
+    """
+
+    def __init__(self, solver: Solver, steps: int | None, rtol: float, atol: float, max_calls: int) -> None:
+        self.solver, self.steps, self.rtol, self.atol, self.max_calls = solver, steps, rtol, atol, max_calls
+        self.expected_calls = None if steps is None else steps * solver.calls_per_step
+
+    def looser(self) -> Plan:
+        """The same with half the steps, or ten times the tolerance: for an error estimate."""
+        steps = None if self.steps is None else max(1, self.steps // 2)
+        return Plan(self.solver, steps, 10 * self.rtol, 10 * self.atol, self.max_calls)
+
+
+def make_plan(
+    kind: str,
+    solver: str | Solver | None,
+    steps: int | None,
+    rtol: float | None,
+    atol: float | None,
+    max_calls: int | None,
+    dtype: torch.dtype,
+) -> Plan:
+    """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``, "sde" or "ode".
+
+    Without a solver: an ODE is solved by dopri5 to rtol = atol = 1e-5, or with ``steps`` calls by Heun's
+    method (two calls a step); an SDE by Euler-Maruyama in ``steps`` steps, 500 by default.
+
+    Raises:
+        ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
+    """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be a positive integer, not {steps!r}.")
+    if max_calls is not None and (isinstance(max_calls, bool) or not isinstance(max_calls, int) or max_calls < 1):
+        raise ValueError(f"max_calls must be a positive integer, not {max_calls!r}.")
+    if solver is None and kind == "sde" and rtol is None and atol is None:
+        chosen, steps = Torchsde("euler"), steps or _DEFAULT_SDE_STEPS
+    elif solver is None and kind == "ode" and steps is not None:
+        chosen = Torchdiffeq("euler" if steps == 1 else "heun2")
+        steps = max(1, steps // 2)
+    else:
+        chosen = resolve(solver or ("euler" if kind == "sde" else "dopri5"), kind)
+    if isinstance(chosen, Torchsde) and steps is None and (rtol is not None or atol is not None):
+        chosen = Torchsde(chosen.method, adaptive=True)
+    if chosen.adaptive and steps is not None:
+        raise ValueError(f"{chosen} chooses its own steps: give rtol= and atol= instead of steps={steps}.")
+    if not chosen.adaptive and steps is None:
+        hint = ", or rtol= and atol= for adaptive ones" if kind == "sde" else ""
+        raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
+    rtol, atol = (_tolerance(v, n, dtype) for v, n in ((rtol, "rtol"), (atol, "atol")))
+    plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000)
+    if plan.expected_calls is not None:
+        if max_calls is not None and plan.expected_calls > max_calls:
+            raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")
+        plan.max_calls = 2 * plan.expected_calls + 10
+    return plan
+
+
+def _tolerance(value: float | None, name: str, dtype: torch.dtype) -> float:
+    value = 1e-5 if value is None else value
+    smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+    if isinstance(value, bool) or not isinstance(value, int | float) or not smallest <= value < float("inf"):
+        raise ValueError(f"{name} must be at least {smallest:.2g}, the rounding of the state's dtype; it is {value!r}.")
+    return float(value)
+
+
+def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        raise ValueError(f"shape must be (batch, *event), not {shape!r}.") from None
+    valid = all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
+    if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
+        raise ValueError(
+            f"shape must be (batch, *event) of integers, batch >= 0 and at least one event side, not {shape}."
+        )
+    return shape
+
+
+def checked_state(x: Tensor) -> Tensor:
+    """``x`` as a finite floating tensor (batch, *event).
+
+    Raises:
+        DataError: otherwise.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        raise DataError(f"x must be a tensor (batch, *event), not {tuple(x.shape) if isinstance(x, Tensor) else x!r}.")
+    if not x.is_floating_point():
+        raise DataError(f"x must be floating, not {x.dtype}: convert it, or use bits_per_dim for integer levels.")
+    finite = torch.isfinite(x).flatten(1).all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise DataError(f"x is not finite in samples {rows[:8]}{' ...' if len(rows) > 8 else ''}.")
+    return x

@@ -1,0 +1,171 @@
+"""What a solver is given: an initial value problem in the clock's variable, guarded.
+
+No solver sees a network or the SDE's time. It sees :class:`Problem`, with states (batch, n), an
+increasing variable r, and a drift that counts its calls, keeps within a budget, stays inside
+[cutoff, T] and finds the first sample and time at which something is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import MaxStepsError, NonFiniteStateError
+from sdeflow.noise import NoiseStream
+from sdeflow.solvers.clock import Clock
+
+__all__ = ["Problem"]
+
+_CHECK_EVERY = 50
+_EXPLOSION = 1e12  # of a state, relative to 1 + the largest initial value
+
+Coefficient = Callable[[Tensor, Tensor], Tensor]
+
+
+class Problem:
+    """dy = drift dt + diffusion dw, from T to cutoff or from cutoff to T.
+
+    Args:
+        drift: (y, t) -> (batch, n), for y (batch, n) and t () in float64.
+        clock: the time variable.
+        backward: whether t runs from T down to cutoff.
+        diffusion: (y, t) -> what broadcasts to (batch, n); None for an ODE.
+        correction: (y, t) -> ½ g ∂g/∂x, where the noise depends on the state; else None.
+        noise: where the Brownian increments come from.
+        row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
+        max_calls: the budget of calls of the drift.
+        on_call: called at each call of the drift, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        drift: Coefficient,
+        clock: Clock,
+        *,
+        backward: bool,
+        diffusion: Coefficient | None = None,
+        correction: Coefficient | None = None,
+        noise: NoiseStream | None = None,
+        row_norm: Callable[[Tensor], Tensor] | None = None,
+        max_calls: int = 10_000,
+        on_call: Callable[[], object] | None = None,
+    ) -> None:
+        self._drift = drift
+        self._diffusion = diffusion
+        self._correction = correction
+        self.clock = clock
+        self.backward = backward
+        self.noise = noise
+        self.row_norm = row_norm or (lambda error: error.square().mean(1).sqrt())
+        self.max_calls = max_calls
+        self.on_call = on_call
+        self.nfe = 0
+        self.eager_checks = False
+        self._end = 1.0
+        self._limit = math.inf
+        self._bad_since: Tensor | None = None
+        self._times: list[float] = []
+        self._last: tuple[float, Tensor, Tensor] | None = None
+
+    def start(self, y: Tensor, end: float = 1.0, eager_checks: bool = False) -> None:
+        """Before a solve over r in [0, end]; ``eager_checks`` reads the finiteness at every call."""
+        self._end = end
+        self.eager_checks = eager_checks
+        if not bool(torch.isfinite(y).all()):
+            rows = _rows(~torch.isfinite(y).all(1))
+            raise NonFiniteStateError(f"the initial state is not finite in samples {rows}.", nfe=0, bad_rows=rows)
+        largest = float(y.abs().max()) if y.numel() else 0.0
+        self._limit = _EXPLOSION * (1.0 + largest)
+        self._bad_since = torch.full((len(y),), math.inf, device=y.device)
+
+    def time(self, r: Tensor | float) -> tuple[Tensor, float]:
+        """t () in float64, and |dt/dr|."""
+        u = float(r) / self._end
+        t, rate = self.clock(1.0 - u if self.backward else u)
+        return torch.tensor(t, dtype=torch.float64), rate / self._end
+
+    def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
+        """dy/dr, (batch, n)."""
+        r = float(r)
+        if self._last is not None and self._last[0] == r and self._last[1] is y:
+            return self._last[2]  # torchsde asks for the first drift twice
+        t, rate = self.time(r)
+        if self.nfe >= self.max_calls:
+            raise MaxStepsError(
+                f"the budget of {self.max_calls} calls was used up at t = {float(t):.6g}: loosen rtol and atol, take "
+                "fixed steps, or raise max_calls. A score that draws its own randomness never lets an adaptive "
+                "method converge.",
+                t=float(t), nfe=self.nfe, partial=y.detach(),
+            )  # fmt: skip
+        value = self._drift(y, t)
+        self.nfe += 1
+        if self.on_call is not None:
+            self.on_call()
+        self._watch(y, value, float(t))
+        value = value * (-rate if self.backward else rate)
+        self._last = (r, y, value)
+        return value
+
+    def diffusion(self, r: Tensor | float, y: Tensor) -> Tensor:
+        """The factor of dw(r), (batch, n)."""
+        t, rate = self.time(r)
+        return (self._diffusion(y, t) * math.sqrt(rate)).to(y.dtype).expand_as(y)
+
+    def stratonovich_drift(self, r: Tensor | float, y: Tensor) -> Tensor:
+        """The drift of the same equation in the sense of Stratonovich, dy/dr."""
+        value = self.drift(r, y)
+        if self._correction is None:
+            return value
+        t, rate = self.time(r)
+        return value - rate * self._correction(y, t)
+
+    @property
+    def last_time(self) -> float:
+        """The time of the last call of the drift."""
+        return self._times[-1] if self._times else math.nan
+
+    @property
+    def noise_depends_on_state(self) -> bool:
+        """Whether Itô and Stratonovich differ."""
+        return self._correction is not None
+
+    def finish(self, y: Tensor) -> Tensor:
+        """After a solve: the state, once it is known to be finite."""
+        self._read(y)
+        return y
+
+    def _watch(self, y: Tensor, value: Tensor, t: float) -> None:
+        """Notes which samples are not finite at this call, without reading the device."""
+        self._times.append(t)
+        finite = torch.isfinite(value.sum(1))
+        self._bad_since = torch.minimum(self._bad_since, torch.where(finite, math.inf, float(self.nfe)))
+        if self.eager_checks or self.nfe % _CHECK_EVERY == 0:
+            self._read(y)
+
+    def _read(self, y: Tensor) -> None:
+        bad = torch.isfinite(self._bad_since)
+        exploded = ~(y.abs() <= self._limit).all(1)
+        if not bool((bad | exploded).any()):
+            del self._times[:-1]  # memory must not grow with the number of steps
+            return
+        rows = _rows(bad | exploded)
+        if bool(bad.any()):
+            call = int(self._bad_since.min())
+            t, what = (
+                self._times[call - 1 - (self.nfe - len(self._times))],
+                "the drift (the score, or the equation itself) is not finite",
+            )
+        else:
+            call, t, what = self.nfe, self._times[-1] if self._times else None, "the state exploded"
+        raise NonFiniteStateError(
+            f"{what} at t = {t:.6g}, call {call}, in {len(rows)} of {len(y)} samples: {rows[:8]}"
+            f"{' ...' if len(rows) > 8 else ''}.",
+            t=t, nfe=self.nfe, bad_rows=rows, partial=y.detach(),
+        )  # fmt: skip
+
+
+def _rows(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()

@@ -1,0 +1,91 @@
+"""torchdiffeq's methods for the probability flow, with its traps closed.
+
+Adaptive methods of torchdiffeq step past the end and interpolate back, and guess a first step that can
+leave the horizon altogether: ``step_t`` and the problem's clock prevent both. Their error norm is the
+largest over samples, so that a sample's accuracy does not depend on its batch. Fixed methods take the
+steps that were asked for, and nothing is signalled by ``assert`` alone.
+
+Chen 2018; https://github.com/rtqichen/torchdiffeq
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import SolverError, StepUnderflowError
+from sdeflow.solvers.problem import Problem
+
+__all__ = ["Torchdiffeq"]
+
+_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+
+
+@dataclass(frozen=True)
+class Torchdiffeq:
+    """A method of torchdiffeq, by its name.
+
+    Args:
+        method: one of ``Torchdiffeq.methods``.
+        scipy: for "scipy_solver", the method of ``scipy.integrate.solve_ivp``.
+    """
+
+    method: str = "dopri5"
+    scipy: str = "RK45"
+
+    kind = "ode"
+    methods = _ADAPTIVE + _FIXED
+
+    def __post_init__(self) -> None:
+        if self.method not in self.methods:
+            raise ValueError(f"torchdiffeq's methods are {', '.join(self.methods)}, not {self.method!r}.")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its steps."""
+        return self.method in _ADAPTIVE
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of the score in a step of a fixed method."""
+        return {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "implicit_adams": 5, "fixed_adams": 5}.get(
+            self.method, 1
+        )
+
+    def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
+        """The state at the end of ``problem`` from ``y`` (batch, n)."""
+        from torchdiffeq import odeint
+
+        end = 1.0 if self.adaptive else float(steps)
+        problem.start(y, end, eager_checks=self.adaptive)
+        ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
+        if self.method == "scipy_solver":
+            options: dict = {"solver": self.scipy}
+        elif self.adaptive:
+            options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
+        else:
+            grid = torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64, device=y.device)
+            options = {"grid_constructor": lambda func, y0, t: grid}
+        complaints = io.StringIO()
+        listen = contextlib.redirect_stderr(complaints) if "adams" in self.method else contextlib.nullcontext()
+        try:
+            with listen:
+                out = odeint(problem.drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
+        except AssertionError as error:
+            t = problem.last_time
+            raise StepUnderflowError(
+                f"the step of {self.method} shrank to nothing at t = {t:.6g}: the equation is too stiff there, or rtol "
+                "and atol are too tight for the state's dtype.",
+                t=t, nfe=problem.nfe,
+            ) from error  # fmt: skip
+        if len(out) != 2:
+            t = problem.last_time
+            raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
+        if "did not converge" in complaints.getvalue():
+            raise SolverError(f"the iteration of {self.method} did not converge: take more steps.", nfe=problem.nfe)
+        return problem.finish(out[-1])

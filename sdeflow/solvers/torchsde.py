@@ -1,0 +1,138 @@
+"""torchsde's methods for a reverse-time SDE, with its traps closed.
+
+The adapter integrates forwards in its own variable with steps of exactly 1 (torchsde's accumulated
+``t + dt`` would add a sliver of a step), flattens states to (batch, n), always declares diagonal noise
+(with "scalar" noise all pixels would share one Brownian motion), converts to Stratonovich where the
+method needs it, and brings its own Brownian increments: torchsde's are seeded from NumPy's global state.
+
+Kidger et al. 2021 (arXiv:2102.03657); https://github.com/google-research/torchsde
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import StepUnderflowError
+from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.solvers.problem import Problem
+
+__all__ = ["Torchsde"]
+
+_ITO = ("euler", "milstein", "srk")
+_STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
+
+
+@dataclass(frozen=True)
+class Torchsde:
+    """A method of torchsde, by its name.
+
+    Args:
+        method: one of ``Torchsde.methods``.
+        adaptive: steps of varying size, to rtol and atol. torchsde's error norm is taken over the
+            whole batch, so a sample then depends on its batch.
+        initial_steps: the first step of an adaptive solve, as a fraction 1 / initial_steps.
+    """
+
+    method: str = "euler"
+    adaptive: bool = False
+    initial_steps: int = 100
+
+    kind = "sde"
+    methods = _ITO + _STRATONOVICH
+
+    def __post_init__(self) -> None:
+        if self.method not in self.methods:
+            raise ValueError(f"torchsde's methods are {', '.join(self.methods)}, not {self.method!r}.")
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of the score in a step."""
+        return {"srk": 10, "midpoint": 2, "heun": 2, "log_ode": 2}.get(self.method, 1)
+
+    def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
+        """The state at the end of ``problem`` from ``y`` (batch, n)."""
+        import torchsde
+
+        stratonovich = self.method in _STRATONOVICH
+        end = float(self.initial_steps if self.adaptive else steps)
+        problem.start(y, end, eager_checks=self.adaptive)
+        system = _System(problem, "stratonovich" if stratonovich else "ito")
+        ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
+        if self.adaptive:
+            brownian = torchsde.BrownianInterval(
+                0.0, end, size=tuple(y.shape), dtype=y.dtype, device=y.device, dt=1.0,
+                entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
+            )  # fmt: skip
+        else:
+            brownian = _Increments(problem.noise, y)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Hitting minimum allowed step size")
+            if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
+                warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed to converge")
+            try:
+                out = torchsde.sdeint(
+                    system, y, ts, bm=brownian, method=self.method, dt=1.0, adaptive=self.adaptive,
+                    rtol=rtol, atol=atol, dt_min=1e-6 * end,
+                )  # fmt: skip
+            except (UserWarning, AssertionError) as error:
+                t = problem.last_time
+                raise StepUnderflowError(
+                    f"the adaptive step of {self.method} shrank to nothing at t = {t:.6g}: loosen rtol and atol.",
+                    t=t, nfe=problem.nfe,
+                ) from error  # fmt: skip
+        return problem.finish(out[-1])
+
+
+class _System:
+    """The drift and diffusion under the names that torchsde calls."""
+
+    noise_type = "diagonal"
+
+    def __init__(self, problem: Problem, sde_type: str) -> None:
+        self.sde_type = sde_type
+        self.f = problem.drift if sde_type == "ito" else problem.stratonovich_drift
+        self.g = problem.diffusion
+
+
+class _Increments:
+    """Brownian increments over successive steps, drawn when asked for, from sdeflow's own stream.
+
+    For a step [a, b] of length h: W ~ N(0, h), and with ``return_U`` the space-time integral
+    U = h (W / 2 + H), H ~ N(0, h / 12) independent of W. Memory does not grow with the steps.
+    """
+
+    levy_area_approximation = "space-time"
+
+    def __init__(self, noise: NoiseStream, like: Tensor) -> None:
+        self.shape, self.dtype, self.device = tuple(like.shape), like.dtype, like.device
+        self._noise = noise
+        self._step: tuple[float, float] | None = None
+
+    def size(self) -> tuple[int, ...]:
+        """The shape of an increment."""
+        return self.shape
+
+    def __call__(self, a: Tensor, b: Tensor, return_U: bool = False, return_A: bool = False) -> Tensor | tuple:
+        step = (float(a), float(b))
+        if step != self._step:
+            h = step[1] - step[0]
+            self._step, self._length = step, h
+            self._w = self._noise.normal(self.shape, self.dtype, self.device) * math.sqrt(h)
+            self._h: Tensor | None = None
+        out = [self._w]
+        if return_U:
+            if self._h is None:
+                self._h = self._noise.normal(self.shape, self.dtype, self.device) * math.sqrt(self._length / 12.0)
+            out.append(self._length * (0.5 * self._w + self._h))
+        if return_A:
+            out.append(torch.zeros((), dtype=self.dtype, device=self.device))  # diagonal noise commutes
+        return out[0] if len(out) == 1 else tuple(out)
+
+
+def _levy_area(method: str) -> str:
+    return {"srk": "space-time", "log_ode": "foster"}.get(method, "none")
