@@ -1,0 +1,33 @@
+"""sdeflow: write a stochastic differential equation as it stands in a paper, and everything else follows."""
+
+from sdeflow import catalog, errors, losses, nets, scores, solvers
+from sdeflow._version import __version__
+from sdeflow.errors import MissingPriorError, NotAffineError, SdeflowError
+from sdeflow.gaussian import Gaussian
+from sdeflow.kernel import Kernel
+from sdeflow.scores import Score
+from sdeflow.sde import SDE
+from sdeflow.symbolic.symbols import s, t, x, x_0
+from sdeflow.training import fit
+
+__all__ = [
+    "SDE",
+    "Gaussian",
+    "Kernel",
+    "MissingPriorError",
+    "NotAffineError",
+    "Score",
+    "SdeflowError",
+    "__version__",
+    "catalog",
+    "errors",
+    "fit",
+    "losses",
+    "nets",
+    "s",
+    "scores",
+    "solvers",
+    "t",
+    "x",
+    "x_0",
+]  # fmt: skip

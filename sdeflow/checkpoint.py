@@ -1,0 +1,132 @@
+"""Checkpoints that survive a kill at any byte and hold no code: safetensors, JSON, SHA-256.
+
+A checkpoint is a folder ``step-00001000`` with one safetensors file for each group of tensors and a
+``state.json`` that lists the files' hashes. It is written beside its place, flushed to disk and renamed,
+so that a folder of that name is always whole. The two newest are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sdeflow.errors import CheckpointCorrupt, CheckpointError, CheckpointVersionError
+
+__all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "write_checkpoint"]
+
+FORMAT = 1
+KEEP = 2
+_LARGEST_STATE = 2**24  # bytes of state.json that are read
+
+Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
+    """Writes one checkpoint and removes all but the two newest.
+
+    Args:
+        folder: where the checkpoints of one run lie.
+        step: the number of steps done.
+        state: what JSON can hold.
+        tensors: groups of tensors, a file each.
+
+    Raises:
+        CheckpointError: where the disk refuses; older checkpoints are untouched then.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}-{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hashes = {}
+        for name, group in tensors.items():
+            data = save_tensors({key: value.detach().cpu().contiguous() for key, value in group.items()})
+            hashes[name] = hashlib.sha256(data).hexdigest()
+            _write(partial / f"{name}.safetensors", data)
+        _write(
+            partial / "state.json",
+            json.dumps({"format": FORMAT, **state, "step": step, "sha256": hashes}, indent=1).encode(),
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        _flush(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint of step {step} could not be written to {folder}: {error}") from error
+    for old in _steps(folder)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in ``folder`` as (state, tensors), or None where there is none.
+
+    A corrupt one is passed over with a warning; where all are corrupt, that is an error.
+
+    Raises:
+        CheckpointCorrupt: where no checkpoint is whole.
+        CheckpointVersionError: for a newer format.
+    """
+    candidates = _steps(folder)
+    problem = None
+    for candidate in reversed(candidates):
+        try:
+            return _read(candidate)
+        except CheckpointCorrupt as error:
+            warnings.warn(f"{error} The one before it is tried.", stacklevel=3)
+            problem = error
+    if problem is not None:
+        raise CheckpointCorrupt(f"none of the {len(candidates)} checkpoints in {folder} is whole.") from problem
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        with open(path / "state.json", "rb") as file:
+            state = json.loads(file.read(_LARGEST_STATE))
+        version, hashes = state["format"], state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorrupt(f"{path}/state.json cannot be read: {error}.") from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointVersionError(f"{path} has format {version}; this sdeflow reads up to {FORMAT}.")
+    tensors = {}
+    for name, expected in hashes.items():
+        if not name.isidentifier():
+            raise CheckpointCorrupt(f"{path}/state.json names a file {name!r}.")
+        try:
+            data = (path / f"{name}.safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise CheckpointCorrupt(f"{path}/{name}.safetensors is not what was written (its SHA-256 differs).")
+            tensors[name] = load_tensors(data)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointCorrupt(f"{path}/{name}.safetensors cannot be read: {error}.") from error
+    return state, tensors
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
