@@ -1,0 +1,35 @@
+# `make demo` and `make test` each do everything on a machine with Python and make alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint docs bench readme clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/overhead.py
+
+readme: $(VENV)/ready
+	$(BIN)/python docs/run_readme.py
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build out
