@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import sympy as sp
 
+from sdeflow.errors import DeclarationError
 from sdeflow.sde import SDE
 from sdeflow.symbolic.symbols import t, x
 
@@ -57,4 +61,8 @@ def FlowMatching(T: float = 0.999) -> SDE:
 
 def _exact(value: float | sp.Expr) -> sp.Expr:
     """A number as it was typed, 0.1 as 1/10, so that formulas read as in the papers."""
-    return value if isinstance(value, sp.Expr) else sp.Rational(str(value))
+    if isinstance(value, sp.Expr):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise DeclarationError(f"a number of the catalogue must be finite and real, not {value!r}.")
+    return sp.Rational(str(float(value)))

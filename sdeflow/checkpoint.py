@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,12 @@ from torch import Tensor
 
 from sdeflow.errors import CheckpointCorrupt, CheckpointError, CheckpointVersionError
 
-__all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "write_checkpoint"]
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not locked there
+    fcntl = None
+
+__all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "run_lock", "write_checkpoint"]
 
 FORMAT = 1
 KEEP = 2
@@ -57,15 +64,39 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: di
             partial / "state.json",
             json.dumps({"format": FORMAT, **state, "step": step, "sha256": hashes}, indent=1).encode(),
         )
-        shutil.rmtree(target, ignore_errors=True)
+        aside = target.with_suffix(".old")  # still read if a kill comes between the two renames
+        if target.exists():
+            os.replace(target, aside)
         os.replace(partial, target)
         _flush(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"the checkpoint of step {step} could not be written to {folder}: {error}") from error
-    for old in _steps(folder)[:-KEEP]:
+    for old in [*_steps(folder)[:-KEEP], *folder.glob(".partial-*")]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` for one run; the operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        CheckpointError: where another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115  held open for as long as the run
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written to: {error}") from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(f"another process is training into {folder}: choose another out=.") from error
+        yield
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -114,7 +145,9 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints, oldest first; one that was being replaced comes before its replacement."""
+    found = (path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(found, key=lambda path: (path.stem, path.suffix == ""))
 
 
 def _write(path: Path, data: bytes) -> None:

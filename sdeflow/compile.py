@@ -21,7 +21,7 @@ import scipy.special
 import sympy as sp
 import torch
 from sympy.core.relational import Relational
-from sympy.logic.boolalg import BooleanFalse, BooleanTrue
+from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
@@ -166,7 +166,7 @@ class Compiled:
         unknown = free - set(self.arguments) - set(self._values)
         if unknown:
             raise DeclarationError(f"{expr} holds {', '.join(map(str, unknown))}, which has no value.")
-        return not free & set(self.arguments) and not isinstance(expr, Relational | sp.logic.boolalg.Boolean)
+        return not free & set(self.arguments) and not isinstance(expr, Relational | BooleanFunction | BooleanAtom)
 
     def _constant(self, expr: sp.Expr) -> int:
         number = expr.xreplace({k: sp.Float(v, 30) for k, v in self._values.items()}).evalf(20)
@@ -187,7 +187,7 @@ class Compiled:
         return slot
 
     def _operation(self, expr: sp.Basic) -> int:
-        if isinstance(expr, BooleanTrue | BooleanFalse):
+        if isinstance(expr, BooleanAtom):
             slot = self._new_slot()
             self._constants[slot] = float(bool(expr))
             return slot
@@ -301,7 +301,7 @@ class Compiled:
 
         return self._add(instruction, f"{self._name(i)} {expr.rel_op} {self._name(j)}")
 
-    def _logic(self, expr: sp.logic.boolalg.Boolean) -> int:
+    def _logic(self, expr: BooleanFunction) -> int:
         slots = [self._emit(argument) for argument in expr.args]
         text = f"{type(expr).__name__}({', '.join(self._name(i) for i in slots)})"
         if isinstance(expr, sp.Not):

@@ -130,6 +130,7 @@ class ReverseSDE(_Bound):
         if not len(x):
             return x
         g = self.equation.diffusion
+        g = g if g.has(state_symbol) else sp.Abs(g)  # the sign of g(t) means nothing
         correction = g * sp.diff(g, state_symbol) / 2
         event = tuple(x.shape[1:])
         make_problem = partial(

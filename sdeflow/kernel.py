@@ -62,10 +62,11 @@ class Kernel:
         self.T = declaration.T
         self._drift = declaration.require_affine("The perturbation kernel")
         a, b = self._drift
+        self._require_end_is_regular()
         self._coefficients = compile_expressions((a, b, declaration.g**2), (time_symbol,), self.values, horizon=self.T)
+        self._require_noise_somewhere()
         self._table = integrate_moments(self._finite_coefficients, self.T, declaration.P0)
         self._derived = derive_moments(self._drift, declaration.g, declaration.P0, self.T, self.values)
-        self._require_end_is_regular()
         self._times, self._half_log_snrs = self._monotone_samples()
         self.cutoff = self._find_cutoff() if declaration.cutoff is None else declaration.cutoff
         self._require_usable_cutoff()
@@ -198,7 +199,7 @@ class Kernel:
         Returns:
             mean (batch, *event) and std, which broadcasts to it, in the dtype of x_0.
         """
-        alpha, std, offset = (broadcast_to_event(c, x_0) for c in self.coefficients(self._times_for(x_0, t)))
+        alpha, std, offset = (broadcast_to_event(c, x_0) for c in self.coefficients(self.times_for(x_0, t)))
         return alpha * x_0 + offset, std
 
     def sample(
@@ -250,7 +251,8 @@ class Kernel:
                 f"{low:.6g}{'' if low == high else f' to {high:.6g}'}."
             )
 
-    def _times_for(self, x: Tensor, t: Tensor | float) -> Tensor:
+    def times_for(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """t as float64, () or (batch,), within [0, T]."""
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
             raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
@@ -270,7 +272,7 @@ class Kernel:
     def _finite_coefficients(self, points: np.ndarray) -> np.ndarray:
         """(a, b, g^2) at points, or a ScheduleError with the first bad time and the exact value there."""
         values = torch.stack(self._coefficients(torch.as_tensor(points))).numpy()
-        bad = ~np.isfinite(values).all(0)
+        bad = ~np.isfinite(values).all(0) | (values[2] < 0)
         if bad.any():
             at = float(points[bad].min())
             exact = {
@@ -288,8 +290,14 @@ class Kernel:
         """A pole exactly at T escapes rounding (tan(pi/2) is 1.6e16 in float64): SymPy evaluates there."""
         for name, e in (("f", self.declaration.f), ("g", self.declaration.g)):
             at_end = e.subs({**self.values, time_symbol: sp.nsimplify(self.T, rational=True)})
-            if at_end.has(sp.zoo, sp.oo, -sp.oo, sp.nan):
+            if at_end.has(sp.zoo, sp.oo, -sp.oo):
                 raise ScheduleError(f"{name} is singular at t = T = {self.T:g}; use T = {0.999 * self.T:g}, say.")
+
+    def _require_noise_somewhere(self) -> None:
+        """A g that is 0 in disguise, such as sin² + cos² - 1, leaves nothing but rounding."""
+        points = np.linspace(0.0, self.T, 258)[1:-1]
+        if not (np.abs(torch.stack(self._coefficients(torch.as_tensor(points))).numpy()[2]) > 1e-30).any():
+            raise ScheduleError(f"g = {self.declaration.g} is 0 on the whole horizon: no noise, so no kernel.")
 
     def _monotone_samples(self) -> tuple[Tensor, Tensor]:
         """Times and their half log-SNR, falling; the inverse starts from them."""
@@ -332,7 +340,7 @@ class Kernel:
             enough = self._table(self._times)[1].sqrt() >= _SMALLEST_STD
             raise ScheduleError(
                 f"sigma = {std:.3g} at cutoff = {self.cutoff:g} cannot be told from 0 in float32; the smallest "
-                f"usable cutoff is about {float(self._times[enough][0]):.3g}; None takes sigma/alpha = {_CUTOFF_NOISE:g}."
+                f"usable cutoff is about {float(self._times[enough][0]):.3g}; None takes sigma/alpha {_CUTOFF_NOISE:g}."
             )
 
     def _compile_closed_form(self):  # noqa: ANN202

@@ -142,8 +142,10 @@ def bits_per_dim(
     """
     if not isinstance(images, Tensor) or images.is_floating_point() or images.dtype == torch.bool or images.ndim < 2:
         raise DataError("images must be an integer tensor (batch, *event); for floating states use log_prob.")
-    if levels < 2 or not low < high:
-        raise ValueError(f"levels must be at least 2 and low < high, not levels={levels}, low={low}, high={high}.")
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"levels must be an integer of at least 2, not {levels!r}.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low and high must be finite and low < high, not low={low!r}, high={high!r}.")
     if images.numel() and (int(images.min()) < 0 or int(images.max()) >= levels):
         raise DataError(f"images hold {int(images.min())} .. {int(images.max())}, outside 0 .. {levels - 1}.")
     seed = resolve_seed(seed)

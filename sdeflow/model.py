@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -244,6 +245,8 @@ def make_plan(
     if not chosen.adaptive and steps is None:
         hint = ", or rtol= and atol= for adaptive ones" if kind == "sde" else ""
         raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
+    if not chosen.adaptive and "adams" not in chosen.method and (rtol is not None or atol is not None):
+        raise ValueError(f"{chosen} takes fixed steps, to which rtol and atol mean nothing.")
     rtol, atol = (_tolerance(v, n, dtype) for v, n in ((rtol, "rtol"), (atol, "atol")))
     plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000)
     if plan.expected_calls is not None:
@@ -263,15 +266,15 @@ def _tolerance(value: float | None, name: str, dtype: torch.dtype) -> float:
 
 def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
+    given = shape
     try:
-        shape = tuple(shape)
+        valid = not any(isinstance(n, bool) for n in given)
+        shape = tuple(operator.index(n) for n in given)
     except TypeError:
-        raise ValueError(f"shape must be (batch, *event), not {shape!r}.") from None
-    valid = all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
+        valid = False
     if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
-        raise ValueError(
-            f"shape must be (batch, *event) of integers, batch >= 0 and at least one event side, not {shape}."
-        )
+        wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
+        raise ValueError(f"shape must be {wanted}, not {given!r}.")
     return shape
 
 

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdeflow.errors import DataError, NotAffineError, ScoreError
+from sdeflow.errors import DataError, NotAffineError, ScheduleError, ScoreError
 from sdeflow.kernel import Kernel, broadcast_to_event
 from sdeflow.noise import NoiseStream
 from sdeflow.symbolic.declaration import Declaration
@@ -220,8 +220,7 @@ class Score(ScoreFunction):
             time = t
         else:
             time = torch.as_tensor(self.time(t), device=x.device)
-        time = time.to(torch.float32 if x.dtype in _LOW_PRECISION else x.dtype).expand(len(x))
-        x = x.clone()
+        x, time = x.clone(), _network_time(time, x)
         return _checked(self.net(x, time) if y is None else self.net(x, time, y), x, "the network")
 
     def extra_repr(self) -> str:
@@ -271,8 +270,7 @@ class CallableScore(ScoreFunction):
         time = _time(x, t)
         if self.kernel is not None:
             self.kernel.require_times(time)
-        time = time.to(torch.float32 if x.dtype in _LOW_PRECISION else x.dtype).expand(len(x))
-        return _checked(self.function(x.clone(), time), x, "the score")
+        return _checked(self.function(x.clone(), _network_time(time, x)), x, "the score")
 
 
 class GaussianMixture(ScoreFunction):
@@ -362,11 +360,13 @@ class GaussianMixture(ScoreFunction):
         """log w_k N_k (batch, n), and in each component's axes the deviation and the variance (batch, n, d)."""
         if tuple(x.shape[1:]) != self.event:
             raise DataError(f"x must be of shape (batch, {', '.join(map(str, self.event))}), not {tuple(x.shape)}.")
-        alpha, sigma, offset = (c.reshape(-1, 1, 1) for c in self.kernel.coefficients(_time(x, t)))
+        alpha, sigma, offset = (c.reshape(-1, 1, 1) for c in self.kernel.coefficients(self.kernel.times_for(x, t)))
         deviation = x.to(torch.float64).flatten(1)[:, None] - alpha * self.means - offset
         if self.rotations is not None:
             deviation = torch.einsum("bnd,nde->bne", deviation, self.rotations)
         variance = alpha.square() * self.variances + sigma.square()
+        if variance.device.type == "cpu" and not bool((variance > 0).all()):
+            raise ScheduleError("a component of zero covariance has no density and no score at sigma = 0 (t = 0).")
         log_normal = -0.5 * (deviation.square() / variance + torch.log(2.0 * math.pi * variance)).sum(-1)
         return log_normal + self.weights.log(), deviation, variance
 
@@ -397,6 +397,11 @@ def _time(x: Tensor, t: Tensor | float) -> Tensor:
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
     return t.to(x.device) if t.ndim else t
+
+
+def _network_time(t: Tensor, x: Tensor) -> Tensor:
+    """t as a network gets it: a tensor of its own, (batch,), in the dtype of x (float32 under half precision)."""
+    return t.to(torch.float32 if x.dtype in _LOW_PRECISION else x.dtype).expand(len(x)).clone()
 
 
 def _checked(output: object, x: Tensor, who: str) -> Tensor:

@@ -10,21 +10,22 @@ that was not: weights, optimiser, average and loss are equal bit by bit on the s
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdeflow.checkpoint import latest_checkpoint, write_checkpoint
+from sdeflow.batches import Batch, Batches, mixed_seed
+from sdeflow.checkpoint import latest_checkpoint, run_lock, write_checkpoint
 from sdeflow.errors import (
     CheckpointError,
     CheckpointMismatch,
@@ -33,6 +34,7 @@ from sdeflow.errors import (
     ScoreError,
     TrainingDivergedError,
 )
+from sdeflow.kernel import Kernel
 from sdeflow.losses import Weighting, denoising_score_matching
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "fit", "sample_times"]
 
 _PATIENCE = 10  # steps in a row whose loss is not finite
-_MOMENT_SAMPLES = 10_000
+_UNUSUAL_STD = 50.0
 
 
 @dataclass
@@ -86,7 +88,7 @@ def fit(
     Args:
         score: the score, whose network has parameters.
         data: (n, *event), or a Dataset or DataLoader of such samples, alone or with labels as (x, y). A
-            DataLoader brings its own batches.
+            DataLoader brings its own batches, and a resumed run starts it anew.
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
         weighting: "score", "likelihood", or a function w(t); see :mod:`sdeflow.losses`.
@@ -96,7 +98,7 @@ def fit(
         schedule: "cosine" to zero, "constant", or a function of the fraction of steps done.
         ema: the decay of the average, reached gradually.
         clip: the largest norm of the gradient.
-        seed: of the order, the times and the noise.
+        seed: of the order, the times and the noise; the global random state is left as it was.
         out: a folder for checkpoints.
         resume: whether to go on from the newest checkpoint in ``out``, if there is one.
         checkpoint_every: steps between checkpoints.
@@ -105,108 +107,52 @@ def fit(
         progress: a progress bar; None shows it on a terminal only.
 
     Raises:
-        DataError: for data that is empty, not floating, not finite or of ragged shape.
+        DataError: for data that is empty, not floating, not finite, of ragged shape, or not what the network takes.
         ScoreError: for a network without parameters to train.
         NotAffineError: for an SDE without a Gaussian kernel.
         TrainingDivergedError: after 10 steps in a row whose loss or gradient is not finite.
         CheckpointMismatch: when resuming a run of another SDE, network or seed.
+        CheckpointError: where ``out`` cannot be written, or another process trains into it.
         ValueError: for options that make no sense.
     """
     _check_options(score, steps, batch_size, times, lr, ema, clip, checkpoint_every)
-    if accelerator is None:
-        from accelerate import Accelerator
-
-        on_cpu = next(score.parameters()).device.type == "cpu" and not torch.distributed.is_initialized()
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
-    source = _Batches(data, batch_size, seed, accelerator)
-    if not bool(score.moments_known):
-        score.set_data_moments(*_data_moments(source.look()))
-    _check_first_batch(source.look(), score)
-
-    torch.manual_seed(seed)  # for dropout; nothing of ours draws from it
-    optimiser = torch.optim.Adam([p for p in score.parameters() if p.requires_grad], lr=lr)
-    model, optimiser = accelerator.prepare(score, optimiser)
-    average = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=_average(ema), use_buffers=True)
-    run = _Run(score=score, optimiser=optimiser, average=average, folder=None if out is None else Path(out))
-    identity = _identity(score, seed, batch_size)
-    result = Fit()
-    if resume:
-        result.steps = run.restore(identity)
     rate = _learning_rate(schedule, steps)
-
-    score.train()
-    failures = 0
-    batches = source.from_step(result.steps)
-    shown = accelerator.is_local_main_process
-    with tqdm(
-        total=steps,
-        initial=result.steps,
-        desc="fit",
-        disable=(None if progress is None else not progress) if shown else True,
-    ) as bar:
-        for step in range(result.steps, steps):
-            x_0, y = next(batches)
-            torch.manual_seed(_mixed_seed(seed, step))
-            noise = NoiseStream(_mixed_seed(seed, step, accelerator.process_index), "training")
-            t = sample_times(score, len(x_0), times, noise).to(x_0.device)
-            for group in optimiser.param_groups:
-                group["lr"] = lr * rate(step)
-            optimiser.zero_grad()
-            with accelerator.autocast():
-                loss = model_loss(
-                    model, score, x_0, t, noise.normal(tuple(x_0.shape), x_0.dtype, x_0.device), weighting, y
-                )
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-            value = float(accelerator.reduce(loss.detach(), "mean"))
-            healthy = math.isfinite(value) and math.isfinite(float(norm))
-            result.losses.append(value if healthy else math.nan)
-            if healthy:
-                optimiser.step()
-                average.update_parameters(accelerator.unwrap_model(model))
-                failures = 0
-            else:
-                result.skipped += 1
-                failures += 1
-                if failures >= _PATIENCE:
-                    raise TrainingDivergedError(
-                        f"the loss or its gradient was not finite for {failures} steps up to step {step}"
-                        f"{run.last_good()}: lower lr, or look for extreme values in the data."
-                    )
-            result.steps = step + 1
-            bar.update()
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{_recent(result.losses):.4g}")
-            if run.folder is not None and (result.steps % checkpoint_every == 0 or result.steps == steps):
-                run.save(result.steps, identity, accelerator)
-    run.use_average()
+    if accelerator is None:
+        accelerator = _make_accelerator(score, mixed_precision)
+    folder = None if out is None else Path(out)
+    lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
+    devices = [] if accelerator.device.type == "cpu" else None
+    with torch.random.fork_rng(devices), lock:
+        torch.manual_seed(seed)
+        batches = Batches(data, batch_size, seed, accelerator)
+        _prepare_score(score, batches, accelerator)
+        identity = _identity(score, seed=seed, batch_size=batch_size, weighting=weighting, times=times)
+        run = _Run(score, accelerator, lr, ema, clip, folder, identity)
+        done = run.restore() if resume else 0
+        result = Fit(steps=done)
+        score.train()
+        hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
+        torch.manual_seed(mixed_seed(seed, done))
+        source = batches.from_step(done)
+        with tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden) as bar:
+            for step in range(done, steps):
+                torch.manual_seed(mixed_seed(seed, step))  # for what the data set and dropout draw
+                loss = run.step(next(source), step, rate(step), weighting, times, seed)
+                result.losses.append(loss)
+                result.skipped += math.isnan(loss)
+                result.steps = step + 1
+                bar.update()
+                if step % 10 == 0:
+                    bar.set_postfix(loss=f"{_recent(result.losses):.4g}")
+                if folder is not None and (result.steps % checkpoint_every == 0 or result.steps == steps):
+                    run.save(result.steps)
+        run.use_average()
     score.eval()
     return result
 
 
-def model_loss(
-    model: nn.Module, score: Score, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting, y: Tensor | None
-) -> Tensor:
-    """The mean loss of a batch; ``model`` is ``score`` as accelerate wrapped it, so that its hooks see the call."""
-    if model is score:
-        return denoising_score_matching(score, x_0, t, noise, weighting, y).mean()
-    return denoising_score_matching(_Wrapped(model, score), x_0, t, noise, weighting, y).mean()
-
-
-class _Wrapped:
-    """A score whose network is called through accelerate's wrapper."""
-
-    def __init__(self, model: nn.Module, score: Score) -> None:
-        self.kernel, self._model = score.kernel, model
-
-    def noise(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        _, sigma, _ = self.kernel.coefficients(t)
-        return -sigma.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * self._model(x, t, y)
-
-
-def sample_times(score: Score, n: int, times: str, noise: NoiseStream) -> Tensor:
+def sample_times(kernel: Kernel, n: int, times: str, noise: NoiseStream) -> Tensor:
     """n stratified times in [cutoff, T], uniform in "log_snr" or in "t", (n,) in float64."""
-    kernel = score.kernel
     u = (noise.uniform((1,), torch.float64) + torch.arange(n, dtype=torch.float64) / n) % 1.0
     if times == "t":
         return kernel.cutoff + (kernel.T - kernel.cutoff) * u
@@ -215,16 +161,69 @@ def sample_times(score: Score, n: int, times: str, noise: NoiseStream) -> Tensor
 
 
 class _Run:
-    """The state of a run: what a checkpoint holds."""
+    """The state of a run, one step of it, and its checkpoints."""
 
     def __init__(
-        self, score: Score, optimiser: torch.optim.Optimizer, average: AveragedModel, folder: Path | None
+        self,
+        score: Score,
+        accelerator: Accelerator,
+        lr: float,
+        ema: float,
+        clip: float,
+        folder: Path | None,
+        identity: dict,
     ) -> None:
-        self.score, self.optimiser, self.average, self.folder = score, optimiser, average, folder
+        self.score, self.accelerator, self.lr, self.clip = score, accelerator, lr, clip
+        self.folder, self.identity = folder, identity
+        optimiser = torch.optim.Adam([p for p in score.parameters() if p.requires_grad], lr=lr)
+        self.loss, self.optimiser = accelerator.prepare(_Loss(score), optimiser)
+        self.average = AveragedModel(score, multi_avg_fn=_moving_average(ema), use_buffers=True)
+        self._failures = 0
         self._failed_saves = 0
+        self._saved_step: int | None = None
 
-    def save(self, step: int, identity: dict, accelerator: Accelerator) -> None:
-        if accelerator.is_main_process:
+    def step(self, batch: Batch, step: int, rate: float, weighting: Weighting, times: str, seed: int) -> float:
+        """One step on one batch: the loss, or NaN where it was skipped and changed nothing.
+
+        Raises:
+            TrainingDivergedError: after too many skipped steps in a row.
+        """
+        x_0, y = batch
+        noise = NoiseStream(mixed_seed(seed, step, self.accelerator.process_index), "training")
+        t = sample_times(self.score.kernel, len(x_0), times, noise).to(x_0.device)
+        eps = noise.normal(tuple(x_0.shape), x_0.dtype, x_0.device)
+        buffers = [buffer.clone() for buffer in self.score.buffers()]
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimiser.zero_grad()
+        with self.accelerator.autocast():
+            loss = self.loss(x_0, t, eps, weighting, y)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.score.parameters(), self.clip)
+        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        if math.isfinite(value) and math.isfinite(float(norm)):
+            self.optimiser.step()
+            self.average.update_parameters(self.score)
+            self._failures = 0
+            return value
+        for buffer, before in zip(self.score.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self._failures += 1
+        if self._failures >= _PATIENCE:
+            kept = (
+                ""
+                if self._saved_step is None
+                else f" (the last checkpoint, of step {self._saved_step}, is in {self.folder})"
+            )
+            raise TrainingDivergedError(
+                f"the loss or its gradient was not finite for {self._failures} steps up to step {step}{kept}: "
+                "lower lr, or look for extreme values in the data."
+            )
+        return math.nan
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint. A failure is a warning; the third in a row is an error."""
+        if self.accelerator.is_main_process:
             adam = self.optimiser.state_dict()["state"]
             tensors = {
                 "weights": self.score.state_dict(),
@@ -233,191 +232,95 @@ class _Run:
                 "counters": {"n_averaged": self.average.n_averaged},
             }
             try:
-                write_checkpoint(self.folder, step, {"identity": identity}, tensors)
-                self._failed_saves = 0
+                write_checkpoint(self.folder, step, {"identity": self.identity}, tensors)
+                self._failed_saves, self._saved_step = 0, step
             except CheckpointError as error:
                 self._failed_saves += 1
                 if self._failed_saves >= 3:
                     raise
                 warnings.warn(f"{error} Training goes on.", stacklevel=3)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
-    def restore(self, identity: dict) -> int:
-        """The number of steps done, all state put back; 0 where there is no checkpoint."""
+    def restore(self) -> int:
+        """The number of steps done, all state put back; 0 where there is no checkpoint.
+
+        Raises:
+            CheckpointMismatch: for a checkpoint of another run; nothing is changed then.
+        """
         found = None if self.folder is None else latest_checkpoint(self.folder)
         if found is None:
             return 0
         state, tensors = found
-        differing = sorted(
-            k for k in identity.keys() | state["identity"].keys() if identity.get(k) != state["identity"].get(k)
-        )
+        theirs, ours = state.get("identity", {}), self.identity
+        differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differing:
-            shown = "; ".join(f"{k}: {state['identity'].get(k)!r} there, {identity.get(k)!r} here" for k in differing)
+            shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
             raise CheckpointMismatch(f"the checkpoint in {self.folder} is of another run: {shown}.")
-        try:
-            self.score.load_state_dict(tensors["weights"])
-            self.average.module.load_state_dict(tensors["average"])
-        except RuntimeError as error:
-            raise CheckpointMismatch(f"the checkpoint in {self.folder} is of another network: {error}") from error
+        for group in ("weights", "average"):
+            _require_same_layout(self.score.state_dict(), tensors.get(group, {}), self.folder)
+        self.score.load_state_dict(tensors["weights"])
+        self.average.module.load_state_dict(tensors["average"])
         self.average.n_averaged.copy_(tensors["counters"]["n_averaged"])
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["adam"].items():
             index, name = key.split(".", 1)
             slots.setdefault(int(index), {})[name] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": slots})
-        return int(state["step"])
+        self._saved_step = int(state["step"])
+        return self._saved_step
 
     def use_average(self) -> None:
+        """Puts the moving average in the score's place."""
         self.score.load_state_dict(self.average.module.state_dict())
 
-    def last_good(self) -> str:
-        return "" if self.folder is None else f"; the last checkpoint is in {self.folder}"
+
+class _Loss(torch.nn.Module):
+    """The mean loss of a batch as a module, so that accelerate's wrappers see every call."""
+
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting, y: Tensor | None) -> Tensor:
+        return denoising_score_matching(self.score, x_0, t, noise, weighting, y).mean()
 
 
-class _Shuffled(Sampler):
-    """Batches of indices, a permutation per epoch from (seed, epoch), from any step on."""
+def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
+    from accelerate import Accelerator
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
-        self.per_epoch = n // self.batch_size
-        self.first_step = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.first_step
-        while True:
-            epoch, position = divmod(step, self.per_epoch)
-            generator = torch.Generator().manual_seed(_mixed_seed(self.seed, epoch, -1))
-            order = torch.randperm(self.n, generator=generator)
-            for i in range(position, self.per_epoch):
-                yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
-                step += 1
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    on_cpu = next(score.parameters()).device.type == "cpu"
+    return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
 
 
-class _Tensors(Dataset):
-    """Rows of a tensor, a batch of indices at once."""
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.data[index]
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self.data[indices]
-
-
-class _Batches:
-    """Batches (x_0, y or None) from a tensor, a Dataset or a DataLoader, without end."""
-
-    def __init__(
-        self, data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, accelerator: Accelerator
-    ) -> None:
-        self._device = accelerator.device
-        self._shuffled: _Shuffled | None = None
-        self._accelerator = accelerator
-        if isinstance(data, DataLoader):
-            self._loader = accelerator.prepare_data_loader(data)
-            return
-        if isinstance(data, Tensor):
-            _check_tensor(data)
-            data, collate = _Tensors(data), _as_they_are
-        elif isinstance(data, IterableDataset):
-            self._loader = accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size))
-            return
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            collate = None
-        else:
-            raise DataError(f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}.")
-        if len(data) == 0:
-            raise DataError("the data set is empty.")
-        self._shuffled = _Shuffled(len(data), batch_size, seed)
-        self._loader = DataLoader(data, batch_sampler=self._shuffled, collate_fn=collate)
-
-    def look(self) -> Tensor:
-        """Some samples, for their shape and scale, without disturbing the order of training."""
-        if self._shuffled is not None:
-            dataset = self._loader.dataset
-            if isinstance(dataset, _Tensors):
-                return dataset.data[:_MOMENT_SAMPLES]
-            stride = max(1, len(dataset) // 512)
-            items = [dataset[i] for i in range(0, len(dataset), stride)]
-            try:
-                return torch.stack(
-                    [torch.as_tensor(item[0] if isinstance(item, tuple | list) else item) for item in items]
-                )
-            except RuntimeError as error:
-                raise DataError(f"the data set's samples have different shapes: {error}") from error
-        if not hasattr(self, "_seen"):
-            for batch in self._loader:
-                self._seen = self._split(batch)[0]
-                break
-            else:
-                raise DataError("the data loader is empty.")
-        return self._seen
-
-    def from_step(self, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches from ``step`` on. A DataLoader of the user's is continued at its own position, not bit by bit."""
-        if self._shuffled is not None:
-            self._shuffled.first_step = step
-            share = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
-            for batch in self._loader:
-                x, y = self._split(batch)
-                yield x[share].to(self._device), None if y is None else y[share].to(self._device)
-        while True:
-            for batch in self._loader:
-                x, y = self._split(batch)
-                yield x.to(self._device), None if y is None else y.to(self._device)
-
-    @staticmethod
-    def _split(batch: object) -> tuple[Tensor, Tensor | None]:
-        if isinstance(batch, tuple | list) and len(batch) in (1, 2) and all(isinstance(part, Tensor) for part in batch):
-            x, y = batch[0], batch[1] if len(batch) == 2 else None
-        elif isinstance(batch, Tensor):
-            x, y = batch, None
-        else:
-            raise DataError(
-                f"a batch must be a tensor (batch, *event), or such a tensor with labels, not {type(batch).__name__}."
-            )
-        return x, y
-
-
-def _as_they_are(batch: Tensor) -> Tensor:
-    return batch
-
-
-def _check_tensor(data: Tensor) -> None:
-    if data.ndim < 2 or not len(data):
-        raise DataError(f"data must be of shape (n, *event) with n >= 1, not {tuple(data.shape)}.")
-    if not data.is_floating_point():
-        raise DataError(f"data must be floating, not {data.dtype}: convert it, and dequantise integer levels.")
-    finite = torch.isfinite(data).flatten(1).all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        raise DataError(f"data is not finite in samples {rows[:8]}{' ...' if len(rows) > 8 else ''}.")
-
-
-def _check_first_batch(x: Tensor, score: Score) -> None:
-    """What a Dataset or DataLoader brings, and whether the network takes it."""
-    _check_tensor(x)
-    if float(x.double().std()) > 50:
+def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> None:
+    """Measures the data's moments where they were not given, and tries the network on a few samples."""
+    seen = batches.first.double()
+    std = float(seen.std(correction=0))
+    if std == 0:
+        raise DataError(f"the data is constant ({float(seen.mean()):g}): there is nothing to learn.")
+    if std > _UNUSUAL_STD:
         warnings.warn(
-            f"the data's standard deviation is {float(x.double().std()):.3g}; schedules expect about 1.",
-            DataScaleWarning,
-            stacklevel=3,
+            f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning, stacklevel=4
         )
-
-
-def _data_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation over all samples and coordinates."""
-    _check_tensor(x)
-    x = x.double()
-    std = x.std(correction=0)
-    if not float(std) > 0:
-        raise DataError(f"the data is constant ({float(x.mean()):g}): there is nothing to learn.")
-    return x.mean(), std
+    score.to(accelerator.device)
+    if not bool(score.moments_known):
+        score.set_data_moments(seen.mean(), std)
+    labels = batches.first_labels
+    x, y = batches.first[:2].to(accelerator.device), None if labels is None else labels[:2].to(accelerator.device)
+    training = score.training
+    try:
+        with torch.no_grad():
+            score.eval().noise(x, score.kernel.T, y)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, ScoreError):
+            raise
+        raise DataError(
+            f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}"
+            f"{'' if y is None else f' with labels of {y.dtype}'}: {error}"
+        ) from error
+    finally:
+        score.train(training)
 
 
 def _check_options(
@@ -448,43 +351,52 @@ def _learning_rate(schedule: Callable[[float], float] | str, steps: int) -> Call
     return lambda step: min(1.0, (step + 1) / warm_up) * shape(step / steps)
 
 
-def _average(decay: float):  # noqa: ANN202
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
     """The moving average's update, its decay reached as (1 + n) / (10 + n)."""
 
     @torch.no_grad()
     def update(averages: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
-        weight = 1.0 - min(decay, (1.0 + float(n)) / (10.0 + float(n)))
-        floating = [(a, c) for a, c in zip(averages, current, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [c for _, c in floating], weight)
-        for a, c in zip(averages, current, strict=True):
-            if not a.is_floating_point():
-                a.copy_(c)
+        if averages[0].is_floating_point():  # they come grouped by dtype
+            weight = 1.0 - min(decay, (1.0 + float(n)) / (10.0 + float(n)))
+            torch._foreach_lerp_(averages, current, weight)
+        else:
+            torch._foreach_copy_(averages, current)
 
     return update
 
 
-def _identity(score: Score, seed: int, batch_size: int) -> dict:
-    """What must be the same for a run to be resumed."""
+def _identity(score: Score, *, seed: int, batch_size: int, weighting: Weighting, times: str) -> dict:
+    """What must be the same for a run to be resumed, as JSON holds it."""
     declaration = score.declaration
-    return json.loads(
-        json.dumps(
-            {
-                "f": str(declaration.f), "g": str(declaration.g), "T": declaration.T, "P0": declaration.P0,
-                "parameters": {str(k): v for k, v in score.values.items()}, "predicts": score.predicts,
-                "time": score.time if isinstance(score.time, str) else "function",
-                "seed": seed, "batch_size": batch_size,
-            }
-        )
-    )  # fmt: skip
+    return {
+        "f": str(declaration.f),
+        "g": str(declaration.g),
+        "T": declaration.T,
+        "cutoff": declaration.cutoff,
+        "P0": declaration.P0,
+        "parameters": {str(symbol): value for symbol, value in score.values.items()},
+        "predicts": score.predicts,
+        "time": score.time if isinstance(score.time, str) else "a function",
+        "seed": seed,
+        "batch_size": batch_size,
+        "weighting": weighting if isinstance(weighting, str) else "a function",
+        "times": times,
+    }
 
 
-def _mixed_seed(*parts: int) -> int:
-    """One seed from several integers."""
-    value = 0x9E3779B97F4A7C15
-    for part in parts:
-        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
-        value ^= value >> 29
-    return value % 2**63
+def _require_same_layout(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
+    differing = [
+        f"{key}: {_layout(theirs.get(key))} there, {_layout(ours.get(key))} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if _layout(ours.get(key)) != _layout(theirs.get(key))
+    ]
+    if differing:
+        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise CheckpointMismatch(f"the checkpoint in {folder} is of another network: {'; '.join(differing[:8])}{more}.")
+
+
+def _layout(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _recent(losses: list[float]) -> float:

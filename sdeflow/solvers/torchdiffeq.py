@@ -10,8 +10,7 @@ Chen 2018; https://github.com/rtqichen/torchdiffeq
 
 from __future__ import annotations
 
-import contextlib
-import io
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +70,18 @@ class Torchdiffeq:
         else:
             grid = torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64, device=y.device)
             options = {"grid_constructor": lambda func, y0, t: grid}
-        complaints = io.StringIO()
-        listen = contextlib.redirect_stderr(complaints) if "adams" in self.method else contextlib.nullcontext()
         try:
-            with listen:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Functional iteration did not converge")
+                warnings.filterwarnings("ignore", message="The following arguments have no")  # SciPy, of min_step
                 out = odeint(problem.drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
+        except UserWarning as error:
+            t = problem.last_time
+            raise SolverError(
+                f"the iteration of {self.method} did not converge near t = {t:.6g}: take more steps.",
+                t=t,
+                nfe=problem.nfe,
+            ) from error
         except AssertionError as error:
             t = problem.last_time
             raise StepUnderflowError(
@@ -86,6 +92,4 @@ class Torchdiffeq:
         if len(out) != 2:
             t = problem.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
-        if "did not converge" in complaints.getvalue():
-            raise SolverError(f"the iteration of {self.method} did not converge: take more steps.", nfe=problem.nfe)
         return problem.finish(out[-1])

@@ -69,7 +69,7 @@ class Torchsde:
                 entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
             )  # fmt: skip
         else:
-            brownian = _Increments(problem.noise, y)
+            brownian = _Increments(problem.noise, y, _levy_area(self.method))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Hitting minimum allowed step size")
             if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
@@ -106,9 +106,8 @@ class _Increments:
     U = h (W / 2 + H), H ~ N(0, h / 12) independent of W. Memory does not grow with the steps.
     """
 
-    levy_area_approximation = "space-time"
-
-    def __init__(self, noise: NoiseStream, like: Tensor) -> None:
+    def __init__(self, noise: NoiseStream, like: Tensor, levy_area_approximation: str) -> None:
+        self.levy_area_approximation = levy_area_approximation
         self.shape, self.dtype, self.device = tuple(like.shape), like.dtype, like.device
         self._noise = noise
         self._step: tuple[float, float] | None = None

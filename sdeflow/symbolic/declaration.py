@@ -125,12 +125,16 @@ def parameter_symbols(params: Mapping[sp.Symbol | str, object], f: object, g: ob
         if not isinstance(key, sp.Symbol | str):
             raise DeclarationError(f"a key of params must be a Symbol or a name, not {key!r}.")
         name = key if isinstance(key, str) else key.name
-        if not _NAME.match(name):
-            raise UnsafeExpressionError(f"a parameter's name must match [A-Za-z_][A-Za-z0-9_]*, 32 at most: {name!r}.")
+        _require_plain(name)
         if name in ("x", "t"):
             raise DeclarationError(f"{name} is the {'state' if name == 'x' else 'time'} and cannot be a parameter.")
         resolved[key if isinstance(key, sp.Symbol) else used.get(name, sp.Symbol(name))] = value
     return resolved
+
+
+def _require_plain(name: str) -> None:
+    if not _NAME.match(name):
+        raise UnsafeExpressionError(f"a symbol's name must match [A-Za-z_][A-Za-z0-9_]*, 32 letters at most: {name!r}.")
 
 
 def _real(value: object, name: str) -> float:
@@ -166,6 +170,7 @@ def _coefficient(value: Coefficient, name: str, parameters: tuple[sp.Symbol, ...
     known = {symbol.name: symbol for symbol in (x, t, *parameters)}
     for symbol in sorted(value.free_symbols, key=str):
         twin = known.get(symbol.name)
+        _require_plain(symbol.name)
         if twin is None:
             raise DeclarationError(
                 f"{name} holds the symbol {symbol.name}, which is neither sdeflow.x, sdeflow.t nor a declared "
@@ -178,5 +183,6 @@ def _coefficient(value: Coefficient, name: str, parameters: tuple[sp.Symbol, ...
                 else f"{name} holds a different Symbol({symbol.name!r}) than params: use the same Symbol in both."
             )
     for call in value.atoms(AppliedUndef):
+        _require_plain(call.func.__name__)
         raise DeclarationError(f"{name} holds {call}, a function without a definition.")
     return value

@@ -1,0 +1,143 @@
+r"""Embeddings of the two things a net is told besides the state: how noisy it is, and its class.
+
+A single number t is a poor input for a network: it must act on small changes of t, yet keep its
+activations bounded. So t is first mapped to Fourier features
+
+    \gamma(t) = (sin \omega_k t, cos \omega_k t),   k = 0, ..., n - 1,
+    \omega_k = \omega_min (\omega_max / \omega_min)^{k / (n - 1)},
+
+with *fixed*, geometrically spaced angular frequencies (Vaswani et al., arXiv 1706.03762; the
+transformer's positions, as diffusion models use them since Ho et al., arXiv 2006.11239), then to a
+learned embedding by a small MLP. The lowest frequency, 1/64, has a period of 402 and tells apart
+all noise levels up to 80 and all log-SNRs; the highest, 64, has a period of 0.1 and resolves a
+hundredth of the unit interval. So the same embedding serves a time, a noise level and a log-SNR.
+
+Not to be confused with *random* Fourier features (Tancik et al., arXiv 2006.10739), as in the
+score models of Song et al. (arXiv 2011.13456): these draw the frequencies from a Gaussian, so they
+depend on a seed and want their input on a known scale. Higher frequencies than needed are not free:
+they let the net vary quickly with t, which the solvers of the probability flow pay for in steps.
+
+Classes enter as a learned vector added to the embedding of t. One more row than there are classes
+stands for "no label", as classifier-free guidance wants it (Ho and Salimans, arXiv 2207.12598).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TimeEmbedding(nn.Module):
+    r"""Creates an embedding of numbers: fixed Fourier features, then a small MLP.
+
+    Args:
+        features: The length of the embedding.
+        frequencies: How many angular frequencies, each giving a sine and a cosine.
+        lowest: The lowest angular frequency, in radians per unit of t. Numbers further apart than
+            2 pi / lowest are not told apart.
+        highest: The highest angular frequency.
+
+    Raises:
+        ValueError: If a number is not positive or the frequencies are out of order.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        frequencies: int = 32,
+        lowest: float = 1 / 64,
+        highest: float = 64.0,
+    ) -> None:
+        super().__init__()
+        if features < 1 or frequencies < 2:
+            raise ValueError(
+                f"TimeEmbedding(features={features}, frequencies={frequencies}): "
+                "give at least 1 feature and 2 frequencies"
+            )
+        if not 0 < lowest < highest:
+            raise ValueError(
+                f"TimeEmbedding(lowest={lowest}, highest={highest}): give angular frequencies with 0 < lowest < highest"
+            )
+        omega = torch.logspace(math.log10(lowest), math.log10(highest), frequencies)
+        self.register_buffer("omega", omega)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * frequencies, features),
+            nn.SiLU(),
+            nn.Linear(features, features),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds t, shape (batch,), as a tensor of shape (batch, features)."""
+        # The phase needs the digits that half precision lacks.
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        phase = t[:, None] * self.omega.to(t.dtype)
+        waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class Conditioning(nn.Module):
+    r"""Creates what the blocks of a net are modulated by: SiLU(embedding of t + that of y).
+
+    Args:
+        features: The length of the vector.
+        classes: The number of classes; 0 for a net without labels.
+
+    Raises:
+        ValueError: If `classes` is negative.
+    """
+
+    def __init__(self, features: int, classes: int = 0) -> None:
+        super().__init__()
+        if classes < 0:
+            raise ValueError(f"classes={classes}: give the number of classes, or 0 for none")
+        self.classes = classes
+        self.time = TimeEmbedding(features)
+        self.label = nn.Embedding(classes + 1, features) if classes else None
+
+    def forward(self, batch: int, t: Tensor, y: Tensor | None = None) -> Tensor:
+        r"""Embeds t and y.
+
+        Args:
+            batch: The number of samples, which t and y must match.
+            t: The time, noise level or log-SNR, shape (batch,).
+            y: Class labels, shape (batch,), integers in [0, classes]; the label `classes` means
+                "no label", for all samples if y is None.
+
+        Returns:
+            The vectors, shape (batch, features).
+
+        Raises:
+            ValueError: If t or y does not fit. Labels out of range are found on the CPU only;
+                elsewhere the device itself reports them.
+            TypeError: If y does not hold integers.
+        """
+        if t.shape != (batch,):
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}, a net takes one number per sample, "
+                f"shape ({batch},): pass t.expand({batch}) for a time that all samples share"
+            )
+        h = self.time(t)
+        if self.label is None:
+            if y is not None:
+                raise ValueError(
+                    "labels y were given to a net without classes: "
+                    "build it with classes=, the number of classes, or leave y out"
+                )
+            return F.silu(h)
+        if y is None:
+            y = torch.full_like(t, self.classes, dtype=torch.long)
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise TypeError(f"labels y are {y.dtype}, a net takes integers: pass y.long()")
+        if y.shape != t.shape:
+            raise ValueError(
+                f"labels y have shape {tuple(y.shape)}, a net takes one label per sample, shape ({batch},)"
+            )
+        try:
+            return F.silu(h + self.label(y))
+        except IndexError as error:
+            raise ValueError(
+                f"labels y lie in [{y.min()}, {y.max()}], this net takes 0 to {self.classes - 1}, "
+                f"and {self.classes} for no label"
+            ) from error

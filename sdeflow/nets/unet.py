@@ -1,0 +1,274 @@
+r"""A U-Net for signals, images and volumes: states of shape (batch, channels, *size).
+
+The U-Net (Ronneberger et al., arXiv 1505.04597) looks at the state on several levels, each of half
+the resolution of the one before, and joins what it saw on the way down to what it makes on the way
+up. With residual blocks, self-attention at the coarse levels and modulation by time it is the
+network of denoising diffusion (Ho et al., arXiv 2006.11239) and, refined, of score SDEs (Song et
+al., arXiv 2011.13456), ADM (Dhariwal and Nichol, arXiv 2105.05233) and EDM (Karras et al.,
+arXiv 2206.00364). This one is small and general: one to three spatial dimensions, no option that a
+page of code cannot hold.
+
+- Residual block: GroupNorm, SiLU, convolution, GroupNorm modulated by the embedding (FiLM: Perez et
+  al., arXiv 1709.07871), SiLU, dropout, convolution. The last convolution starts at zero, so that
+  every block starts as the identity.
+- The first block of a level pools (way down) or repeats (way up) its input, as in ADM; on the way
+  up each block also takes the output of its twin on the way down.
+- The head starts at zero too: an untrained net returns 0.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .embedding import Conditioning
+
+CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOLING = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def zeros(layer: nn.Module) -> nn.Module:
+    """Sets the layer's parameters to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation, with at most 32 groups of at least 4 channels where these divide."""
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels >= 4 * g))
+    return nn.GroupNorm(groups, channels)
+
+
+class Attention(nn.Module):
+    r"""Creates self-attention among the positions of a grid, added to its input.
+
+    Torch's fused attention kernels have neither forward-mode nor second derivatives, nor a rule for
+    `vmap`, all of which likelihoods and energy models ask for. They pay off on long sequences only,
+    so they are used for more than `fused_above` positions and the plain formula elsewhere.
+
+    Args:
+        channels: The channels of the grid.
+        heads: The number of heads, a divisor of `channels`.
+        spatial_dims: The dimensions of the grid.
+    """
+
+    fused_above = 1024
+
+    def __init__(self, channels: int, heads: int, spatial_dims: int) -> None:
+        super().__init__()
+        convolution = CONVOLUTION[spatial_dims]
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = convolution(channels, 3 * channels, 1)
+        self.out = zeros(convolution(channels, channels, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Maps (batch, channels, *size) to the same shape."""
+        positions = prod(h.shape[2:])
+        # (batch, 3 channels, *size) to three of (batch, heads, positions, channels per head)
+        qkv = self.qkv(self.norm(h)).reshape(len(h), 3, self.heads, -1, positions)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        fused = positions > self.fused_above
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+            u = F.scaled_dot_product_attention(q, k, v)
+        return h + self.out(u.transpose(-1, -2).reshape(h.shape))
+
+
+class Block(nn.Module):
+    r"""Creates a residual block that may change the channels, the resolution, and attend.
+
+    Args:
+        channels: The channels of the input, those of a skip connection included.
+        out_channels: The channels of the output.
+        embedding: The length of the embedding.
+        spatial_dims: The dimensions of the grid.
+        dropout: The probability of dropping a value in training.
+        heads: The number of attention heads; 0 for a block without attention.
+        resample: Applied to the input first, before a skip connection joins it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        spatial_dims: int,
+        *,
+        dropout: float = 0.0,
+        heads: int = 0,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        convolution = CONVOLUTION[spatial_dims]
+        self.resample = nn.Identity() if resample is None else resample
+        self.norm_in = group_norm(channels)
+        self.conv_in = convolution(channels, out_channels, 3, padding=1)
+        self.film = nn.Linear(embedding, 2 * out_channels)
+        self.norm_out = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeros(convolution(out_channels, out_channels, 3, padding=1))
+        same = channels == out_channels
+        self.shortcut = nn.Identity() if same else convolution(channels, out_channels, 1)
+        self.attention = Attention(out_channels, heads, spatial_dims) if heads else nn.Identity()
+
+    def forward(self, h: Tensor, e: Tensor, skip: Tensor | None = None) -> Tensor:
+        r"""Evaluates the block.
+
+        Args:
+            h: The input, shape (batch, channels - channels of the skip connection, *size).
+            e: The embedding, shape (batch, embedding).
+            skip: What joins h after resampling, shape (batch, its channels, *new size).
+
+        Returns:
+            A tensor of shape (batch, out_channels, *new size).
+        """
+        h = self.resample(h)
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        u = self.conv_in(F.silu(self.norm_in(h)))
+        film = self.film(e).unflatten(-1, (-1, *[1] * (h.ndim - 2)))
+        scale, shift = film.chunk(2, dim=1)
+        u = F.silu(self.norm_out(u) * (1 + scale) + shift)
+        return self.attention(self.shortcut(h) + self.conv_out(self.dropout(u)))
+
+
+class UNet(nn.Module):
+    r"""Creates a U-Net, called as net(x, t) or net(x, t, y).
+
+    Args:
+        channels: The channels of the state.
+        width: The channels of the first level.
+        multipliers: The channels of each level, in units of `width`, finest level first. Its length
+            is the number of levels, and each side of the state must be a multiple of
+            2 ** (levels - 1).
+        blocks: The number of residual blocks per level, on the way down as on the way up.
+        attention: The levels with self-attention, counted as Python counts: 0 is the finest, -1 the
+            coarsest.
+        spatial_dims: 1 for signals, 2 for images, 3 for volumes.
+        classes: The number of classes; 0 for a net without labels.
+        dropout: The probability of dropping a value in training. It matters where data are few.
+        out_channels: The channels of the output; by default those of the state.
+        head_width: The channels per attention head; a level whose channels it does not divide has
+            one head.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> net = UNet(3, width=32, multipliers=(1, 2, 2), attention=(-1,))
+        >>> net(torch.randn(4, 3, 16, 16), torch.rand(4)).shape
+        torch.Size([4, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        attention: Sequence[int] = (-1,),
+        spatial_dims: int = 2,
+        classes: int = 0,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
+        head_width: int = 32,
+    ) -> None:
+        super().__init__()
+        out_channels = channels if out_channels is None else out_channels
+        levels = len(multipliers)
+        if spatial_dims not in CONVOLUTION:
+            raise ValueError(f"spatial_dims={spatial_dims}: a UNet takes 1, 2 or 3")
+        if min(channels, width, blocks, out_channels, head_width, levels, *multipliers) < 1:
+            raise ValueError(
+                f"UNet({channels}, width={width}, multipliers={tuple(multipliers)}, "
+                f"blocks={blocks}, out_channels={out_channels}, head_width={head_width}): "
+                "give positive numbers, and at least one multiplier"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: give a probability in [0, 1)")
+        if not all(-levels <= level < levels for level in attention):
+            raise ValueError(
+                f"attention={tuple(attention)}: this UNet has {levels} levels, "
+                f"numbered 0 to {levels - 1} or -{levels} to -1"
+            )
+        self.channels = channels
+        self.spatial_dims = spatial_dims
+        self.divisor = 2 ** (levels - 1)
+
+        embedding = 4 * width
+        attended = {level % levels for level in attention}
+        widths = [width * multiplier for multiplier in multipliers]
+
+        def block(channels: int, level: int, skip: int = 0, resample: nn.Module | None = None) -> Block:
+            c = widths[level]
+            heads = (c // head_width if c % head_width == 0 else 1) * (level in attended)
+            return Block(
+                channels + skip,
+                c,
+                embedding,
+                spatial_dims,
+                dropout=dropout,
+                heads=heads,
+                resample=resample,
+            )
+
+        self.conditioning = Conditioning(embedding, classes)
+        self.stem = CONVOLUTION[spatial_dims](channels, width, 3, padding=1)
+        c = width
+        self.encoder = nn.ModuleList()
+        for level in range(levels):
+            for i in range(blocks):
+                pool = POOLING[spatial_dims](2) if level > 0 and i == 0 else None
+                self.encoder.append(block(c, level, resample=pool))
+                c = widths[level]
+        self.middle = block(c, levels - 1)
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for i in range(blocks):
+                repeat = nn.Upsample(scale_factor=2) if level < levels - 1 and i == 0 else None
+                self.decoder.append(block(c, level, skip=widths[level], resample=repeat))
+                c = widths[level]
+        self.norm = group_norm(c)
+        self.head = zeros(CONVOLUTION[spatial_dims](c, out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        r"""Evaluates the net.
+
+        Args:
+            x: The state, shape (batch, channels, *size), with as many sizes as `spatial_dims`.
+            t: The time, noise level or log-SNR, shape (batch,).
+            y: Class labels, shape (batch,), integers; None for no label.
+
+        Returns:
+            A tensor of shape (batch, out_channels, *size).
+
+        Raises:
+            ValueError: If a shape or a label does not fit.
+        """
+        if x.ndim != 2 + self.spatial_dims or x.shape[1] != self.channels:
+            sides = ("depth", "height", "width")[-self.spatial_dims :]
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, this UNet takes (batch, {self.channels}, "
+                f"{', '.join(sides)}): build it with the channels= and spatial_dims= of x"
+            )
+        if any(side % self.divisor for side in x.shape[2:]):
+            raise ValueError(
+                f"x has size {tuple(x.shape[2:])}, but each side must be a multiple of "
+                f"{self.divisor} = 2 ** (levels - 1): pad or crop x, or give fewer multipliers"
+            )
+        e = self.conditioning(len(x), t, y)
+        h = self.stem(x)
+        skips = []
+        for block in self.encoder:
+            h = block(h, e)
+            skips.append(h)
+        h = self.middle(h, e)
+        for block in self.decoder:
+            h = block(h, e, skips.pop())
+        return self.head(F.silu(self.norm(h)))
