@@ -287,9 +287,12 @@ class _Loss(torch.nn.Module):
 
 def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
     on_cpu = next(score.parameters()).device.type == "cpu"
+    if alone:
+        AcceleratorState._reset_state()  # it would hold this process to the first fit's precision for ever
     return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
 
 

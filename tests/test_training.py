@@ -1,0 +1,100 @@
+"""fit: what it learns, what it is given, and what it leaves behind."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import sdeflow
+from sdeflow import Score, catalog, fit
+from sdeflow.noise import NoiseStream
+from sdeflow.training import sample_times
+
+
+def small(sde, **options):
+    torch.manual_seed(0)
+    return Score(sdeflow.nets.MLP(2, width=64, depth=2), sde, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("predicts", ["edm", "noise", "velocity"])
+def test_a_trained_score_approaches_the_exact_one(predicts):
+    """The data is a mixture: the trained score must explain most of what a Gaussian of its moments leaves over."""
+    sde = catalog.VP()
+    exact = sdeflow.scores.GaussianMixture(sde, torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), torch.tensor([0.1, 0.2]))
+    score = small(sde, predicts=predicts)
+    fit(score, exact.sample(4096, seed=0), 600, batch_size=256, lr=3e-3, seed=0)
+    data = exact.sample(2000, seed=1)
+    blind = Score(lambda u, _: torch.zeros_like(u), sde, data_mean=score.data_mean, data_std=score.data_std)
+    ours, theirs = 0.0, 0.0
+    for time in (0.02, 0.1, 0.3):
+        state = sde.kernel.sample(data, time, seed=2)
+        truth = exact.noise(state, time)
+        ours += float((score.noise(state, time) - truth).square().mean())
+        theirs += float((blind.noise(state, time) - truth).square().mean())
+    assert ours < 0.15 * theirs
+
+
+@pytest.mark.parametrize("times", ["log_snr", "t"])
+def test_times_are_stratified_and_stay_inside(times):
+    kernel = catalog.SubVP().kernel
+    drawn = sample_times(kernel, 1000, times, NoiseStream(0, "test"))
+    assert kernel.cutoff <= drawn.min()
+    assert drawn.max() <= kernel.T
+    values = kernel.half_log_snr(drawn) if times == "log_snr" else drawn
+    ends = torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64)
+    first, last = kernel.half_log_snr(ends) if times == "log_snr" else ends
+    cells = ((values - first) / (last - first) * 1000).floor().clamp(0, 999)
+    assert cells.unique().numel() >= 998  # one in each of a thousand cells, but for rounding at their walls
+
+
+def test_data_sets_loaders_and_labels():
+    sde = catalog.VP()
+    data = torch.randn(64, 2)
+    labels = torch.randint(0, 3, (64,))
+    assert len(fit(small(sde), data, 3).losses) == 3
+    assert len(fit(small(sde), TensorDataset(data), 3, batch_size=16).losses) == 3
+    assert len(fit(small(sde), DataLoader(TensorDataset(data), batch_size=32), 5).losses) == 5
+    conditional = Score(sdeflow.nets.MLP(2, width=16, depth=1, classes=3), sde)
+    assert len(fit(conditional, TensorDataset(data, labels), 3, batch_size=16).losses) == 3
+
+
+def test_moments_are_measured_unless_given():
+    sde = catalog.VP()
+    data = 3 + 2 * torch.randn(512, 2)
+    score = small(sde)
+    fit(score, data, 1)
+    assert abs(float(score.data_mean) - float(data.mean())) < 1e-5
+    assert abs(float(score.data_std) - float(data.std(correction=0))) < 1e-5
+    given = small(sde, data_mean=0.5, data_std=1.5)
+    fit(given, data, 1)
+    assert (float(given.data_mean), float(given.data_std)) == (0.5, 1.5)
+
+
+def test_the_average_is_what_remains():
+    """Without an average (ema=0) the last weights remain; with one, the weights lag behind."""
+    sde, data = catalog.VP(), torch.randn(64, 2)
+    plain, averaged = small(sde), small(sde)
+    fit(plain, data, 30, ema=0.0, schedule="constant")
+    fit(averaged, data, 30, ema=0.999, schedule="constant")
+    start = small(sde)
+    moved = sum(float((p - q).square().sum()) for p, q in zip(plain.parameters(), start.parameters(), strict=True))
+    lagged = sum(float((p - q).square().sum()) for p, q in zip(averaged.parameters(), start.parameters(), strict=True))
+    assert 0 < lagged < moved
+    assert not averaged.training
+
+
+@pytest.mark.parametrize("weighting", ["score", "likelihood", lambda time: time])
+def test_weightings_train(weighting):
+    losses = fit(small(catalog.VP()), torch.randn(64, 2), 5, weighting=weighting, times="t").losses
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_bfloat16_stays_finite():
+    losses = fit(small(catalog.VP()), torch.randn(64, 2), 20, mixed_precision="bf16").losses
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_images_train_a_unet():
+    score = Score(sdeflow.nets.UNet(1, width=8, multipliers=(1, 1)), catalog.CosineVP())
+    losses = fit(score, torch.rand(32, 1, 8, 8), 4, batch_size=8).losses
+    assert len(losses) == 4
