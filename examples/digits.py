@@ -71,7 +71,8 @@ def main() -> None:
     shape = (args.samples, 1, 8, 8)
     by_sde = reverse.sample(shape, solver="euler", steps=args.solver_steps, seed=1, progress=True)
     by_flow = flow.sample(shape, seed=1, progress=True)
-    save_samples(out / "samples.png", {"reverse SDE": by_sde, "probability flow": by_flow, "test images": scaled(test[: args.samples])})
+    real = scaled(test[: args.samples])
+    save_samples(out / "samples.png", {"reverse SDE": by_sde, "probability flow": by_flow, "test images": real})
     save_path(out / "path.png", sde, score, seed=1)
 
     print(f"\nbits per dimension of {len(test)} test images, {LEVELS} grey levels:")
@@ -87,9 +88,7 @@ def main() -> None:
     rows = {"sdeflow": (float(ours.mean()), standard_error(ours)), **baselines(train, test, args.seed)}
     for name, (mean, error) in rows.items():
         print(f"  {name:28s} {mean:.3f} ± {error:.3f}")
-    print(
-        f"  (of ours, the trace's estimate contributes {trace_error:.4f}, the solver less than {solver_error:.1e})"
-    )
+    print(f"  (of ours, the trace's estimate contributes {trace_error:.4f}, the solver less than {solver_error:.1e})")
     results = {
         "bits_per_dim": {name: {"mean": mean, "stderr": error} for name, (mean, error) in rows.items()},
         "trace_stderr": trace_error, "solver_error": solver_error, "calls": bits[0].nfe, "training_seconds": seconds,

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
-import scipy.special
 import sympy as sp
 import torch
 from sympy.core.relational import Relational
@@ -52,20 +52,26 @@ _RELATIONS = {
     sp.Lt: torch.lt, sp.Le: torch.le, sp.Gt: torch.gt, sp.Ge: torch.ge, sp.Eq: torch.eq, sp.Ne: torch.ne,
 }  # fmt: skip
 
-_SCIPY: dict[type, Callable[..., np.ndarray]] = {
-    sp.besselj: scipy.special.jv, sp.bessely: scipy.special.yv,
-    sp.besseli: scipy.special.iv, sp.besselk: scipy.special.kv,
-    sp.lowergamma: lambda a, z: scipy.special.gammainc(a, z) * scipy.special.gamma(a),
-    sp.uppergamma: lambda a, z: scipy.special.gammaincc(a, z) * scipy.special.gamma(a),
-    sp.LambertW: lambda z, k=0: scipy.special.lambertw(z, int(np.max(k))).real,
-    sp.erfi: scipy.special.erfi, sp.erfinv: scipy.special.erfinv, sp.Ei: scipy.special.expi,
-    sp.expint: scipy.special.expn, sp.digamma: scipy.special.digamma, sp.zeta: scipy.special.zeta,
-    sp.Si: lambda z: scipy.special.sici(z)[0], sp.Ci: lambda z: scipy.special.sici(z)[1],
-    sp.Shi: lambda z: scipy.special.shichi(z)[0], sp.Chi: lambda z: scipy.special.shichi(z)[1],
-    sp.fresnels: lambda z: scipy.special.fresnel(z)[0], sp.fresnelc: lambda z: scipy.special.fresnel(z)[1],
-    sp.elliptic_k: scipy.special.ellipk, sp.beta: scipy.special.beta, sp.airyai: lambda z: scipy.special.airy(z)[0],
-    sp.airybi: lambda z: scipy.special.airy(z)[2],
-}  # fmt: skip
+
+@cache
+def _special_functions() -> dict[type, Callable[..., np.ndarray]]:
+    """SciPy's functions by SymPy's, imported when first needed: SciPy takes a third of a second to import."""
+    from scipy import special
+
+    return {
+        sp.besselj: special.jv, sp.bessely: special.yv,
+        sp.besseli: special.iv, sp.besselk: special.kv,
+        sp.lowergamma: lambda a, z: special.gammainc(a, z) * special.gamma(a),
+        sp.uppergamma: lambda a, z: special.gammaincc(a, z) * special.gamma(a),
+        sp.LambertW: lambda z, k=0: special.lambertw(z, int(np.max(k))).real,
+        sp.erfi: special.erfi, sp.erfinv: special.erfinv, sp.Ei: special.expi,
+        sp.expint: special.expn, sp.digamma: special.digamma, sp.zeta: special.zeta,
+        sp.Si: lambda z: special.sici(z)[0], sp.Ci: lambda z: special.sici(z)[1],
+        sp.Shi: lambda z: special.shichi(z)[0], sp.Chi: lambda z: special.shichi(z)[1],
+        sp.fresnels: lambda z: special.fresnel(z)[0], sp.fresnelc: lambda z: special.fresnel(z)[1],
+        sp.elliptic_k: special.ellipk, sp.beta: special.beta, sp.airyai: lambda z: special.airy(z)[0],
+        sp.airybi: lambda z: special.airy(z)[2],
+    }  # fmt: skip
 
 
 def compile_expressions(
@@ -124,7 +130,7 @@ class Compiled:
         for slot, instruction in self._instructions:
             slots[slot] = instruction(slots)
         outputs = tuple(
-            value if isinstance(value := slots[slot], Tensor) else torch.full_like(arguments[-1], value)
+            value if isinstance(value := slots[slot], Tensor) else _constant_like(arguments[-1], value)
             for slot in self._outputs
         )
         return outputs[0] if self.single else outputs
@@ -198,7 +204,7 @@ class Compiled:
             return self._call(_UNARY[type(expr)], expr, type(expr).__name__)
         if type(expr) in _BINARY:
             return self._call(_BINARY[type(expr)], expr, type(expr).__name__)
-        if type(expr) in _SCIPY:
+        if type(expr) in _special_functions():
             return self._interpolated(expr)
         raise DeclarationError(f"{expr}: the function {type(expr).__name__} cannot be computed.")
 
@@ -356,7 +362,7 @@ class Compiled:
                 f"{expr}: torch lacks {type(expr).__name__}, an interpolant serves only functions of t alone."
             )
         inner = compile_expressions(expr.args, (time,), self._values, self._horizon)
-        function = _SCIPY[type(expr)]
+        function = _special_functions()[type(expr)]
 
         def values(points: np.ndarray) -> np.ndarray:
             return function(*(a.numpy() for a in inner(torch.as_tensor(points))))[None]
@@ -382,7 +388,8 @@ def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
         ):
             power = found[0]
             z = power.args[0] if isinstance(power, sp.exp) else power.exp * sp.log(power.base)
-            exponentials.append((term / power, z))
+            rest = [factor for factor in sp.Mul.make_args(term) if factor != power]
+            exponentials.append((sp.Mul(*rest), z))
         else:
             others.append(term)
     if exponentials and others and sp.expand(sp.Add(*others, *(c for c, _ in exponentials))) == 0:
@@ -396,6 +403,11 @@ def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
                 if sp.expand(constant + term / cosine**2) == 0:
                     return [constant * sp.sin(z) ** 2]
     return None
+
+
+def _constant_like(tensor: Tensor, value: float) -> Tensor:
+    """``value`` in the shape of ``tensor``, without the memory of it."""
+    return tensor.new_full((), value).expand(tensor.shape)
 
 
 def _safe_arguments(branch: Compiled) -> float:

@@ -6,7 +6,10 @@ Errors derive from :class:`SdeflowError` and from the built-in that fits, so tha
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CheckpointCorrupt",

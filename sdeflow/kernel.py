@@ -199,8 +199,11 @@ class Kernel:
         Returns:
             mean (batch, *event) and std, which broadcasts to it, in the dtype of x_0.
         """
-        alpha, std, offset = (broadcast_to_event(c, x_0) for c in self.coefficients(self.times_for(x_0, t)))
-        return alpha * x_0 + offset, std
+        alpha, std, offset = self.coefficients(self.times_for(x_0, t))
+        mean = broadcast_to_event(alpha, x_0) * x_0
+        if self._drift[1] != 0:
+            mean = mean + broadcast_to_event(offset, x_0)
+        return mean, broadcast_to_event(std, x_0)
 
     def sample(
         self, x_0: Tensor, t: Tensor | float, seed: int | torch.Generator | None = None, noise: Tensor | None = None
@@ -214,9 +217,11 @@ class Kernel:
             noise: the noise itself, shaped as x_0, instead of a seed.
         """
         mean, std = self.moments(x_0, t)
-        if noise is None:
+        if noise is None and seed is None:
+            noise = torch.randn_like(x_0)
+        elif noise is None:
             noise = NoiseStream(seed, "kernel").normal(tuple(x_0.shape), x_0.dtype, x_0.device)
-        return torch.addcmul(mean, std, noise)
+        return mean.addcmul_(std, noise)
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64."""
@@ -242,9 +247,8 @@ class Kernel:
         """Raises a ScheduleError for times outside [cutoff, T]; times on an accelerator are trusted, for speed."""
         if t.device.type != "cpu" or not t.numel():
             return
-        low, high = float(t.min()), float(t.max())
-        slack = 1e-6 * self.T
-        if not (low >= self.cutoff * (1 - 1e-6) and high <= self.T + slack):
+        if not _within(t, self.cutoff * (1 - 1e-6), self.T * (1 + 1e-6)):
+            low, high = float(t.min()), float(t.max())
             raise ScheduleError(
                 f"the score is defined for t in [cutoff, T] = [{self.cutoff:.6g}, {self.T:g}] "
                 f"(sigma is {'0' if self.declaration.P0 == 0 else 'sqrt(P0)'} at t = 0); asked for "
@@ -256,7 +260,7 @@ class Kernel:
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
             raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
-        if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= self.T * (1 + 1e-6)):
+        if t.device.type == "cpu" and t.numel() and not _within(t, 0.0, self.T * (1 + 1e-6)):
             raise ScheduleError(
                 f"the kernel is defined for t in [0, T] = [0, {self.T:g}], not for {t.min():g} to {t.max():g}."
             )
@@ -370,6 +374,14 @@ class Kernel:
 def _outputs(moments: Moments, middle: dict[sp.Symbol, float]) -> tuple[sp.Expr, ...]:
     """What a kernel's closed form computes: alpha, offset, sigma, log alpha."""
     return moments.alpha, moments.offset, square_root(moments.var, middle), moments.log_alpha
+
+
+def _within(t: Tensor, low: float, high: float) -> bool:
+    """Whether all of ``t`` lies in [low, high]; reads the device once."""
+    if t.ndim == 0:
+        return low <= float(t) <= high
+    first, last = torch.aminmax(t)
+    return float(first) >= low and float(last) <= high
 
 
 def broadcast_to_event(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _probes(
     stream = NoiseStream(seed, "probe")
     draw = stream.rademacher if probe == "rademacher" else stream.normal
     shape = (len(x), probes or DEFAULT_PROBES, *x.shape[1:])
-    return draw(shape, _working_dtype(x), x.device).movedim(1, 0).contiguous()
+    return draw(shape, torch.float64, x.device).movedim(1, 0).contiguous()
 
 
 def _solve(
@@ -214,7 +214,7 @@ def _solve(
             rate, clock, backward=False, row_norm=row_norm, max_calls=plan.max_calls,
             on_call=None if bar.disable else bar.update,
         )  # fmt: skip
-        y = torch.cat([x.detach().clone().flatten(1), x.new_zeros(len(x), columns)], dim=1).to(_working_dtype(x))
+        y = torch.cat([x.detach().clone().flatten(1), x.new_zeros(len(x), columns)], dim=1).to(torch.float64)
         y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
         x_T, integrals = y[:, :d].reshape(x.shape), y[:, d:].double()
         value = model.prior_for(x_T).log_prob(x_T) + integrals.mean(1) + _linear_part(model, d)
@@ -290,7 +290,3 @@ def _products(s: Tensor, x: Tensor, vectors: Tensor, last: bool = True) -> Tenso
     else:
         (gradient,) = torch.autograd.grad(s, x, vectors, retain_graph=not last, is_grads_batched=True)
     return (gradient * vectors).flatten(2).sum(2)
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import sympy as sp
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,8 @@ class Model:
         self.kernel: Kernel | None = sde.kernel if sde.declaration.affine is not None else None
         self._score = None if score is None else as_score(score, sde)
         self._prior = prior
+        self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+        self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}
         self.T = self.declaration.T
         if self.kernel is not None:
@@ -76,7 +79,28 @@ class Model:
         return self._score
 
     def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The compiled drift of ``equation``, a function of (x, t, s)."""
+        """The compiled drift of ``equation``, a function of (x, t, s).
+
+        Of an affine SDE it is A(t) x + B(t) + C(t) s: three numbers a call, and two passes over the state.
+        """
+        if equation not in self._drifts:
+            self._drifts[equation] = self._compile_drift(equation)
+        return self._drifts[equation]
+
+    def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.kernel is not None:
+            score_symbol = sp.Dummy("s")
+            drift = equation.drift.subs(s, score_symbol)
+            A, C = sp.diff(drift, x), sp.diff(drift, score_symbol)
+            B = drift.subs({x: 0, score_symbol: 0})
+            numbers = compile_expressions((A, B, C), (t,), self.values, self.T)
+
+            def affine(x_t: Tensor, time: Tensor, score: Tensor) -> Tensor:
+                a, b, c = (float(v) for v in numbers(time))
+                value = torch.add(x_t * a, score, alpha=c) if a else score * c
+                return value + b if b else value
+
+            return affine
         return compile_expressions(equation.drift, (x, t, s), self.values, self.T)
 
     def function_of_state(self, expression) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN001
@@ -89,7 +113,12 @@ class Model:
         """The time variable, centred on the data's scale where it is known."""
         moments = self.score.data_moments()
         scale = 1.0 if moments is None else float(moments[1].double().square().mean().sqrt())
-        return make_clock(grid, self.kernel, self.cutoff, self.T, scale if scale > 0 else 1.0)
+        scale = scale if scale > 0 else 1.0
+        if isinstance(grid, Tensor):
+            return make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+        if (grid, scale) not in self._clocks:  # some milliseconds to build
+            self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+        return self._clocks[grid, scale]
 
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""

@@ -55,19 +55,19 @@ class NoiseStream:
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The next draw of N(0, 1), of the given ``shape`` (batch, *event)."""
-        return self._draw(torch.randn, shape, dtype, device)
+        return self._draw(Tensor.normal_, shape, dtype, device)
 
     def uniform(
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The next draw of U(0, 1), of the given ``shape`` (batch, *event)."""
-        return self._draw(torch.rand, shape, dtype, device)
+        return self._draw(Tensor.uniform_, shape, dtype, device)
 
     def rademacher(
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The next draw of independent signs, of the given ``shape`` (batch, *event)."""
-        half = self._draw(torch.rand, shape, torch.float32, "cpu") < 0.5
+        half = self._draw(Tensor.uniform_, shape, torch.float32, "cpu") < 0.5
         return (1.0 - 2.0 * half).to(device=device, dtype=dtype or torch.get_default_dtype())
 
     def _start(self, block: int) -> int:
@@ -76,21 +76,20 @@ class NoiseStream:
             self._starts.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little"))
         return self._starts[block]
 
-    def _draw(self, draw, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> Tensor:  # noqa: ANN001
+    def _draw(self, fill, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> Tensor:  # noqa: ANN001
         dtype = dtype or torch.get_default_dtype()
         narrow = dtype in (torch.float16, torch.bfloat16)
         row = 1
         for side in shape[1:]:
             row *= side
-        parts = []
-        for block in range(-(-shape[0] // BLOCK)):
-            numel = min(BLOCK, shape[0] - block * BLOCK) * row
-            # PyTorch fills in groups of 16 and redoes an incomplete last group: whole groups keep
-            # the first numbers of a draw independent of its length.
-            padded = -(-numel // 16) * 16
+        blocks = -(-shape[0] // BLOCK)
+        # PyTorch fills in groups of 16 and redoes an incomplete last group: whole groups keep
+        # the first numbers of a draw independent of its length.
+        rest = (shape[0] - (blocks - 1) * BLOCK) * row if blocks else 0
+        padded = (blocks - 1) * BLOCK * row + -(-rest // 16) * 16 if blocks else 0
+        flat = torch.empty(padded, dtype=torch.float32 if narrow else dtype)
+        for block, part in enumerate(flat.split(BLOCK * row) if padded else ()):
             self._generator.manual_seed((self._start(block) + self._draws * _STRIDE) % 2**32)
-            part = draw(padded, generator=self._generator, dtype=torch.float32 if narrow else dtype)
-            parts.append(part[:numel])
+            fill(part, generator=self._generator)
         self._draws += 1
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
-        return flat.reshape(shape).to(device=device, dtype=dtype)
+        return flat[: shape[0] * row].reshape(shape).to(device=device, dtype=dtype)

@@ -393,6 +393,8 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
 
 def _time(x: Tensor, t: Tensor | float) -> Tensor:
     """t as float64, () or (batch,)."""
+    if isinstance(t, Tensor) and t.ndim == 0 and t.dtype == torch.float64:
+        return t  # as solvers give it
     t = torch.as_tensor(t, dtype=torch.float64)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")

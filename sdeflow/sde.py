@@ -79,7 +79,7 @@ class SDE:
             self._require_finite_somewhere()
 
     def with_params(self, **values: float) -> SDE:
-        """The same declaration with other values of some parameters; nothing symbolic is derived anew.
+        """The same declaration, its affine split included, with other values of some parameters.
 
         Raises:
             DeclarationError: for a name that is not a parameter.

@@ -123,7 +123,7 @@ def fit(
     lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
     devices = [] if accelerator.device.type == "cpu" else None
     with torch.random.fork_rng(devices), lock:
-        torch.manual_seed(seed)
+        _seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator)
         _prepare_score(score, batches, accelerator)
         identity = _identity(score, seed=seed, batch_size=batch_size, weighting=weighting, times=times)
@@ -132,11 +132,11 @@ def fit(
         result = Fit(steps=done)
         score.train()
         hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
-        torch.manual_seed(mixed_seed(seed, done))
+        _seed_global(mixed_seed(seed, done), accelerator)
         source = batches.from_step(done)
         with tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden) as bar:
             for step in range(done, steps):
-                torch.manual_seed(mixed_seed(seed, step))  # for what the data set and dropout draw
+                _seed_global(mixed_seed(seed, step), accelerator)  # for what the data set and dropout draw
                 loss = run.step(next(source), step, rate(step), weighting, times, seed)
                 result.losses.append(loss)
                 result.skipped += math.isnan(loss)
@@ -294,6 +294,14 @@ def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
     if alone:
         AcceleratorState._reset_state()  # it would hold this process to the first fit's precision for ever
     return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
+
+
+def _seed_global(seed: int, accelerator: Accelerator) -> None:
+    """Seeds torch's global generators, within the fork that ``fit`` makes; the CPU's alone where that is enough."""
+    if accelerator.device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for every accelerator: 0.8 ms
+    else:
+        torch.manual_seed(seed)
 
 
 def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> None:

@@ -1347,6 +1347,8 @@ def horizon(name):
 )
 def test_63_times_stay_in_the_horizon(kind, method, adaptive):
     options = {"rtol": 1e-2, "atol": 1e-2, "max_calls": 3000} if adaptive else {"steps": 7}
+    if method in ("implicit_adams", "fixed_adams"):  # whose inner iteration must converge
+        options = {"rtol": 1e-1, "atol": 1e-1, "steps": 60}
     for name in ("VP", "FlowMatching") if kind == "sde" and adaptive else HORIZONS:
         sde, truth = horizon(name)
         seen = []

@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev
@@ -141,6 +140,8 @@ def _through(times: Tensor, cutoff: float, T: float) -> Clock:
     points[0], points[-1] = cutoff, T
     if len(points) == 2:
         return Clock(cutoff, T)
+    from scipy.interpolate import PchipInterpolator  # half a second to import
+
     u = np.linspace(0.0, 1.0, len(points))
     curve = PchipInterpolator(u, points)
     slope = curve.derivative()

@@ -138,11 +138,17 @@ class Problem:
         return y
 
     def _watch(self, y: Tensor, value: Tensor, t: float) -> None:
-        """Notes which samples are not finite at this call, without reading the device."""
+        """Notes which samples are not finite at this call.
+
+        The CPU says so at once; an accelerator is read every 50 calls, or at each one under ``eager_checks``.
+        """
         self._times.append(t)
-        finite = torch.isfinite(value.sum(1))
-        self._bad_since = torch.minimum(self._bad_since, torch.where(finite, math.inf, float(self.nfe)))
-        if self.eager_checks or self.nfe % _CHECK_EVERY == 0:
+        on_cpu = value.device.type == "cpu"
+        suspicious = not (on_cpu and math.isfinite(float(value.sum())))
+        if suspicious:
+            finite = torch.isfinite(value.sum(1))
+            self._bad_since = torch.minimum(self._bad_since, torch.where(finite, math.inf, float(self.nfe)))
+        if self.nfe % _CHECK_EVERY == 0 or (suspicious and (on_cpu or self.eager_checks)):
             self._read(y)
 
     def _read(self, y: Tensor) -> None:
@@ -151,15 +157,12 @@ class Problem:
         if not bool((bad | exploded).any()):
             del self._times[:-1]  # memory must not grow with the number of steps
             return
-        rows = _rows(bad | exploded)
+        call, t, what = self.nfe, self.last_time, "the state exploded"
         if bool(bad.any()):
             call = int(self._bad_since.min())
-            t, what = (
-                self._times[call - 1 - (self.nfe - len(self._times))],
-                "the drift (the score, or the equation itself) is not finite",
-            )
-        else:
-            call, t, what = self.nfe, self._times[-1] if self._times else None, "the state exploded"
+            t = self._times[call - 1 - (self.nfe - len(self._times))]
+            what = "the drift (the score, or the equation itself) is not finite"
+        rows = _rows(bad | exploded)
         raise NonFiniteStateError(
             f"{what} at t = {t:.6g}, call {call}, in {len(rows)} of {len(y)} samples: {rows[:8]}"
             f"{' ...' if len(rows) > 8 else ''}.",

@@ -140,6 +140,8 @@ def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> s
     With r = g^2 / (-2a), r' = k c1 a alpha^k, so k = (r'/a)' / r' is constant. It is recognised at
     three points in 30 digits; the kernel's comparison with quadrature decides.
     """
+    if (a.free_symbols | q.free_symbols) - {t}:
+        return None  # k and the coefficients would be those of one set of parameter values
     r = q / (-2 * a)
     slope = sp.diff(r, t)
     try:
