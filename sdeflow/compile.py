@@ -121,7 +121,8 @@ class Compiled:
         self._lines: list[str] = []
         self._count = len(arguments)
         self._outputs = [self._emit(e) for e in ((expressions,) if self.single else expressions)]
-        # Expression trees are needed no longer, and functions must not keep them alive in a hot path.
+        # What the slots behind the arguments hold before a call.
+        self._template = [self._constants.get(slot, 0.0) for slot in range(len(arguments), self._count)]
         del self._slots
 
     def __call__(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -145,16 +146,6 @@ class Compiled:
 
     def __repr__(self) -> str:
         return f"Compiled({self.expr})"
-
-    @property
-    def _template(self) -> list[Value]:
-        """Initial values of all slots behind the arguments."""
-        template = self.__dict__.get("_template_list")
-        if template is None:
-            first = len(self.arguments)
-            template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
-            self.__dict__["_template_list"] = template
-        return template
 
     def _name(self, slot: int) -> str:
         if slot < len(self.arguments):

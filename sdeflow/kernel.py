@@ -21,7 +21,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.compile import compile_expressions
+from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.gaussian import Gaussian
 from sdeflow.noise import NoiseStream
@@ -347,7 +347,7 @@ class Kernel:
                 f"usable cutoff is about {float(self._times[enough][0]):.3g}; None takes sigma/alpha {_CUTOFF_NOISE:g}."
             )
 
-    def _compile_closed_form(self):  # noqa: ANN202
+    def _compile_closed_form(self) -> Compiled | None:
         """The rules' closed form compiled, if its numbers agree with quadrature on [cutoff, T]; else None."""
         if not self._derived.closed:
             return None
@@ -357,7 +357,7 @@ class Kernel:
         points = np.concatenate([[self.cutoff], inside[:: max(1, len(inside) // 512)], [self.T]])
         return compiled if self._agrees(compiled, points, _AGREEMENT) else None
 
-    def _agrees(self, compiled, points: np.ndarray, tolerance: float) -> bool:  # noqa: ANN001
+    def _agrees(self, compiled: Compiled, points: np.ndarray, tolerance: float) -> bool:
         t = torch.as_tensor(points)
         alpha, offset, std, log_alpha = compiled(t)
         true_log_alpha, true_var, true_offset = self._table(t)

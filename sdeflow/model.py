@@ -103,7 +103,7 @@ class Model:
             return affine
         return compile_expressions(equation.drift, (x, t, s), self.values, self.T)
 
-    def function_of_state(self, expression) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN001
+    def function_of_state(self, expression: sp.Expr) -> Callable[[Tensor, Tensor], Tensor]:
         """A compiled function of (x, t), such as the diffusion."""
         arguments = (x, t) if expression.has(x) else (t,)
         compiled = compile_expressions(expression, arguments, self.values, self.T)
@@ -111,9 +111,7 @@ class Model:
 
     def clock(self, grid: Grid) -> Clock:
         """The time variable, centred on the data's scale where it is known."""
-        moments = self.score.data_moments()
-        scale = 1.0 if moments is None else float(moments[1].double().square().mean().sqrt())
-        scale = scale if scale > 0 else 1.0
+        scale = self.reference_scale()
         if isinstance(grid, Tensor):
             return make_clock(grid, self.kernel, self.cutoff, self.T, scale)
         if (grid, scale) not in self._clocks:  # some milliseconds to build

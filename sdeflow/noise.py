@@ -12,6 +12,7 @@ walk through distinct 32-bit seeds (an odd stride modulo 2^32) from a hashed sta
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,7 +77,13 @@ class NoiseStream:
             self._starts.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little"))
         return self._starts[block]
 
-    def _draw(self, fill, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> Tensor:  # noqa: ANN001
+    def _draw(
+        self,
+        fill: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Tensor:
         dtype = dtype or torch.get_default_dtype()
         narrow = dtype in (torch.float16, torch.bfloat16)
         row = 1

@@ -13,6 +13,7 @@ The derivative of g^2 vanishes unless the noise depends on the state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy as sp
@@ -70,6 +71,6 @@ def probability_flow(f: sp.Expr, g: sp.Expr) -> Equation:
     return Equation(f - sp.diff(g**2, x) / 2 - g**2 * s / 2, sp.Integer(0))
 
 
-def _factor(expr: sp.Expr, printer) -> str:  # noqa: ANN001
+def _factor(expr: sp.Expr, printer: Callable[[sp.Expr], str]) -> str:
     text = printer(expr)
     return f"({text})" if expr.is_Add else text
