@@ -1,7 +1,7 @@
 """Trains on scikit-learn's 8x8 digits: samples, the way from noise to digit, and bits per dimension.
 
 Everything follows from the two lines that declare the SDE. `make demo` runs it; flags are in --help.
-Results go to out/digits: samples.png, path.png, results.json.
+Results go to out/digits: samples.png, path.png, results.json, checkpoints/.
 """
 
 from __future__ import annotations
@@ -63,9 +63,13 @@ def main() -> None:
     score = sdeflow.Score(net, sde, predicts="edm")
     print(f"\ntraining {sum(p.numel() for p in net.parameters()):,} parameters for {args.steps} steps")
     started = time.perf_counter()
-    fitted = sdeflow.fit(score, Dequantised(train), args.steps, batch_size=64, lr=2e-3, seed=args.seed, progress=True)
+    fitted = sdeflow.fit(
+        score, Dequantised(train), args.steps, batch_size=64, lr=2e-3, seed=args.seed,
+        out=out / "checkpoints", resume=args.resume, progress=True,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
-    print(f"trained in {seconds:.0f} s, loss {np.nanmean(fitted.losses[-200:]):.4f}")
+    loss = f", loss {np.nanmean(fitted.losses[-200:]):.4f}" if fitted.losses else ""
+    print(f"trained in {seconds:.0f} s{loss}")
 
     reverse, flow = sde.reverse(score), sde.flow_ode(score)
     shape = (args.samples, 1, 8, 8)
@@ -153,8 +157,8 @@ def save_path(path: Path, sde: SDE, score: sdeflow.Score, seed: int) -> None:
     with torch.no_grad():
         for column, (time_, state) in zip(axes.T, states, strict=True):
             alpha, sigma, _ = sde.kernel.coefficients(torch.tensor(time_, dtype=torch.float64))
-            centre, spread = float(alpha * score.data_mean), float((alpha**2 * score.data_std**2 + sigma**2).sqrt()) * 2
-            column[0].imshow(tiled(state, 2), cmap="gray_r", vmin=centre - spread, vmax=centre + spread)
+            edge = float((alpha**2 + 4 * sigma**2).sqrt())  # HIGH for data, two standard deviations for noise
+            column[0].imshow(tiled(state, 2, -edge), cmap="gray_r", vmin=-edge, vmax=edge)
             column[0].set_title(f"t = {time_:.2g}", fontsize=9)
             column[1].imshow(tiled(score.denoise(state, time_), 2), cmap="gray_r", vmin=LOW, vmax=HIGH)
     for axis in axes.flat:
@@ -165,10 +169,10 @@ def save_path(path: Path, sde: SDE, score: sdeflow.Score, seed: int) -> None:
     plt.close(figure)
 
 
-def tiled(batch: torch.Tensor, columns: int) -> np.ndarray:
+def tiled(batch: torch.Tensor, columns: int, background: float = LOW) -> np.ndarray:
     """A grid of images with one pixel of background between them."""
     batch = batch[: len(batch) // columns * columns, 0]
-    padded = torch.nn.functional.pad(batch, (0, 1, 0, 1), value=LOW)
+    padded = torch.nn.functional.pad(batch, (0, 1, 0, 1), value=background)
     rows = padded.reshape(-1, columns, *padded.shape[1:]).permute(0, 2, 1, 3)
     return rows.reshape(-1, columns * padded.shape[-1]).numpy()
 
@@ -182,6 +186,7 @@ def arguments() -> argparse.Namespace:
         "--test-images", type=int, default=128, help="for the likelihood, up to 360 (default %(default)s)"
     )
     parser.add_argument("--probes", type=int, default=4, help="trace probes per image (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, times and noise (default %(default)s)")
     parser.add_argument("--out", default="out/digits", help="where results go (default %(default)s)")

@@ -164,7 +164,7 @@ class Score(ScoreFunction):
             time = _time(x, t)
             if self.kernel is not None:
                 self.kernel.require_times(time)
-            return self._network(x, time, y)
+            return self._network(x.clone(), time, y)
         eps, (_, sigma, _) = self._noise(x, t, y)
         return -eps / sigma
 
@@ -177,7 +177,7 @@ class Score(ScoreFunction):
         if self.predicts == "data":
             time = _time(x, t)
             self.kernel.require_times(time)
-            return self._network(x, time, y)
+            return self._network(x.clone(), time, y)
         eps, (alpha, sigma, offset) = self._noise(x, t, y)
         return (x - offset - sigma * eps) / alpha
 
@@ -194,16 +194,16 @@ class Score(ScoreFunction):
         centred = x - offset
         match self.predicts:
             case "score":
-                eps = -sigma * self._network(x, time, y)
+                eps = -sigma * self._network(x.clone(), time, y)
             case "noise":
-                eps = self._network(x, time, y)
+                eps = self._network(x.clone(), time, y)
             case "data":
-                eps = (centred - alpha * self._network(x, time, y)) / sigma
+                eps = (centred - alpha * self._network(x.clone(), time, y)) / sigma
             case "v":
-                eps = (sigma * centred + alpha * self._network(x, time, y)) / (alpha.square() + sigma.square())
+                eps = (sigma * centred + alpha * self._network(x.clone(), time, y)) / (alpha.square() + sigma.square())
             case "velocity":
                 a, b, q = (broadcast_to_event(c, x) for c in self.kernel.sde_coefficients(time))
-                eps = 2.0 * sigma * (self._network(x, time, y) - a * x - b) / q
+                eps = 2.0 * sigma * (self._network(x.clone(), time, y) - a * x - b) / q
             case "edm":
                 mean, std = self.data_mean.to(x.dtype), self.data_std.to(x.dtype)
                 y_ = centred - alpha * mean
@@ -213,14 +213,14 @@ class Score(ScoreFunction):
         return eps, (alpha, sigma, offset)
 
     def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The network's output, checked; it never sees the caller's own tensor."""
+        """The network's output, checked. ``x`` is a tensor of its own, which it may change."""
         if self.time == "log_snr":
             time = 2.0 * self.kernel.half_log_snr(t)
         elif self.time == "t":
             time = t
         else:
             time = torch.as_tensor(self.time(t), device=x.device)
-        x, time = x.clone(), _network_time(time, x)
+        time = _network_time(time, x)
         return _checked(self.net(x, time) if y is None else self.net(x, time, y), x, "the network")
 
     def extra_repr(self) -> str:
