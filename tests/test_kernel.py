@@ -47,7 +47,7 @@ def moment_ode(sde, times):
 def test_moments_agree_with_the_moment_ode(name):
     sde = EVERY[name]()
     kernel = sde.kernel
-    first = max(kernel.cutoff, 1e-3 * sde.T)
+    first = max(kernel.cutoff, 1e-8 * sde.T)
     times = [*np.geomspace(first, sde.T, 9)[:-1], sde.T]
     log_alpha, var, offset = moment_ode(sde, times)
     alpha, sigma, shift = (c.numpy() for c in kernel.coefficients(torch.tensor(times, dtype=torch.float64)))
