@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def main() -> None:
     net = sdeflow.nets.UNet(1, width=32, multipliers=(1, 2), blocks=1, attention=(-1,), dropout=0.1)
     score = sdeflow.Score(net, sde, predicts="edm")
     print(f"\ntraining {sum(p.numel() for p in net.parameters()):,} parameters for {args.steps} steps")
+    if not args.resume:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     started = time.perf_counter()
     fitted = sdeflow.fit(
         score, Dequantised(train), args.steps, batch_size=64, lr=2e-3, seed=args.seed,

@@ -22,6 +22,7 @@ __all__ = ["PiecewiseChebyshev", "geometric_edges"]
 NODES = 24
 _TOLERANCE = 2e-13
 _MAX_PANELS = 4000
+_NEGLIGIBLE = 1e-20
 _EPSILON = float(np.finfo(np.float64).eps)
 
 _theta = (np.arange(NODES) + 0.5) * math.pi / NODES
@@ -33,11 +34,14 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray:
-    """Panel edges from ``start`` to ``stop`` that shrink towards ``start`` down to 1e-30 of the interval."""
+    """Panel edges that shrink towards ``start`` down to 1e-30 of the interval, and are nowhere wider than 1/256 of it.
+
+    The width is for features that no node of a wide panel would see.
+    """
     length = stop - start
     count = int(round(30 / math.log10(ratio)))
     edges = start + length * ratio ** -np.arange(count, -1.0, -1.0)
-    return np.unique(np.concatenate([[start], edges]))
+    return np.unique(np.concatenate([[start], edges, np.linspace(start, stop, 257)]))
 
 
 class PiecewiseChebyshev:
@@ -76,6 +80,7 @@ class PiecewiseChebyshev:
         done: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         left, right = edges[:-1], edges[1:]
         finished = 0
+        whole = None
         while left.size:
             nodes = 0.5 * (left + right)[:, None] + 0.5 * (right - left)[:, None] * _points
             values = function(nodes.reshape(-1)).reshape(-1, *nodes.shape)
@@ -85,7 +90,11 @@ class PiecewiseChebyshev:
             width = right - left
             # The nodes themselves are rounded, which moves values by up to eps * position / width of their size.
             tolerance = _TOLERANCE + 4 * _EPSILON * np.maximum(np.abs(left), np.abs(right)) / width
+            tolerance = np.minimum(tolerance, 1e-3)  # a pole must not pass for rounding
             resolved = (np.abs(coefficients[..., -3:]).max(-1) <= tolerance * size + 1e-300).all(0)
+            # What is left unresolved of a panel may also be a vanishing share of the whole integral.
+            whole = (size * width).max(1, keepdims=True) if whole is None else whole
+            resolved |= (np.abs(coefficients[..., -3:]).max(-1) * width <= _NEGLIGIBLE * whole).all(0)
             if halve is not None:
                 resolved &= ~halve(values, width)
             # The first panel of a geometric grid, and a jump, can never be resolved: they end here, if harmless.
@@ -120,7 +129,8 @@ class PiecewiseChebyshev:
         points = points.to(torch.float64)
         panel = torch.searchsorted(edges[1:-1], points.contiguous(), right=True)
         left, right = edges[panel], edges[panel + 1]
-        u = ((2.0 * points - left - right) / (right - left)).clamp(-1.0, 1.0)
+        # Just inside (-1, 1), where the derivative of acos is finite.
+        u = ((2.0 * points - left - right) / (right - left)).clamp(-1.0, 1.0) * (1.0 - 1e-15)
         order = torch.arange(coefficients.shape[-1], dtype=torch.float64, device=points.device)
         basis = torch.cos(torch.acos(u)[..., None] * order)
         return (coefficients[:, panel] * basis).sum(-1)

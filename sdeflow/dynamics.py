@@ -62,19 +62,37 @@ class _Bound:
         return self.equation._repr_latex_()
 
     def _field(self, event: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-        """The drift of flattened states (batch, n), the score asked in ``dtype``."""
-        drift, score = self.model.drift(self.equation), self.model.score
+        """The drift of flattened, centred states (batch, n), the score asked in ``dtype``."""
+        drift, score, offset = self.model.drift(self.equation), self.model.score, self.model.offset
 
         def field(y: Tensor, t: Tensor) -> Tensor:
-            x = y.reshape(-1, *event)
-            s = score(x.to(dtype), t).to(y.dtype)
-            return drift(x, t, s).flatten(1)
+            u = y.reshape(-1, *event)
+            s = score((u + offset(t)).to(dtype), t).to(y.dtype)
+            return drift(u, t, s).flatten(1)
 
         return field
 
-    def _finish(self, y: Tensor, like: Tensor, denoise: bool) -> Tensor:
-        x = y.reshape(like.shape).to(like.dtype)
-        return self.model.score.denoise(x, self.model.cutoff) if denoise else x
+    def _solve(
+        self, x: Tensor, make_problem: Callable[..., Problem], plan: Plan, *, backward: bool, progress: bool | None
+    ) -> Tensor:
+        """The state at the other end, in float32 on the way where the state is in half precision."""
+        model = self.model
+        start, end = (model.T, model.cutoff) if backward else (model.cutoff, model.T)
+        y = x.flatten(1)
+        y = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y) - model.offset(start)
+        bar = tqdm(
+            total=plan.expected_calls, desc="solving", disable=None if progress is None else not progress, leave=False
+        )
+        with bar, torch.no_grad(), evaluating(model.score):
+            problem = make_problem(
+                backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update
+            )
+            y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol) + model.offset(end)
+        return y.reshape(x.shape).to(x.dtype)
+
+    def _denoised(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), evaluating(self.model.score):
+            return self.model.score.denoise(x, self.model.cutoff)
 
 
 class ReverseSDE(_Bound):
@@ -137,13 +155,12 @@ class ReverseSDE(_Bound):
             Problem,
             self._field(event, x.dtype),
             model.clock(grid),
-            backward=True,
             diffusion=_flat(model.function_of_state(g), event),
             correction=_flat(model.function_of_state(correction), event) if correction != 0 else None,
             noise=NoiseStream(seed, "path"),
         )
-        with torch.no_grad(), evaluating(model.score):
-            return self._finish(_solve(make_problem, plan, x, progress), x, denoise)
+        x = self._solve(x, make_problem, plan, backward=True, progress=progress)
+        return self._denoised(x) if denoise else x
 
 
 class FlowODE(_Bound):
@@ -206,8 +223,8 @@ class FlowODE(_Bound):
             DataError: for a state that is not a finite floating tensor (batch, *event).
             ValueError, SolverError: as :meth:`ReverseSDE.sample`.
         """
-        plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(z).dtype)
-        return self._transport(z, plan, grid, backward=True, denoise=denoise, progress=progress)
+        x = self._transport(z, solver, steps, rtol, atol, grid, max_calls, backward=True, progress=progress)
+        return self._denoised(x) if denoise and len(x) else x
 
     def encode(
         self,
@@ -222,8 +239,7 @@ class FlowODE(_Bound):
         progress: bool | None = None,
     ) -> Tensor:
         """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`."""
-        plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
-        return self._transport(x, plan, grid, backward=False, denoise=False, progress=progress)
+        return self._transport(x, solver, steps, rtol, atol, grid, max_calls, backward=False, progress=progress)
 
     def log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""
@@ -234,28 +250,25 @@ class FlowODE(_Bound):
         return bits_per_dim(self.model, self.equation, images, levels=levels, low=low, high=high, **options)
 
     def _transport(
-        self, x: Tensor, plan: Plan, grid: Grid, *, backward: bool, denoise: bool, progress: bool | None
+        self,
+        x: Tensor,
+        solver: str | Solver | None,
+        steps: int | None,
+        rtol: float | None,
+        atol: float | None,
+        grid: Grid,
+        max_calls: int | None,
+        *,
+        backward: bool,
+        progress: bool | None,
     ) -> Tensor:
+        """The flow between T and cutoff, from x on."""
+        plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
+        self.model.require_dtype(x)
         if not len(x):
             return x
-        event = tuple(x.shape[1:])
-        make_problem = partial(Problem, self._field(event, x.dtype), self.model.clock(grid), backward=backward)
-        with torch.no_grad(), evaluating(self.model.score):
-            return self._finish(_solve(make_problem, plan, x, progress), x, denoise)
-
-
-def _solve(make_problem: Callable[..., Problem], plan: Plan, x: Tensor, progress: bool | None) -> Tensor:
-    """The end state, flattened, in float32 where the state is in half precision."""
-    y = x.flatten(1)
-    y = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
-    with tqdm(total=plan.expected_calls, desc="solving", disable=_hidden(progress), leave=False) as bar:
-        problem = make_problem(max_calls=plan.max_calls, on_call=None if bar.disable else bar.update)
-        return plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    """tqdm's ``disable``: None leaves it to whether there is a terminal."""
-    return None if progress is None else not progress
+        make_problem = partial(Problem, self._field(tuple(x.shape[1:]), x.dtype), self.model.clock(grid))
+        return self._solve(x, make_problem, plan, backward=backward, progress=progress)
 
 
 def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -35,6 +35,11 @@ class Gaussian:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
+        for value in (self.mean, self.std):
+            if len(value.shape) > len(shape) - 1 or any(
+                n not in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False)
+            ):
+                raise DataError(f"this prior is of events of shape {tuple(value.shape)}, not {tuple(shape[1:])}.")
         noise = NoiseStream(seed, "prior").normal(shape, dtype, device)
         mean, std = (value.to(device=device, dtype=noise.dtype) for value in (self.mean, self.std))
         return mean + std * noise

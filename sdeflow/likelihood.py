@@ -36,7 +36,6 @@ __all__ = ["LogProb", "bits_per_dim", "log_prob"]
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
 DEFAULT_PROBES = 16
-_NOISY = 0.1  # nats
 _NOISY_BITS = 0.01  # bits per dimension
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 
@@ -76,6 +75,8 @@ def log_prob(
     full: bool = False,
     max_calls: int | None = None,
     progress: bool | None = None,
+    noisy: float = 0.1,
+    unit: str = "nats",
 ) -> Tensor | LogProb:
     """log p(x) in nats under the probability flow. Works inside ``torch.no_grad()`` and ``torch.inference_mode()``.
 
@@ -90,6 +91,8 @@ def log_prob(
             sample, of the state and of log p alike.
         seed: of the probes.
         full: whether to return a :class:`LogProb` with standard error, solver error and calls.
+        noisy: the standard error above which a plain call warns.
+        unit: how that warning says it.
 
     Returns:
         (batch,) in float64, or a :class:`LogProb`.
@@ -101,17 +104,13 @@ def log_prob(
         SolverError: for a solve that did not end well; never a number then.
     """
     plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
+    model.require_dtype(x)
     vectors = _probes(x, trace, probes, probe, seed)
     clock = model.clock(grid)
     with evaluating(model.score):
         value, stderr, nfe = _solve(model, equation, x, vectors, clock, plan, progress)
         if not full:
-            if x.numel() and float(stderr.nan_to_num(0).mean()) > _NOISY:
-                warnings.warn(
-                    f"the trace's standard error is {float(stderr.mean()):.2g} nats; more probes= lower it.",
-                    TraceErrorWarning,
-                    stacklevel=3,
-                )
+            _warn_if_noisy(stderr, noisy, unit)
             return value
         rough, _, _ = _solve(model, equation, x, vectors, clock, plan.looser(), progress)
     return LogProb(value, stderr, (value - rough).abs(), nfe)
@@ -151,18 +150,33 @@ def bits_per_dim(
     seed = resolve_seed(seed)
     parameter = next(model.score.parameters(), None)
     dtype = parameter.dtype if parameter is not None else torch.get_default_dtype()
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
     uniform = NoiseStream(seed, "dequantise").uniform(tuple(images.shape), dtype, images.device)
     x = low + (high - low) * (images + uniform) / levels
     d = math.prod(images.shape[1:])
-    result = log_prob(model, equation, x, seed=seed, full=True, **options) if full else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TraceErrorWarning)
-        value = result.value if full else log_prob(model, equation, x, seed=seed, **options)
+    noisy = _NOISY_BITS * d * math.log(2.0)
+    unit = f"nats, more than {_NOISY_BITS} bits per dimension"
+    result = log_prob(model, equation, x, seed=seed, full=full, noisy=noisy, unit=unit, **options)
+    value = result.value if full else result
     bits = -(value / d + math.log((high - low) / levels)) / math.log(2.0)
     if not full:
         return bits
     scale = 1.0 / (d * math.log(2.0))
     return LogProb(bits, result.stderr * scale, result.solver_error * scale, result.nfe)
+
+
+def _warn_if_noisy(stderr: Tensor, limit: float, unit: str) -> None:
+    """A warning where the trace's standard error is large in some sample, or unknown."""
+    if not stderr.numel():
+        return
+    if bool(torch.isnan(stderr).any()):
+        message = "one probe tells nothing of its own error; take probes=2 or more."
+    elif float(stderr.max()) > limit:
+        message = f"the trace's standard error is up to {float(stderr.max()):.2g} {unit}; more probes= lower it."
+    else:
+        return
+    warnings.warn(message, TraceErrorWarning, stacklevel=5)
 
 
 def _probes(
@@ -214,10 +228,11 @@ def _solve(
             rate, clock, backward=False, row_norm=row_norm, max_calls=plan.max_calls,
             on_call=None if bar.disable else bar.update,
         )  # fmt: skip
-        y = torch.cat([x.detach().clone().flatten(1), x.new_zeros(len(x), columns)], dim=1).to(torch.float64)
+        start = x.detach().double().flatten(1) - model.offset(model.cutoff)
+        y = torch.cat([start, start.new_zeros(len(x), columns)], dim=1)
         y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-        x_T, integrals = y[:, :d].reshape(x.shape), y[:, d:].double()
-        value = model.prior_for(x_T).log_prob(x_T) + integrals.mean(1) + _linear_part(model, d)
+        x_T, integrals = (y[:, :d] + model.offset(model.T)).reshape(x.shape), y[:, d:]
+        value = model.prior_for(x.detach().clone()).log_prob(x_T) + integrals.mean(1) + _linear_part(model, d)
     if vectors is None:
         stderr = torch.zeros_like(value)
     else:
@@ -234,15 +249,15 @@ def _augmented_rate(
 
     def rate(y: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            x = y[:, :d].detach().reshape(-1, *event).requires_grad_(True)
-            s = score(x.to(dtype), t).to(y.dtype)
-            velocity = drift(x, t, s)
+            u = y[:, :d].detach().reshape(-1, *event).requires_grad_(True)
+            s = score((u + model.offset(t)).to(dtype), t).to(y.dtype)
+            velocity = drift(u, t, s)
             if kernel is None:
-                change = _divergence(velocity, x, vectors)
+                change = _divergence(velocity, u, vectors)
             else:
                 _, variance = _reference(model, t, scale)
                 half_q = 0.5 * kernel.sde_coefficients(t)[2]
-                change = -half_q * (_divergence(s, x, vectors) + d / variance)
+                change = -half_q * (_divergence(s, u, vectors) + d / variance)
         return torch.cat([velocity.detach().flatten(1), change.mT.to(y.dtype)], dim=1)
 
     return rate

@@ -16,7 +16,7 @@ from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
-from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score
+from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score
 from sdeflow.solvers import Clock, Solver, Torchdiffeq, Torchsde, make_clock, resolve
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.equations import Equation
@@ -81,7 +81,9 @@ class Model:
     def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The compiled drift of ``equation``, a function of (x, t, s).
 
-        Of an affine SDE it is A(t) x + B(t) + C(t) s: three numbers a call, and two passes over the state.
+        Of an affine SDE it is that of the centred state u = x - offset(t), which is A(t) u + C(t) s: b(t) drops
+        out exactly (it would be an end-point singularity in the angle), and a call costs two numbers and two
+        passes over the state.
         """
         if equation not in self._drifts:
             self._drifts[equation] = self._compile_drift(equation)
@@ -92,16 +94,20 @@ class Model:
             score_symbol = sp.Dummy("s")
             drift = equation.drift.subs(s, score_symbol)
             A, C = sp.diff(drift, x), sp.diff(drift, score_symbol)
-            B = drift.subs({x: 0, score_symbol: 0})
-            numbers = compile_expressions((A, B, C), (t,), self.values, self.T)
+            numbers = compile_expressions((A, C), (t,), self.values, self.T)
 
-            def affine(x_t: Tensor, time: Tensor, score: Tensor) -> Tensor:
-                a, b, c = (float(v) for v in numbers(time))
-                value = torch.add(x_t * a, score, alpha=c) if a else score * c
-                return value + b if b else value
+            def affine(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+                a, c = (float(v) for v in numbers(time))
+                return torch.add(u * a, score, alpha=c) if a else score * c
 
             return affine
         return compile_expressions(equation.drift, (x, t, s), self.values, self.T)
+
+    def offset(self, time: Tensor | float) -> float:
+        """The offset that solvers take off the state; 0 without b(t), and for an SDE without a kernel."""
+        if self.kernel is None or self.declaration.affine[1] == 0:
+            return 0.0
+        return float(self.kernel.coefficients(torch.as_tensor(time, dtype=torch.float64))[2])
 
     def function_of_state(self, expression: sp.Expr) -> Callable[[Tensor, Tensor], Tensor]:
         """A compiled function of (x, t), such as the diffusion."""
@@ -112,7 +118,7 @@ class Model:
     def clock(self, grid: Grid) -> Clock:
         """The time variable, centred on the data's scale where it is known."""
         scale = self.reference_scale()
-        if isinstance(grid, Tensor):
+        if grid is not None and not isinstance(grid, str):
             return make_clock(grid, self.kernel, self.cutoff, self.T, scale)
         if (grid, scale) not in self._clocks:  # some milliseconds to build
             self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
@@ -189,6 +195,17 @@ class Model:
                 )
 
     # ---------------------------------------------------------------- states
+
+    def require_dtype(self, x: Tensor) -> None:
+        """Raises a DataError where the network's parameters and ``x`` differ in dtype."""
+        parameter = next(self.score.parameters(), None)
+        if not isinstance(self.score, Score | Conditional) or parameter is None or x.dtype == parameter.dtype:
+            return
+        if not torch.is_autocast_enabled(x.device.type):
+            raise DataError(
+                f"x is {x.dtype} and the network {parameter.dtype}: pass x.to({parameter.dtype}), or convert the "
+                f"score with score.to({x.dtype})."
+            )
 
     def initial_state(
         self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None, device: torch.device | str | None

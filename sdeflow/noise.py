@@ -12,6 +12,7 @@ walk through distinct 32-bit seeds (an odd stride modulo 2^32) from a hashed sta
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable
 
 import torch
@@ -32,9 +33,10 @@ def resolve_seed(seed: int | torch.Generator | None) -> int:
     if seed is None or isinstance(seed, torch.Generator):
         device = "cpu" if seed is None else seed.device
         return int(torch.randint(2**62, (), generator=seed, device=device))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, a torch.Generator or None, not {seed!r}")
-    return seed
+    try:
+        return operator.index(None if isinstance(seed, bool) else seed)
+    except TypeError:
+        raise TypeError(f"seed must be an int, a torch.Generator or None, not {seed!r}") from None
 
 
 class NoiseStream:

@@ -143,8 +143,8 @@ class Score(ScoreFunction):
         self.net = net
         self.predicts = predicts
         self.time = time
-        self.register_buffer("data_mean", torch.as_tensor(0.0 if data_mean is None else data_mean).float())
-        self.register_buffer("data_std", torch.as_tensor(1.0 if data_std is None else data_std).float())
+        self.register_buffer("data_mean", torch.as_tensor(0.0 if data_mean is None else data_mean).double())
+        self.register_buffer("data_std", torch.as_tensor(1.0 if data_std is None else data_std).double())
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         if not bool((self.data_std > 0).all() & torch.isfinite(self.data_std).all()):
             raise ValueError(f"data_std must be positive and finite, not {data_std}.")
@@ -157,6 +157,20 @@ class Score(ScoreFunction):
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         return (self.data_mean, self.data_std) if bool(self.moments_known) else None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Score:
+        """Moves and casts the network; the data's moments move, but keep their digits."""
+        mean, std = self.data_mean, self.data_std
+        super()._apply(fn, recurse)
+        self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Takes the moments' shapes from what is loaded: numbers, or one per coordinate."""
+        for name in ("data_mean", "data_std"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """∇ log p_t(x), shaped as x; with labels ``y`` (batch,), the score of x given y."""

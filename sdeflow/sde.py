@@ -16,6 +16,7 @@ from sdeflow.errors import DeclarationError, ScheduleError
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.model import Prior
+from sdeflow.scores import as_score
 from sdeflow.symbolic.declaration import Coefficient, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward
 from sdeflow.symbolic.symbols import t, x
@@ -92,13 +93,14 @@ class SDE:
             )
         other = self._copy()
         other.values = {**self.values, **{by_name[n]: _value(v, by_name[n]) for n, v in values.items()}}
-        other.__dict__.pop("kernel", None)
+        for derived in ("kernel", "_cutoff"):
+            other.__dict__.pop(derived, None)
         return other
 
     def bind(self, score: AnyScore) -> SDE:
         """A copy that carries ``score``: its ``reverse()`` and ``flow_ode()`` need none."""
         other = self._copy()
-        other._score = score
+        other._score = None if score is None else as_score(score, self)
         return other
 
     @property
@@ -114,6 +116,10 @@ class SDE:
     @property
     def cutoff(self) -> float:
         """The first time that training, solvers and likelihood visit."""
+        return self._cutoff
+
+    @cached_property
+    def _cutoff(self) -> float:
         return ReverseSDE(self).model.cutoff
 
     @cached_property

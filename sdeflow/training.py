@@ -126,9 +126,14 @@ def fit(
         _seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator)
         _prepare_score(score, batches, accelerator)
-        identity = _identity(score, seed=seed, batch_size=batch_size, weighting=weighting, times=times)
+        identity = {
+            **_identity(score, weighting),
+            **{"seed": seed, "batch_size": batch_size, "times": times, "lr": lr, "ema": ema, "clip": clip},
+            "schedule": schedule if isinstance(schedule, str) else "a function",
+            "data": batches.fingerprint(),
+        }
         run = _Run(score, accelerator, lr, ema, clip, folder, identity)
-        done = run.restore() if resume else 0
+        done = run.restore(steps) if resume else run.require_new_folder()
         result = Fit(steps=done)
         score.train()
         hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
@@ -241,16 +246,30 @@ class _Run:
                 warnings.warn(f"{error} Training goes on.", stacklevel=3)
         self.accelerator.wait_for_everyone()
 
-    def restore(self) -> int:
+    def require_new_folder(self) -> int:
+        """0, the number of steps done; a CheckpointError where the folder holds another run's checkpoints."""
+        if self.folder is not None and latest_checkpoint(self.folder) is not None:
+            raise CheckpointError(
+                f"{self.folder} holds the checkpoints of an earlier run: pass resume=True to go on with it, "
+                "or another out=."
+            )
+        return 0
+
+    def restore(self, steps: int) -> int:
         """The number of steps done, all state put back; 0 where there is no checkpoint.
 
         Raises:
-            CheckpointMismatch: for a checkpoint of another run; nothing is changed then.
+            CheckpointMismatch: for a checkpoint of another run, or with more than ``steps`` done; nothing is
+                changed then.
         """
         found = None if self.folder is None else latest_checkpoint(self.folder)
         if found is None:
             return 0
         state, tensors = found
+        if state["step"] > steps:
+            raise CheckpointMismatch(
+                f"the run in {self.folder} has done {state['step']} steps, more than steps={steps}."
+            )
         theirs, ours = state.get("identity", {}), self.identity
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differing:
@@ -328,7 +347,8 @@ def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> 
             raise
         raise DataError(
             f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}"
-            f"{'' if y is None else f' with labels of {y.dtype}'}: {error}"
+            f"{'' if y is None else f' with labels of {y.dtype}'} (its parameters are "
+            f"{next(score.parameters()).dtype}): {error}"
         ) from error
     finally:
         score.train(training)
@@ -376,8 +396,8 @@ def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
     return update
 
 
-def _identity(score: Score, *, seed: int, batch_size: int, weighting: Weighting, times: str) -> dict:
-    """What must be the same for a run to be resumed, as JSON holds it."""
+def _identity(score: Score, weighting: Weighting) -> dict:
+    """What of the score and its loss must be the same for a run to be resumed, as JSON holds it."""
     declaration = score.declaration
     return {
         "f": str(declaration.f),
@@ -388,10 +408,7 @@ def _identity(score: Score, *, seed: int, batch_size: int, weighting: Weighting,
         "parameters": {str(symbol): value for symbol, value in score.values.items()},
         "predicts": score.predicts,
         "time": score.time if isinstance(score.time, str) else "a function",
-        "seed": seed,
-        "batch_size": batch_size,
         "weighting": weighting if isinstance(weighting, str) else "a function",
-        "times": times,
     }
 
 

@@ -45,6 +45,7 @@ AWKWARD = {
     ),
     "modulus": lambda: SDE(-sp.Abs(t - R(1, 3)) * x, sp.Abs(t - R(3, 10)) + R(1, 10)),
     "Bessel": lambda: SDE(-(1 + sp.besselj(0, 5 * t)) * x, sp.sqrt(1 + t)),
+    "incomplete gamma": lambda: SDE(-sp.lowergamma(R(3, 2), t) * x, 1, T=3),
     "1 + sin": lambda: _preserving(1 + sp.sin(sp.pi * t)),
     "1 / (1 + t)": lambda: SDE(-x / (1 + t), 1),
     "degree five": lambda: SDE(-(1 + t + t**5) * x / 2, sp.sqrt(1 + t**2)),

@@ -21,6 +21,7 @@ EXPRESSIONS = {
     "bessel": sp.besselj(0, 3 * t) + sp.besseli(1, t) + sp.besselk(0, t + 1),
     "incomplete gamma": sp.lowergamma(sp.Rational(1, 3), t) + sp.uppergamma(2, t),
     "lambert": sp.LambertW(t + 1),
+    "incomplete gamma of a root": sp.lowergamma(sp.Rational(3, 2), t),
     "exponential integral": sp.Ei(t + 1) + sp.expint(1, t + 1) + sp.erfi(t),
     "piecewise": sp.Piecewise((t, t < 0.2), (t**2, (t < 0.5) & (t > 0.1)), (1 / t, True)),
     "modulus": sp.Abs(t - sp.Rational(1, 2)) + sp.sign(t - sp.Rational(1, 3)),

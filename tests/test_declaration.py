@@ -73,7 +73,7 @@ def test_repr_reads_as_the_equation():
     assert repr(SDE(-x, sp.sqrt(2), T=5)) == "SDE(dx = [-x] dt + sqrt(2) dw on [0, 5])"
     assert repr(SDE(0, 1 + t)) == "SDE(dx = (t + 1) dw on [0, 1])"
     latex = SDE(-x, sp.sqrt(2))._repr_latex_()
-    assert latex == r"$\displaystyle dx = \left[- x\right] dt + \sqrt{2}\, dw, \quad t \in [0, 1]$"
+    assert latex == r"$\displaystyle dx = \left[- x\right] dt + \sqrt{2} dw, \quad t \in [0, 1]$"
 
 
 def test_reverse_and_flow_equations():
@@ -83,7 +83,7 @@ def test_reverse_and_flow_equations():
     assert sde.reverse().diffusion == sp.sqrt(beta)
     assert sp.simplify(sde.flow_ode().drift - (-beta * x / 2 + t - beta * s / 2)) == 0
     assert sde.flow_ode().diffusion == 0
-    assert repr(SDE(-x, 1).reverse()) == "ReverseSDE(dx = [-x - s(x, t)] dt + 1 dw̄)"
+    assert repr(SDE(-x, 1).reverse()) == "ReverseSDE(dx = [-x - s(x, t)] dt + dw̄)"
     assert repr(SDE(-x, sp.sqrt(2)).flow_ode()) == "FlowODE(dx/dt = -x - s(x, t))"
     assert r"d\bar{w}" in SDE(-x, 1).reverse()._repr_latex_()
 

@@ -287,3 +287,63 @@ def test_float32_states_near_the_cutoff_keep_their_digits():
     _, std = sde.kernel.moments(torch.zeros(3, 1, dtype=torch.float32), times)
     exact = np.sqrt(-np.expm1(-(0.1 * times.numpy() + 9.95 * times.numpy() ** 2)))
     np.testing.assert_allclose(std[:, 0].numpy(), exact, rtol=1e-7)
+
+
+@pytest.mark.parametrize("centre", [0.31, 0.5, 0.7])
+def test_a_narrow_feature_is_not_missed(centre):
+    width = 2000
+    sde = SDE(0, sp.sqrt(1 + 30 * sp.exp(-(((t - centre) * width) ** 2))))
+    truth = 1 + 30 * np.sqrt(np.pi) / width
+    assert abs(float(sde.kernel.coefficients(torch.tensor(1.0, dtype=torch.float64))[1]) ** 2 / truth - 1) < 1e-10
+
+
+def test_parameters_at_which_a_rule_divides_by_zero():
+    """dx = -k x dt + dw at k = 0 is Brownian motion."""
+    k = sp.Symbol("k")
+    for sde in (SDE(-k * x, 1, params={k: 0.0}), SDE(-k * x, 1, params={k: 1.0}).with_params(k=0.0)):
+        assert sde.kernel.form == "quadrature"
+        alpha, sigma, _ = sde.kernel.coefficients(torch.tensor(0.5, dtype=torch.float64))
+        assert abs(float(alpha) - 1) < 1e-14
+        assert abs(float(sigma) ** 2 - 0.5) < 1e-13
+        assert not sde.kernel.var.has(sp.zoo, sp.nan)
+
+
+@pytest.mark.parametrize(("f", "g"), [(-x, t), (-x + t**2, 1)])
+def test_a_closed_form_that_cancels_below_the_cutoff_is_not_used(f, g):
+    kernel = SDE(f, g).kernel
+    times = torch.tensor([1e-6, 1e-5, 1e-4], dtype=torch.float64)
+    _, sigma, offset = kernel.coefficients(times)
+    leading = times**1.5 / 3**0.5 if g == t else times**0.5  # of sigma for small t
+    assert ((sigma / leading - 1).abs() < 2e-4).all()
+    if g != t:
+        assert ((offset / (times**3 / 3) - 1).abs() < 1e-4).all()
+    assert not kernel.var.has(sp.Integral)  # the formula is still shown
+
+
+def test_a_wrong_formula_is_not_shown(monkeypatch):
+    from dataclasses import replace
+
+    import sdeflow.kernel as module
+
+    derive = module.derive_moments
+    monkeypatch.setattr(module, "derive_moments", lambda *args: replace(derive(*args), var=1.001 * derive(*args).var))
+    kernel = SDE(-x, 1).kernel
+    assert abs(float(kernel.var.subs(t, sp.Rational(1, 2)).evalf(12)) - (1 - np.exp(-1)) / 2) < 1e-10
+
+
+def test_gradients_in_time_are_finite_everywhere():
+    kernel = SDE(-sp.tanh(t) * x, 1).kernel
+    for at in (0.25, 0.5, 1.0):
+        time = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(kernel.half_log_snr(time), time)
+        expected = float(kernel.half_log_snr_rate(torch.tensor(at, dtype=torch.float64)))
+        assert abs(float(slope) / expected - 1) < 1e-6
+
+
+def test_kernels_and_scores_pickle():
+    import pickle
+
+    sde = SDE(-x, 1)
+    other = pickle.loads(pickle.dumps(sde))
+    times = torch.linspace(0.1, 1, 5, dtype=torch.float64)
+    assert torch.equal(other.kernel.half_log_snr(times), sde.kernel.half_log_snr(times))

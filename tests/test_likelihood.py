@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import sympy as sp
 import torch
 from problems import CATALOGUE, correlated, gaussian, ring
 
 import sdeflow
-from sdeflow import catalog
+from sdeflow import SDE, catalog, t, x
 from sdeflow.likelihood import LogProb
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
@@ -160,3 +161,32 @@ def test_a_noisy_trace_warns():
     flow = sde.flow_ode(lambda x, t: -x @ (torch.eye(64) + 0.5 * (mix + mix.T)), prior=sde.prior)
     with pytest.warns(sdeflow.errors.TraceErrorWarning, match="more probes"):
         flow.log_prob(torch.randn(4, 64), probes=2, seed=0, steps=10)
+
+
+def test_a_float32_network_without_moments():
+    """Its prior is read off the score, in the network's own dtype."""
+    sde = catalog.VP()
+    torch.manual_seed(0)
+    for score in (sdeflow.Score(sdeflow.nets.MLP(2), sde, predicts="noise"), sdeflow.nets.MLP(2)):
+        assert sde.flow_ode(score, prior=None).log_prob(torch.ones(3, 2), steps=6).shape == (3,)
+
+
+def test_an_offset_costs_nothing():
+    """dx = (2 - x (1 + t)) dt + ... with fixed steps: b(t) is integrated exactly, so the error is that without it."""
+    still, moving = (SDE(f=level - x * (1 + t), g=sp.sqrt(1 + t), T=3) for level in (sp.Integer(0), 2 + sp.sin(t)))
+    errors = []
+    for sde in (still, moving):
+        exact = sdeflow.scores.GaussianMixture(sde, torch.full((1, 2), 0.5), torch.tensor([0.04]))
+        x_0 = exact.sample(16, seed=0, dtype=torch.float64)
+        value = sde.flow_ode(exact).log_prob(x_0, solver="rk4", steps=40)
+        errors.append(float((value - exact.log_prob(x_0, sde.cutoff)).abs().max()))
+        samples = sde.flow_ode(exact).sample((4000, 1 + 1), steps=60, seed=0, dtype=torch.float64)
+        assert abs(float(samples.mean()) - 0.5) < 4 * 0.2 / 8000**0.5 + 2e-3
+    assert errors[1] < 2 * errors[0] + 1e-6
+    assert errors[1] < 1e-3
+
+
+def test_one_probe_warns_that_its_error_is_unknown():
+    sde = catalog.VP()
+    with pytest.warns(sdeflow.errors.TraceErrorWarning, match="one probe"):
+        sde.flow_ode(ring(sde)).log_prob(torch.ones(2, 2), probes=1, seed=0, steps=4)

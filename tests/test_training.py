@@ -29,8 +29,9 @@ def test_a_trained_score_approaches_the_exact_one(predicts):
     for time in (0.02, 0.1, 0.3):
         state = sde.kernel.sample(data, time, seed=2)
         truth = exact.noise(state, time)
-        ours += float((score.noise(state, time) - truth).square().mean())
-        theirs += float((blind.noise(state, time) - truth).square().mean())
+        with torch.no_grad():
+            ours += float((score.noise(state, time) - truth).square().mean())
+            theirs += float((blind.noise(state, time) - truth).square().mean())
     assert ours < 0.15 * theirs
 
 
@@ -98,3 +99,31 @@ def test_images_train_a_unet():
     score = Score(sdeflow.nets.UNet(1, width=8, multipliers=(1, 1)), catalog.CosineVP())
     losses = fit(score, torch.rand(32, 1, 8, 8), 4, batch_size=8).losses
     assert len(losses) == 4
+
+
+def test_a_used_folder_is_not_written_over(tmp_path):
+    sde, data = catalog.VP(), torch.randn(64, 2)
+    fit(small(sde), data, 4, out=tmp_path, checkpoint_every=2)
+    with pytest.raises(sdeflow.errors.CheckpointError, match="earlier run"):
+        fit(small(sde), data, 4, out=tmp_path)
+    with pytest.raises(sdeflow.errors.CheckpointMismatch, match="more than steps=2"):
+        fit(small(sde), data, 2, out=tmp_path, resume=True)
+    for changed, options in ((data * 3, {}), (data, {"lr": 1.0})):
+        with pytest.raises(sdeflow.errors.CheckpointMismatch, match="another run"):
+            fit(small(sde), changed, 6, out=tmp_path, resume=True, **options)
+
+
+def test_moments_are_those_of_all_the_data():
+    score = small(catalog.VP())
+    fit(score, torch.cat([torch.randn(10_000, 2), torch.randn(10_000, 2) + 10]), 1)
+    assert abs(float(score.data_mean) - 5) < 0.05
+    assert abs(float(score.data_std) - 26**0.5) < 0.05
+
+
+def test_moments_keep_their_shape_and_digits(tmp_path):
+    sde = catalog.VP()
+    score = small(sde, data_mean=torch.tensor([0.1, 0.2]), data_std=torch.tensor([1.0, 3.0]))
+    fresh = small(sde)
+    fresh.load_state_dict(score.state_dict())
+    assert torch.equal(fresh.data_std, score.data_std)
+    assert torch.equal(fresh.to(torch.bfloat16).data_mean, score.data_mean)

@@ -79,7 +79,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     """
     if isinstance(grid, Tensor):
         return _through(grid, cutoff, T)
-    if grid is not None and grid not in GRIDS:
+    if grid is not None and not (isinstance(grid, str) and grid in GRIDS):
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
         return Clock(cutoff, T)

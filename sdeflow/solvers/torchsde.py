@@ -36,6 +36,10 @@ class Torchsde:
         adaptive: steps of varying size, to rtol and atol. torchsde's error norm is taken over the
             whole batch, so a sample then depends on its batch.
         initial_steps: the first step of an adaptive solve, as a fraction 1 / initial_steps.
+
+    Note:
+        "reversible_heun" carries an auxiliary state that can run away where the score is stiff: on a mixture
+        under VP it gave a tenth of the variance at 500 steps. "midpoint" and "log_ode" need some 200 steps.
     """
 
     method: str = "euler"

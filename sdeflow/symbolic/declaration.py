@@ -64,7 +64,7 @@ class Declaration:
             if kink is not None and kink != self.f:
                 reason += f", because of {kink}"
         raise NotAffineError(
-            f"{purpose} needs a Gaussian perturbation kernel, and {reason}. Still available for this SDE: "
+            f"{purpose}: this SDE has no Gaussian perturbation kernel, for {reason}. Still available: "
             "sde.reverse() and sde.flow_ode() as equations, and with a score and a prior= of your own "
             "their sample(), encode(), decode() and log_prob()."
         )

@@ -41,7 +41,7 @@ class Equation:
         if self.diffusion == 0:
             return f"dx/dt = {self.drift}"
         drift = "" if self.drift == 0 else f"[{self.drift}] dt + "
-        return f"dx = {drift}{_factor(self.diffusion, str)} d{self.noise}"
+        return f"dx = {drift}{_factor(self.diffusion, str)}d{self.noise}"
 
     def latex(self) -> str:
         r"""LaTeX of the equation, without delimiters."""
@@ -50,7 +50,7 @@ class Equation:
             return rf"\frac{{dx}}{{dt}} = {drift}"
         noise = {"w": "w", "w̄": r"\bar{w}"}[self.noise]
         bracket = "" if self.drift == 0 else rf"\left[{drift}\right] dt + "
-        return rf"dx = {bracket}{_factor(self.diffusion, sp.latex)}\, d{noise}"
+        return rf"dx = {bracket}{_factor(self.diffusion, sp.latex)}d{noise}"
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {self.latex()}$"
@@ -72,5 +72,6 @@ def probability_flow(f: sp.Expr, g: sp.Expr) -> Equation:
 
 
 def _factor(expr: sp.Expr, printer: Callable[[sp.Expr], str]) -> str:
+    """The factor before a differential: nothing for 1, brackets around a sum."""
     text = printer(expr)
-    return f"({text})" if expr.is_Add else text
+    return "" if expr == 1 else f"({text}) " if expr.is_Add else f"{text} "

@@ -124,6 +124,8 @@ def _variance(
     level = _constant(-q / (2 * a))
     if level is not None:
         rule = "variance: g^2 = -2 c a gives c (1 - alpha^2) + P0 alpha^2"
+        if isinstance(alpha, sp.cos):
+            return level * sp.sin(alpha.args[0]) ** 2 + P0 * alpha**2, rule
         return level + (P0 - level) * alpha**2, rule
     power = _power_of_alpha(a, q, alpha, midpoint)
     if power is not None:
