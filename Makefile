@@ -17,7 +17,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 docs: $(VENV)/ready
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	$(BIN)/python -m sphinx -q -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/overhead.py

@@ -66,8 +66,8 @@ class _Bound:
         drift, score, offset = self.model.drift(self.equation), self.model.score, self.model.offset
 
         def field(y: Tensor, t: Tensor) -> Tensor:
-            u = y.reshape(-1, *event)
-            s = score((u + offset(t)).to(dtype), t).to(y.dtype)
+            u, level = y.reshape(-1, *event), offset(t)
+            s = score((u + level if level else u).to(dtype), t).to(y.dtype)
             return drift(u, t, s).flatten(1)
 
         return field
@@ -80,9 +80,8 @@ class _Bound:
         start, end = (model.T, model.cutoff) if backward else (model.cutoff, model.T)
         y = x.flatten(1)
         y = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y) - model.offset(start)
-        bar = tqdm(
-            total=plan.expected_calls, desc="solving", disable=None if progress is None else not progress, leave=False
-        )
+        hidden = None if progress is None else not progress
+        bar = tqdm(total=plan.expected_calls, desc="solving", disable=hidden, leave=False)
         with bar, torch.no_grad(), evaluating(model.score):
             problem = make_problem(
                 backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update
