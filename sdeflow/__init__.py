@@ -2,7 +2,16 @@
 
 from sdeflow import catalog, errors, losses, nets, scores, solvers
 from sdeflow._version import __version__
-from sdeflow.errors import MissingPriorError, NotAffineError, SdeflowError
+from sdeflow.errors import (
+    DataError,
+    DeclarationError,
+    MissingPriorError,
+    NotAffineError,
+    ScheduleError,
+    ScoreError,
+    SdeflowError,
+    SolverError,
+)
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.scores import Score
@@ -12,12 +21,17 @@ from sdeflow.training import fit
 
 __all__ = [
     "SDE",
+    "DataError",
+    "DeclarationError",
     "Gaussian",
     "Kernel",
     "MissingPriorError",
     "NotAffineError",
+    "ScheduleError",
     "Score",
+    "ScoreError",
     "SdeflowError",
+    "SolverError",
     "__version__",
     "catalog",
     "errors",
@@ -30,4 +44,4 @@ __all__ = [
     "t",
     "x",
     "x_0",
-]  # fmt: skip
+]

@@ -417,7 +417,8 @@ def _time(x: Tensor, t: Tensor | float) -> Tensor:
 
 def _network_time(t: Tensor, x: Tensor) -> Tensor:
     """t as a network gets it: a tensor of its own, (batch,), in the dtype of x (float32 under half precision)."""
-    return t.to(torch.float32 if x.dtype in _LOW_PRECISION else x.dtype).expand(len(x)).clone()
+    dtype = torch.float32 if x.dtype in _LOW_PRECISION else x.dtype
+    return t.to(device=x.device, dtype=dtype).expand(len(x)).clone()
 
 
 def _checked(output: object, x: Tensor, who: str) -> Tensor:
