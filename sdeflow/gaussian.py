@@ -10,7 +10,7 @@ from torch import Tensor
 from sdeflow.errors import DataError
 from sdeflow.noise import NoiseStream
 
-__all__ = ["Gaussian"]
+__all__ = ["Gaussian", "normal_log_density"]
 
 
 class Gaussian:
@@ -46,10 +46,7 @@ class Gaussian:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
-        mean, std = self.mean.to(x.device), self.std.to(x.device)
-        z = (x.to(torch.float64) - mean) / std
-        per_coordinate = -0.5 * z * z - torch.log(std) - 0.5 * math.log(2.0 * math.pi)
-        return per_coordinate.flatten(1).sum(1)
+        return normal_log_density(x, self.mean.to(x.device), self.std.to(x.device))
 
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""
@@ -59,6 +56,12 @@ class Gaussian:
 
     def __repr__(self) -> str:
         return f"Gaussian(mean={_short(self.mean)}, std={_short(self.std)})"
+
+
+def normal_log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std²) in nats, summed over the event, (batch,) in float64, for x (batch, *event)."""
+    z = (x.to(torch.float64) - mean) / std
+    return (-0.5 * z * z - torch.log(std) - 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(1)
 
 
 def _short(value: Tensor) -> str:

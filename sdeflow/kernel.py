@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, ScheduleError
-from sdeflow.gaussian import Gaussian
+from sdeflow.gaussian import Gaussian, normal_log_density
 from sdeflow.noise import NoiseStream
 from sdeflow.quadrature import integrate_moments
 from sdeflow.symbolic.declaration import Declaration
@@ -169,11 +169,6 @@ class Kernel:
             alpha, std = torch.exp(log_alpha), torch.sqrt(var)
         return alpha, std, offset
 
-    def log_alpha(self, t: Tensor) -> Tensor:
-        """log alpha at t, shaped as t, float64."""
-        t = t.to(torch.float64)
-        return self._closed(t)[3] if self._closed is not None else self._table(t)[0]
-
     def half_log_snr(self, t: Tensor | float) -> Tensor:
         """log(alpha / sigma) at t, shaped as t, float64."""
         t = torch.as_tensor(t, dtype=torch.float64)
@@ -248,9 +243,7 @@ class Kernel:
         """log p(x_t | x_0) in nats, (batch,) in float64."""
         mean, std = self.moments(x_0.to(torch.float64), t)
         self._require_noise(std)
-        z = (x_t.to(torch.float64) - mean) / std
-        per_coordinate = -0.5 * z * z - torch.log(std) - 0.5 * math.log(2.0 * math.pi)
-        return per_coordinate.flatten(1).sum(1)
+        return normal_log_density(x_t, mean, std)
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0) = -(x_t - mean) / sigma^2, shaped as x_t."""

@@ -75,8 +75,7 @@ def log_prob(
     full: bool = False,
     max_calls: int | None = None,
     progress: bool | None = None,
-    noisy: float = 0.1,
-    unit: str = "nats",
+    warn_above: float = 0.1,
 ) -> Tensor | LogProb:
     """log p(x) in nats under the probability flow. Works inside ``torch.no_grad()`` and ``torch.inference_mode()``.
 
@@ -91,8 +90,7 @@ def log_prob(
             sample, of the state and of log p alike.
         seed: of the probes.
         full: whether to return a :class:`LogProb` with standard error, solver error and calls.
-        noisy: the standard error above which a plain call warns.
-        unit: how that warning says it.
+        warn_above: the standard error in nats above which a plain call warns.
 
     Returns:
         (batch,) in float64, or a :class:`LogProb`.
@@ -110,7 +108,7 @@ def log_prob(
     with evaluating(model.score):
         value, stderr, nfe = _solve(model, equation, x, vectors, clock, plan, progress)
         if not full:
-            _warn_if_noisy(stderr, noisy, unit)
+            _warn_if_noisy(stderr, warn_above)
             return value
         rough, _, _ = _solve(model, equation, x, vectors, clock, plan.looser(), progress)
     return LogProb(value, stderr, (value - rough).abs(), nfe)
@@ -155,9 +153,8 @@ def bits_per_dim(
     uniform = NoiseStream(seed, "dequantise").uniform(tuple(images.shape), dtype, images.device)
     x = low + (high - low) * (images + uniform) / levels
     d = math.prod(images.shape[1:])
-    noisy = _NOISY_BITS * d * math.log(2.0)
-    unit = f"nats, more than {_NOISY_BITS} bits per dimension"
-    result = log_prob(model, equation, x, seed=seed, full=full, noisy=noisy, unit=unit, **options)
+    options.setdefault("warn_above", _NOISY_BITS * d * math.log(2.0))
+    result = log_prob(model, equation, x, seed=seed, full=full, **options)
     value = result.value if full else result
     bits = -(value / d + math.log((high - low) / levels)) / math.log(2.0)
     if not full:
@@ -166,14 +163,14 @@ def bits_per_dim(
     return LogProb(bits, result.stderr * scale, result.solver_error * scale, result.nfe)
 
 
-def _warn_if_noisy(stderr: Tensor, limit: float, unit: str) -> None:
+def _warn_if_noisy(stderr: Tensor, limit: float) -> None:
     """A warning where the trace's standard error is large in some sample, or unknown."""
     if not stderr.numel():
         return
     if bool(torch.isnan(stderr).any()):
         message = "one probe tells nothing of its own error; take probes=2 or more."
     elif float(stderr.max()) > limit:
-        message = f"the trace's standard error is up to {float(stderr.max()):.2g} {unit}; more probes= lower it."
+        message = f"the trace's standard error is up to {float(stderr.max()):.2g} nats; more probes= lower it."
     else:
         return
     warnings.warn(message, TraceErrorWarning, stacklevel=5)
@@ -249,8 +246,8 @@ def _augmented_rate(
 
     def rate(y: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            u = y[:, :d].detach().reshape(-1, *event).requires_grad_(True)
-            s = score((u + model.offset(t)).to(dtype), t).to(y.dtype)
+            u, level = y[:, :d].detach().reshape(-1, *event).requires_grad_(True), model.offset(t)
+            s = score((u + level if level else u).to(dtype), t).to(y.dtype)
             velocity = drift(u, t, s)
             if kernel is None:
                 change = _divergence(velocity, u, vectors)
