@@ -1,0 +1,254 @@
+r"""The transition kernel of a reducible SDE: that of an affine one, seen through a change of the state.
+
+Where y = H(x, t) obeys dy = (a y + b) dt + c dw (``sdeflow.symbolic.lamperti``), y_t given y_0 is N(m, v) with
+m = alpha y_0 + offset and v = sigma^2, and for x_t = X(y_t, t)
+
+    log p(x_t | x_0) = log N(y_t; m, v) - log |X'(y_t)|
+    ∇ log p(x_t | x_0) = [ (m - y_t) / v - X'' / X' ] / X'.
+
+Where the map folds, both y_t and -y_t are sent to x_t, and the Gaussian becomes N(y; m, v) + N(-y; m, v): its
+logarithm gains log(1 + e^{-2 y m / v}), and m in the score becomes m tanh(y m / v). Either way it integrates to one.
+
+All of it is closed, computed in float64, and differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import sympy as sp
+import torch
+from torch import Tensor
+
+from sdeflow.compile import Compiled, compile_expressions
+from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
+from sdeflow.gaussian import normal_log_density
+from sdeflow.kernel import Kernel, broadcast_to_event
+from sdeflow.noise import NoiseStream
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
+from sdeflow.symbolic.symbols import t as time_symbol
+from sdeflow.symbolic.symbols import x as state_symbol
+from sdeflow.symbolic.symbols import x_0 as data_symbol
+
+__all__ = ["ReducibleKernel"]
+
+# Trapezoids converge geometrically on a smooth function times a Gaussian, unlike Gauss-Hermite on a steep one.
+_STEP = 1.0 / 16.0
+_NODES = np.arange(-160, 161) * _STEP
+_WEIGHTS = np.exp(-0.5 * _NODES**2) * _STEP / math.sqrt(2.0 * math.pi)
+
+
+class ReducibleKernel:
+    """p(x_t | x_0) of an SDE that a change of the state makes affine.
+
+    Args:
+        declaration: dx = f dt + g dw, such that ``reduce(f, g, values)`` finds a map.
+        values: numbers of its parameters.
+
+    Attributes:
+        reduction: the map and the affine SDE of y.
+        inner: the kernel of y, a :class:`~sdeflow.kernel.Kernel`; its ``alpha``, ``sigma`` and ``time_of`` are those
+            of y, not of x.
+        form: "closed" or "quadrature", that of ``inner``.
+        T: the horizon.
+        cutoff: the first time that training and solvers visit.
+
+    Raises:
+        NotAffineError: where no map makes the SDE affine.
+        DeclarationError: for P0 > 0: a Gaussian x at t = 0 is no Gaussian y.
+        ScheduleError: for coefficients that are singular, complex or explosive on the horizon.
+    """
+
+    def __init__(self, declaration: Declaration, values: Mapping[sp.Symbol, float] | None = None) -> None:
+        self.declaration = declaration
+        self.values = dict(values or {})
+        self.reduction = self._reduce()
+        change = self.reduction.map
+        self.inner = Kernel(
+            Declaration(
+                self.reduction.a * state_symbol + self.reduction.b,
+                change.c,
+                declaration.T,
+                declaration.cutoff,
+                parameters=declaration.parameters,
+            ),
+            self.values,
+        )
+        self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
+        slope, curvature = sp.diff(change.to_state, y), sp.diff(change.log_slope, y)
+        self._to_line = self._compile(change.to_line, state_symbol)
+        self._to_state = self._compile(change.to_state, y)
+        self._slopes = self._compile((slope, change.log_slope, curvature), y)
+        self._ends = [None if end.is_infinite else self._compile(end) for end in (change.lower, change.upper)]
+        self._moments = None
+        if change.mean is not None:
+            arguments = (line_mean, line_var, time_symbol)
+            self._moments = compile_expressions((change.mean, change.var), arguments, self.values, self.T)
+
+    def _reduce(self) -> Reduction:
+        if self.declaration.P0 > 0:
+            raise DeclarationError(
+                f"P0 = {self.declaration.P0:g} is the variance of a Gaussian x at t = 0, which the change of state "
+                "makes another law; a reducible SDE needs P0 = 0."
+            )
+        reduction = reduce(self.declaration.f, self.declaration.g, self.values)
+        if reduction is None:
+            raise NotAffineError(
+                f"no change of the state makes dx = ({self.declaration.f}) dt + ({self.declaration.g}) dw affine on "
+                "the whole line: see sdeflow.symbolic.lamperti for the maps that are tried."
+            )
+        return reduction
+
+    def _compile(self, expressions: sp.Expr | tuple[sp.Expr, ...], *state: sp.Symbol) -> Compiled:
+        return compile_expressions(expressions, (*state, time_symbol), self.values, self.T)
+
+    def __repr__(self) -> str:
+        change = self.reduction.map
+        return f"ReducibleKernel(x_t = {change.to_state}, y = {change.to_line}, {self.inner!r})"
+
+    def __reduce__(self) -> tuple:
+        return ReducibleKernel, (self.declaration, self.values)
+
+    def __deepcopy__(self, memo: dict) -> ReducibleKernel:
+        return self  # immutable: copies of a score share it
+
+    # ---------------------------------------------------------------- symbolic side
+
+    @cached_property
+    def mean(self) -> sp.Expr | None:
+        """E[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map)."""
+        return self._shown(self.reduction.map.mean)
+
+    @cached_property
+    def var(self) -> sp.Expr | None:
+        """Var[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map)."""
+        return self._shown(self.reduction.map.var)
+
+    @property
+    def std(self) -> sp.Expr | None:
+        """The square root of :attr:`var`."""
+        return None if self.var is None else sp.sqrt(self.var)
+
+    def _shown(self, moment: sp.Expr | None) -> sp.Expr | None:
+        if moment is None:
+            return None
+        start = self.reduction.map.to_line.subs({state_symbol: data_symbol, time_symbol: 0})
+        line = self.inner.alpha * start + self.inner.offset
+        return moment.subs({line_mean: line, line_var: self.inner.var}, simultaneous=True)
+
+    # ---------------------------------------------------------------- the change of state
+
+    def transport(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """y = H(x, t), shaped and typed as x (batch, *event); the branch y >= 0 where the map folds.
+
+        Raises:
+            DataError: for a state outside the domain.
+        """
+        time = self._times(x, t)
+        return self._located(self._require_inside(x, time), time)[0].to(x.dtype)
+
+    def restore(self, y: Tensor, t: Tensor | float) -> Tensor:
+        """x = X(y, t), shaped and typed as y (batch, *event)."""
+        return self._to_state(y.to(torch.float64), self._times(y, t)).to(y.dtype)
+
+    def _times(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """t in float64, shaped to go with x."""
+        return broadcast_to_event(self.inner.times_for(x, t), x.to(torch.float64))
+
+    def _located(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """H(x, t), and whether x lies in the domain; outside it, y is some number."""
+        inside = torch.isfinite(x)
+        for end, outward in zip(self._ends, (-1.0, 1.0), strict=True):
+            if end is not None:
+                beyond = outward * (x - end(time))
+                inside = inside & (beyond <= 0 if self.reduction.map.fold else beyond < 0)
+        safe = self._to_state(torch.ones_like(x), time)
+        return self._to_line(torch.where(inside, x, safe), time), inside
+
+    def _require_inside(self, x: Tensor, time: Tensor) -> Tensor:
+        """``x`` in float64, or a DataError for a state outside the domain."""
+        if not x.is_floating_point():
+            raise DataError(f"a state must be floating, not {x.dtype}.")
+        x = x.to(torch.float64)
+        inside = self._located(x, time)[1]
+        if not bool(inside.all()):
+            change = self.reduction.map
+            ends = f"{change.lower} {'<=' if change.fold else '<'} x < {change.upper}"
+            raise DataError(f"the state {float(x[~inside][0]):g} lies outside the domain {ends} of this SDE.")
+        return x
+
+    # ---------------------------------------------------------------- the kernel as a distribution
+
+    def line_moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of y_t given x_0, in float64.
+
+        Args:
+            x_0: (batch, *event).
+            t: a number or (batch,), in [0, T].
+        """
+        start = self._times(x_0, 0.0)
+        return self.inner.moments(self._located(self._require_inside(x_0, start), start)[0], t)
+
+    def moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The true mean and standard deviation of x_t given x_0, each (batch, *event), in the dtype of x_0."""
+        mean, std = self.line_moments(x_0, t)
+        time = self._times(x_0, t)
+        if self._moments is not None:
+            first, second = self._moments(mean, std.square().expand_as(mean), time.expand_as(mean))
+            return first.to(x_0.dtype), second.sqrt().to(x_0.dtype)
+        first = second = torch.zeros_like(mean)
+        centre = self._to_state(mean, time)
+        for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
+            shift = self._to_state(mean + node * std, time) - centre  # small where std is: nothing cancels
+            first, second = first + weight * shift, second + weight * shift.square()
+        return (centre + first).to(x_0.dtype), (second - first.square()).clamp_min(0).sqrt().to(x_0.dtype)
+
+    def sample(
+        self, x_0: Tensor, t: Tensor | float, seed: int | torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """x_t = X(m + sigma noise, t), shaped as x_0; the arguments are those of ``Kernel.sample``.
+
+        Args:
+            x_0: (batch, *event).
+            t: a number or (batch,), in [0, T].
+            seed: seeds the noise; None draws from the global generator.
+            noise: the standard normal noise itself, shaped as x_0, instead of a seed.
+        """
+        mean, std = self.line_moments(x_0, t)
+        if noise is None and seed is None:
+            noise = torch.randn_like(x_0)
+        elif noise is None:
+            noise = NoiseStream(seed, "kernel").normal(tuple(x_0.shape), x_0.dtype, x_0.device)
+        return self._to_state(mean + std * noise, self._times(x_0, t)).to(x_0.dtype)
+
+    def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
+        """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
+        mean, std = self._noisy_moments(x_0, t)
+        time = self._times(x_t, t)
+        line, inside = self._located(x_t.to(torch.float64), time)
+        rest = -self._slopes(line, time)[1].expand_as(line)
+        if self.reduction.map.fold:
+            rest = rest + torch.nn.functional.softplus(-2.0 * line * mean / std.square())
+        total = normal_log_density(line, mean, std) + rest.flatten(1).sum(1)
+        return torch.where(inside.flatten(1).all(1), total, -math.inf)
+
+    def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
+        """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
+        mean, std = self._noisy_moments(x_0, t)
+        time = self._times(x_t, t)
+        line, inside = self._located(x_t.to(torch.float64), time)
+        slope, _, curvature = self._slopes(line, time)
+        var = std.square()
+        if self.reduction.map.fold:
+            mean = mean * torch.tanh(line * mean / var)
+        return torch.where(inside, ((mean - line) / var - curvature) / slope, math.nan).to(x_t.dtype)
+
+    def _noisy_moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        mean, std = self.line_moments(x_0, t)
+        if std.device.type == "cpu" and not bool((std > 0).all()):
+            raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
+        return mean, std

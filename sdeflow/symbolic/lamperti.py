@@ -1,0 +1,255 @@
+r"""Reducible SDEs: those that a change of the state, y = H(x, t), turns into an affine one (Lamperti).
+
+Let g(x, t) = c(t) h(x, t) and let x = X(y, t) solve ∂X/∂y = h(X, t), so that H is ∫ dx / h. Itô's formula gives
+
+    dy = [(f - ∂X/∂t) / X' - ½ c² X'' / X'] dt + c dw        (f at X(y, t), primes are ∂/∂y).
+
+If the bracket is a(t) y + b(t), then y has a Gaussian kernel, and that of x is its push-forward (Lamperti, J. Math.
+Kyoto Univ. 4, 1964; Kloeden & Platen, Numerical Solution of SDEs, 4.4). The bracket holds the motion of the map:
+dx = (x + t) dw has h = x + t, H = log(x + t) and ∂X/∂t = -1, and its bracket is not affine, though f/g - g'/2 is.
+
+**The range of y decides.** The push-forward is a density of mass one only where H maps the domain onto all of R.
+Where y ends at 0 and X is even in y, a signed Gaussian y with dy = a y dt + c dw (that is b = 0) still gives
+x = X(y, t) a solution, with the noise sign(y) dw; and it is *the* solution, for near such an end g² is linear and
+f Lipschitz, so that Yamada & Watanabe's theorem (1971) leaves no other. The kernel then sums both branches ±y. This
+"fold" is the square-root process at 4κθ = σ². Elsewhere a range that is a part of R means an explosion, or an end
+whose boundary condition f and g do not tell, and the SDE is refused.
+
+The maps, for u = x + k(t), with the domain where the factor of g as written is positive:
+
+    =========  ==============================  ==================  =====  ====================
+    name       h                               X                   range  domain
+    =========  ==============================  ==================  =====  ====================
+    identity   1                               y                   R      R
+    exp        u                               -k + e^y            R      u > 0
+    sinh       sqrt((x - m)² + w²)             m + w sinh y        R      R
+    logistic   (x - p)(q - x)                  m + r tanh(y / 2)   R      p < x < q
+    square     sqrt(u)                         -k + y² / 4         fold   u >= 0
+    cosh       sqrt((x - m)² - w²)             m + w cosh y        fold   x >= m + w
+    =========  ==============================  ==================  =====  ====================
+
+What is not in the table is refused, among it all other powers of u and exp(u), whose range is a half line, and
+sqrt(w² - (x - m)²), which has two ends. No integration by SymPy is involved, so that nothing can hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy as sp
+
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.symbols import t, x
+
+__all__ = ["Map", "Reduction", "exact", "line_mean", "line_var", "rationals", "reduce", "sign_at", "y"]
+
+y = sp.Dummy("y", real=True)  # a Dummy: no parameter can be the same symbol
+"""The state on the line, where the SDE is affine."""
+
+line_mean = sp.Dummy("m", real=True)
+"""The mean of y."""
+
+line_var = sp.Dummy("v", nonnegative=True)
+"""The variance of y."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """x = X(y, t) with g = c ∂X/∂y.
+
+    Attributes:
+        name: as in the table of this module.
+        to_state: X, in y and t.
+        to_line: its inverse H, in x and t; where the map folds, the branch y >= 0.
+        c: the noise of y.
+        lower: the domain's lower end, in t; -oo where there is none.
+        upper: its upper end.
+        log_slope: log |∂X/∂y|, in y and t.
+        fold: whether both y and -y are sent to x.
+        mean: E[X(y, t)] for y of mean ``line_mean`` and variance ``line_var``; None where it has no closed form.
+        var: Var[X(y, t)], likewise.
+    """
+
+    name: str
+    to_state: sp.Expr
+    to_line: sp.Expr
+    c: sp.Expr
+    lower: sp.Expr
+    upper: sp.Expr
+    log_slope: sp.Expr
+    fold: bool = False
+    mean: sp.Expr | None = None
+    var: sp.Expr | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A map under which dy = (a(t) y + b(t)) dt + c(t) dw.
+
+    Attributes:
+        map: the change of state, with c.
+        a: the slope of the drift of y.
+        b: its offset; 0 where the map folds.
+        at_values: whether it holds only for the values that the parameters have, which are then substituted.
+    """
+
+    map: Map
+    a: sp.Expr
+    b: sp.Expr
+    at_values: bool = False
+
+
+def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
+    """The reduction of dx = f dt + g dw (Itô), or None where no map of the table makes it affine.
+
+    It is tried for all values of the parameters first, then for those given.
+
+    Args:
+        f: the drift, in x, t and parameters.
+        g: the diffusion, likewise.
+        values: numbers of the parameters; they also tell signs, such as that of u = 1 - x.
+    """
+    f, g, numbers = exact(f), exact(g), rationals(values)
+    found = _reduce(f, g, numbers)
+    if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
+        return found
+    return _reduce(f.subs(numbers), g.subs(numbers), {}, at_values=True)
+
+
+def exact(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with its floats as the rationals they are printed as: 0.1 as 1/10, for SymPy cancels no floats."""
+    return expr.xreplace({number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)})
+
+
+def rationals(values: Mapping[sp.Symbol, float] | None) -> dict[sp.Symbol, sp.Rational]:
+    """The parameters' numbers as the rationals they are printed as, so that 4 · 0.5 · 0.02 = 0.2² holds exactly."""
+    return {symbol: sp.Rational(str(float(value))) for symbol, value in (values or {}).items()}
+
+
+def sign_at(expr: sp.Expr, numbers: Mapping[sp.Symbol, sp.Expr]) -> int | None:
+    """The sign of ``expr`` at the parameters' ``numbers`` and an early time, or None where it has none."""
+    value = expr.subs({**numbers, t: sp.Rational(1, 64)})
+    value = value if value.is_Rational else value.evalf(30)
+    if not (value.is_number and value.is_real):
+        return 1 if expr.is_positive else -1 if expr.is_negative else None
+    return int(sp.sign(value))
+
+
+def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values: bool = False) -> Reduction | None:
+    change = _map_of(g, numbers)
+    if change is None:
+        return None
+    drift = _line_drift(f, g, change)
+    affine = Declaration(drift, sp.Integer(1)).affine
+    if affine is None:
+        return None
+    a, b = affine
+    if b.has(sp.zoo, sp.nan):  # terms that cancel, but not one by one at y = 0, where a fold has its end
+        b = drift - a * x
+    a, b = (sp.simplify(e) if sp.count_ops(e) < 100 else e for e in (a, b))
+    parts = (a, b, change.c, change.to_state, change.to_line)
+    if any(e.has(sp.zoo, sp.nan, sp.I) or e.subs(numbers).has(sp.zoo, sp.nan, sp.I) for e in parts):
+        return None  # such as log(σx + ρ)/σ at σ = 0
+    return None if change.fold and b != 0 else Reduction(change, a, b, at_values)
+
+
+def _line_drift(f: sp.Expr, g: sp.Expr, change: Map) -> sp.Expr:
+    """The drift of y, with y written as x."""
+    # A fold's branch is y > 0, so that sqrt(y²) is y.
+    line = sp.Dummy("y", positive=True) if change.fold else sp.Dummy("y", real=True)
+    state = change.to_state.subs(y, line)
+    slope = sp.diff(state, line)
+    # As they stand in f, for SymPy simplifies sqrt(1 + sinh²) slowly and acosh(cosh) never.
+    constant, h = g.as_independent(x, as_Add=False)
+    f = f.subs({change.to_line: line, h: slope * change.c / constant})
+    drift = (f.subs(x, state) - sp.diff(state, t)) / slope - change.c**2 * sp.diff(slope, line) / slope / 2
+    if change.name == "logistic":
+        drift = _in_exponentials(drift, line)
+    return drift.subs(line, x)
+
+
+def _in_exponentials(drift: sp.Expr, line: sp.Symbol) -> sp.Expr:
+    """``drift`` with tanh(y/2) as (z - 1)/(z + 1), z = e^y, and logarithms of z as y where they are."""
+    z = sp.Dummy("z", positive=True)
+    drift = drift.subs(sp.tanh(line / 2), (z - 1) / (z + 1))
+    drift = drift.replace(sp.log, lambda u: sp.expand_log(sp.log(sp.factor(u))))
+    drift = sp.cancel(sp.together(sp.expand(drift))) if drift.is_rational_function(z, sp.log(z)) else drift
+    return sp.expand(drift).subs(sp.log(z), line).subs(z, sp.exp(line))
+
+
+def _map_of(g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Map | None:
+    """The table's map for g, or None."""
+    c, h = g.as_independent(x, as_Add=False)
+    if not h.has(x):
+        return Map("identity", y, x, g, -sp.oo, sp.oo, sp.Integer(0), False, line_mean, line_var)
+    root = h.is_Pow and h.exp == sp.Rational(1, 2)
+    polynomial = h.base if root else h
+    if not polynomial.is_polynomial(x):
+        return None
+    lead, *rest = (sp.factor(e) for e in sp.Poly(polynomial, x).all_coeffs())
+    if len(rest) == 1:
+        return (_square if root else _exp)(c, lead, rest[0] / lead, numbers)
+    if len(rest) != 2:
+        return None
+    middle = -rest[0] / (2 * lead)
+    spread = sp.factor(rest[1] / lead - middle**2)  # h or h² is lead ((x - middle)² + spread)
+    return (_hyperbolic if root else _logistic)(c, lead, middle, spread, numbers)
+
+
+def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
+    """g = c lead u, u = x + k, on the side where lead u > 0."""
+    side = sign_at(lead, numbers) if not lead.has(t) else 1  # a noise may pass through 0; the side is then u > 0
+    if not side:
+        return None
+    lower, upper = (-k, sp.oo) if side > 0 else (-sp.oo, -k)
+    mean = -k + side * sp.exp(line_mean + line_var / 2)
+    var = sp.exp(2 * line_mean + line_var) * (sp.exp(line_var) - 1)
+    to_state, to_line = -k + side * sp.exp(y), sp.log(side * (x + k))
+    return Map("exp", to_state, to_line, c * lead, lower, upper, y, False, mean, var)
+
+
+def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
+    """g = c sqrt(lead u), u = x + k, on the side where lead u >= 0."""
+    side = sign_at(lead, numbers)
+    if not side:
+        return None
+    lower, upper = (-k, sp.oo) if side > 0 else (-sp.oo, -k)
+    to_state, to_line = -k + side * y**2 / 4, 2 * sp.sqrt(side * (x + k))
+    mean = -k + side * (line_mean**2 + line_var) / 4
+    var = line_var * (2 * line_mean**2 + line_var) / 8
+    noise = side * c * sp.sqrt(side * lead)
+    return Map("square", to_state, to_line, noise, lower, upper, sp.log(y / 2), True, mean, var)
+
+
+def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
+    """g = c sqrt(lead ((x - middle)² + spread))."""
+    if sign_at(lead, numbers) != 1:
+        return None
+    side = sign_at(spread, numbers)
+    if not side:
+        return None
+    w, noise = sp.sqrt(side * spread), c * sp.sqrt(lead)
+    growth, to_line = sp.exp(line_var), (x - middle) / w
+    var = w**2 * (growth - 1) * (growth * sp.cosh(2 * line_mean) + side) / 2
+    if side > 0:
+        mean = middle + w * sp.sinh(line_mean) * sp.exp(line_var / 2)
+        log_slope = sp.log(w) + sp.log(sp.cosh(y))
+        ends = (-sp.oo, sp.oo)
+        return Map("sinh", middle + w * sp.sinh(y), sp.asinh(to_line), noise, *ends, log_slope, False, mean, var)
+    mean = middle + w * sp.cosh(line_mean) * sp.exp(line_var / 2)
+    log_slope = sp.log(w) + sp.log(sp.sinh(y))
+    ends = (middle + w, sp.oo)
+    return Map("cosh", middle + w * sp.cosh(y), sp.acosh(to_line), noise, *ends, log_slope, True, mean, var)
+
+
+def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
+    """g = c lead ((x - middle)² + spread) between its two zeros."""
+    if sign_at(spread, numbers) != -1:
+        return None
+    r = sp.sqrt(-spread)
+    to_line = sp.log((x - middle + r) / (middle + r - x))
+    log_slope = sp.log(r / 2) - 2 * sp.log(sp.cosh(y / 2))
+    return Map(
+        "logistic", middle + r * sp.tanh(y / 2), to_line, -2 * c * lead * r, middle - r, middle + r, log_slope, False
+    )

@@ -1,0 +1,153 @@
+r"""Pearson diffusions: f affine and g² quadratic in the state, with exact kernels in two families.
+
+**Square root** (Feller 1951; Cox, Ingersoll & Ross 1985), g² = s(t) (x - l) with drift a(t) x + b(t). For
+u = x - l and the dimension delta = 4 (a l + b) / s, which must not depend on t,
+
+    du = (a u + delta s / 4) dt + sqrt(s u) dw.
+
+When delta is an integer this is |z|² of a delta-dimensional Ornstein-Uhlenbeck process dz = ½ a z dt + ½ sqrt(s) dw.
+The kernel keeps that form for every delta > 0: with alpha and sigma² those of the *scalar affine* SDE of z,
+
+    u_t / sigma²  ~  noncentral chi²(delta, alpha² u_0 / sigma²).
+
+So CIR (a = -κ, b = κθ, s = σ²), the squared Bessel process (a = 0, s = 4) and both with coefficients of time have
+one formula, and whatever the affine kernel can integrate. E[u_t] = alpha² u_0 + delta sigma²,
+Var[u_t] = 2 sigma² (2 alpha² u_0 + delta sigma²). For delta < 2 the end u = 0 is hit and reflects (the only solution,
+Yamada & Watanabe 1971); delta <= 0, with an end that absorbs, is refused.
+
+**Jacobi** (Karlin & Taylor 1981, 15.13; Wright-Fisher with mutation), g² = s(t) (x - p)(q - x). For
+u = (x - p) / (q - p) in [0, 1],
+
+    du = ½ s (A (1 - u) - B u) dt + sqrt(s u (1 - u)) dw,
+
+with constant A, B > 0, and the clock tau = ∫ s dt, again the variance of an affine SDE, dz = sqrt(s) dw. The
+stationary law is Beta(A, B); with theta = A + B and D = u_0 - A / theta,
+
+    E[u]   = A / theta + D e^{-theta tau / 2}
+    Var[u] = A B / theta² φ(theta + 1) + D (B - A) / theta e^{-theta tau / 2} φ(theta / 2 + 1) - D² e^{-theta tau} φ(1),
+
+φ(k) = (1 - e^{-k tau}) / k, from the triangular moment equation Var' = -(theta + 1) Var + E[u] (1 - E[u]).
+
+The other Pearson diffusions (Forman & Sørensen 2008), with g² = (x - m)² + w² or with g² of two zeros and the state
+outside them, have spectra with a continuous part, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy as sp
+
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.lamperti import exact, rationals, sign_at
+from sdeflow.symbolic.symbols import t, x, x_0
+
+__all__ = ["Pearson", "classify", "decay", "spread"]
+
+decay = sp.Dummy("alpha", positive=True)  # a Dummy: no parameter can be the same symbol
+"""alpha of the affine SDE behind a Pearson diffusion."""
+
+spread = sp.Dummy("v", nonnegative=True)
+"""Its variance sigma²; for the Jacobi diffusion the clock tau."""
+
+
+@dataclass(frozen=True)
+class Pearson:
+    """A Pearson diffusion in the standard state u, x = origin + scale u.
+
+    Attributes:
+        kind: "square root" (u >= 0) or "Jacobi" (0 <= u <= 1).
+        origin: x at u = 0.
+        scale: the length of the unit of u, with its sign.
+        shape: (delta,) or (A, B), free of t.
+        a: the slope of the drift of the affine SDE that gives alpha and sigma².
+        c: its noise.
+        mean: E[x_t | x_0] in x_0, ``decay`` and ``spread``.
+        var: Var[x_t | x_0], likewise.
+    """
+
+    kind: Literal["square root", "Jacobi"]
+    origin: sp.Expr
+    scale: sp.Expr
+    shape: tuple[sp.Expr, ...]
+    a: sp.Expr
+    c: sp.Expr
+    mean: sp.Expr
+    var: sp.Expr
+
+
+def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
+    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None where it is neither of the two families.
+
+    Args:
+        f: the drift, in x, t and parameters.
+        g: the diffusion, likewise.
+        values: numbers of the parameters, which decide the signs of delta, A and B.
+    """
+    f, g, numbers = exact(f), exact(g), rationals(values)
+    found = _classify(f, g, numbers)
+    if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
+        return found
+    return _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
+
+
+def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | None:
+    square = sp.expand(g**2)
+    if not square.has(x) or not square.is_polynomial(x):
+        return None
+    affine = Declaration(f, sp.Integer(1)).affine
+    coefficients = sp.Poly(square, x).all_coeffs()
+    if affine is None or len(coefficients) > 3:
+        return None
+    return (_square_root if len(coefficients) == 2 else _jacobi)(*affine, coefficients, numbers)
+
+
+def _square_root(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | None:
+    slope, constant = coefficients
+    side = sign_at(slope, numbers)
+    origin = _constant(-constant / slope)
+    if not side or origin is None:
+        return None
+    delta = _constant(4 * (a * origin + b) / slope)
+    if delta is None or sign_at(delta, numbers) != 1:
+        return None
+    u_0 = decay**2 * side * (x_0 - origin)
+    mean, var = origin + side * (u_0 + delta * spread), 2 * spread * (2 * u_0 + delta * spread)
+    return Pearson("square root", origin, sp.Integer(side), (delta,), a / 2, sp.sqrt(side * slope) / 2, mean, var)
+
+
+def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | None:
+    s, middle = -coefficients[0], _constant(-coefficients[1] / (2 * coefficients[0]))
+    if sign_at(s, numbers) != 1 or middle is None:
+        return None
+    squared = _constant(coefficients[2] / s + middle**2)  # of half the interval
+    if squared is None or sign_at(squared, numbers) != 1:
+        return None
+    half = sp.sqrt(squared)
+    p, length = middle - half, 2 * half
+    A = _constant(2 * (a * p + b) / (length * s))
+    B = _constant(-2 * (a * (p + length) + b) / (length * s))
+    if A is None or B is None or sign_at(A, numbers) != 1 or sign_at(B, numbers) != 1:
+        return None
+    theta = A + B
+    D = (x_0 - p) / length - A / theta
+
+    def fading(k: sp.Expr) -> sp.Expr:
+        return (1 - sp.exp(-k * spread)) / k
+
+    forget = sp.exp(-theta * spread / 2)
+    mean = p + length * (A / theta + D * forget)
+    var = length**2 * (
+        A * B / theta**2 * fading(theta + 1)
+        + D * (B - A) / theta * forget * fading(theta / 2 + 1)
+        - D**2 * forget**2 * fading(sp.Integer(1))
+    )
+    return Pearson("Jacobi", p, length, (A, B), sp.Integer(0), sp.sqrt(s), mean, var)
+
+
+def _constant(expr: sp.Expr) -> sp.Expr | None:
+    """``expr`` simplified where it does not depend on t and is finite, else None."""
+    expr = sp.simplify(expr) if expr.has(t) else sp.factor(expr)
+    return None if expr.has(t, sp.zoo, sp.nan) else expr

@@ -1,0 +1,323 @@
+"""Kernels of reducible SDEs: mass, Fokker-Planck, Chapman-Kolmogorov, scores, moments, and what is refused."""
+
+import functools
+import math
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from scipy.stats import lognorm, ncx2
+
+from sdeflow import t, x, x_0
+from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
+from sdeflow.reducible import ReducibleKernel
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.lamperti import reduce
+
+kappa, theta, sigma, mu = sp.symbols("kappa theta sigma mu")
+VALUES = {kappa: 1.2, theta: 0.3, sigma: 0.5, mu: 0.2}
+HALF = sp.Rational(1, 2)
+LOGIT = sp.log(x / (1 - x))
+
+
+def case(f, g, start, to_x, slope, ends, steady=True):
+    """dx = f dt + g dw from ``start``; z -> x with its slope covers the domain as z runs between ``ends``."""
+    return SimpleNamespace(f=f, g=g, start=start, to_x=to_x, slope=slope, ends=ends, steady=steady)
+
+
+CASES = {
+    "geometric Brownian motion": case(mu * x, sigma * x, 0.7, np.exp, np.exp, (-8, 8)),
+    "with coefficients of time": case(sp.sin(3 * t) * x, (1 + t) * x / 2, 0.7, np.exp, np.exp, (-9, 9), steady=False),
+    "Gompertz": case(x * (theta - kappa * sp.log(x)), sigma * x, 1.4, np.exp, np.exp, (-8, 8)),
+    "shifted": case(mu * (x + 2), sigma * (x + 2), -1.2, lambda z: np.exp(z) - 2, np.exp, (-8, 8)),
+    "falling side": case(mu * (1 - x), sigma * (1 - x), 0.2, lambda z: 1 - np.exp(z), np.exp, (-8, 8)),
+    "moving shift": case(mu * (x + t) - 1, (x + t) * HALF, 0.8, lambda z: np.exp(z) - 0.4, np.exp, (-9, 9), False),
+    "sinh": case(
+        sigma**2 * x / 2 + (theta - kappa * sp.asinh(x)) * sp.sqrt(1 + x**2), sigma * sp.sqrt(1 + x**2), -0.6,
+        np.sinh, np.cosh, (-7, 7),
+    ),
+    "shifted sinh": case(2 * (x - 1), 2 * sp.sqrt((x - 1) ** 2 + 3), 1.5, np.sinh, np.cosh, (-16, 16)),
+    "logistic": case(
+        sigma**2 * x * (1 - x) * (1 - 2 * x) / 2 + x * (1 - x) * (theta - kappa * LOGIT), sigma * x * (1 - x), 0.35,
+        lambda z: 1 / (1 + np.exp(-z)), lambda z: 1 / (4 * np.cosh(z / 2) ** 2), (-8, 8),
+    ),
+    "square root": case(sigma**2 / 4 - kappa * x, sigma * sp.sqrt(x), 0.1, np.square, lambda z: 2 * z, (0, 3)),
+    "cosh": case(
+        sigma**2 * x / 2 - kappa * sp.acosh(x) * sp.sqrt(x**2 - 1), sigma * sp.sqrt(x**2 - 1), 1.1,
+        np.cosh, np.sinh, (0, 6),
+    ),
+}  # fmt: skip
+TIMES = (0.05, 0.4)
+
+
+@functools.cache
+def build(name):
+    return ReducibleKernel(Declaration(CASES[name].f, CASES[name].g, parameters=tuple(VALUES)), VALUES)
+
+
+def log_density(kernel, states, start, time):
+    """log p(x_t | x_0) for arrays of states, starts and times."""
+    states, start, time = np.broadcast_arrays(*(np.asarray(a, dtype=float) for a in (states, start, time)))
+    columns = (torch.tensor(a.reshape(-1, 1)) for a in (states, start))
+    return kernel.log_prob(*columns, torch.tensor(time.reshape(-1))).numpy().reshape(states.shape)
+
+
+def quadrature(example, pieces=60):
+    """States over the domain with the weights of Gauss-Legendre quadrature."""
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    edges = np.linspace(*example.ends, pieces + 1)
+    half = 0.5 * np.diff(edges)[:, None]
+    z = (edges[:-1, None] + half + half * nodes).reshape(-1)
+    return example.to_x(z), (half * weights).reshape(-1) * np.abs(example.slope(z))
+
+
+def numbers_of(kernel, start, time, example):
+    """Mass, mean and standard deviation of the kernel's density, by quadrature."""
+    states, weights = quadrature(example)
+    p = weights * np.exp(log_density(kernel, states, start, time))
+    mean = (p * states).sum()
+    return p.sum(), mean, np.sqrt((p * (states - mean) ** 2).sum())
+
+
+def bulk(kernel, start, time):
+    """States drawn from the kernel, the step of a stencil there, and the standard deviation.
+
+    States next to an end of the domain, where p has no Taylor series, are left out.
+    """
+    x_start = torch.tensor([[start]], dtype=torch.float64)
+    mean, std = (float(m) for m in kernel.moments(x_start, time))
+    states, step = kernel.sample(x_start.expand(24, 1), time, seed=1).numpy()[:, 0], 4e-3 * min(std, abs(mean))
+    far = np.isfinite(log_density(kernel, states + np.array([[40], [-40]]) * step, start, time)).all(0)
+    return states[far], step, std
+
+
+def fokker_planck_residual(kernel, f, g, start, time, values):
+    """Median of |∂p/∂t + ∂(f p)/∂x - ½ ∂²(g² p)/∂x²| relative to its largest term, around the bulk of the kernel.
+
+    By sixth-order stencils; f and g are evaluated by SymPy's lambdify, which shares no code with the kernel.
+    """
+    (at, h, _), k = bulk(kernel, start, time), 4e-3 * time
+    f, g = (sp.lambdify((x, t), e.subs(values), "numpy") for e in (f, g))
+    first, second = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}, {0: -49 / 18, 1: 3 / 2, 2: -3 / 20, 3: 1 / 90}
+
+    def p(states, s):
+        return np.exp(log_density(kernel, states, start, s))
+
+    def flux(shift):
+        return f(at + shift, time) * p(at + shift, time)
+
+    def spread(shift):
+        return 0.5 * g(at + shift, time) ** 2 * p(at + shift, time)
+
+    dt = sum(c * (p(at, time + i * k) - p(at, time - i * k)) for i, c in first.items()) / k
+    drift = sum(c * (flux(i * h) - flux(-i * h)) for i, c in first.items()) / h
+    noise = sum(c * (spread(i * h) + spread(-i * h)) / (2 if i == 0 else 1) for i, c in second.items()) / h**2
+    terms = np.stack([dt, drift, -noise])
+    return np.median(np.abs(terms.sum(0)) / np.abs(terms).max(0))
+
+
+def score_error(kernel, start, time):
+    """The score's largest distance from the sixth-order difference of log p, in units of 1 / std."""
+    at, h, std = bulk(kernel, start, time)
+    states = torch.tensor(at)[:, None]
+    stencil = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}
+    shifted = {i: log_density(kernel, at + i * h, start, time) for i in (*stencil, *(-i for i in stencil))}
+    slope = sum(c * (shifted[i] - shifted[-i]) for i, c in stencil.items()) / h
+    return np.abs(slope - kernel.score(states, torch.full_like(states, start), time).numpy()[:, 0]).max() * std
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_density_has_mass_one_and_the_moments_that_the_kernel_tells(name, time):
+    example, kernel = CASES[name], build(name)
+    if name == "moving shift":  # the end of the domain moves
+        example = SimpleNamespace(**{**vars(example), "to_x": lambda z: np.exp(z) - time})
+    mass, mean, std = numbers_of(kernel, example.start, time, example)
+    told = [float(m) for m in kernel.moments(torch.tensor([[example.start]], dtype=torch.float64), time)]
+    assert abs(mass - 1) < 1e-10
+    np.testing.assert_allclose(told, [mean, std], rtol=1e-9)
+    if name == "logistic":
+        assert kernel.mean is None
+    else:
+        shown = [float(e.subs({**VALUES, x_0: example.start, t: time}).evalf(15)) for e in (kernel.mean, kernel.std)]
+        np.testing.assert_allclose(shown, told, rtol=1e-9)
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_density_satisfies_fokker_planck(name, time):
+    example = CASES[name]
+    assert fokker_planck_residual(build(name), example.f, example.g, example.start, time, VALUES) < 1e-7
+
+
+@pytest.mark.parametrize("symbol", [kappa, sigma])
+@pytest.mark.parametrize("name", ["Gompertz", "sinh", "cosh", "square root", "logistic"])
+def test_fokker_planck_finds_a_wrong_parameter(name, symbol):
+    example, wrong = CASES[name], {**VALUES, symbol: VALUES[symbol] + 0.01}
+    assert fokker_planck_residual(build(name), example.f, example.g, example.start, 0.4, wrong) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["square root", "cosh"])
+def test_one_branch_of_a_fold_is_no_density(name):
+    """It satisfies Fokker-Planck inside the domain all the same: only the mass tells."""
+    example, kernel = CASES[name], build.__wrapped__(name)
+    kernel.reduction = replace(kernel.reduction, map=replace(kernel.reduction.map, fold=False))
+    assert numbers_of(kernel, example.start, 0.4, example)[0] < 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].steady])
+def test_chapman_kolmogorov(name):
+    example, kernel = CASES[name], build(name)
+    between, weights = quadrature(example)
+    ends = example.to_x(np.array([0.3, 0.5, 1.1]))
+    first = weights * np.exp(log_density(kernel, between, example.start, 0.15))
+    second = np.exp(log_density(kernel, ends[:, None], between, 0.25))
+    direct = np.exp(log_density(kernel, ends, example.start, 0.4))
+    np.testing.assert_allclose(second @ first, direct, rtol=1e-9)
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_score_is_the_gradient_of_log_prob(name, time):
+    kernel, start = build(name), torch.full((6, 2), CASES[name].start, dtype=torch.float64)
+    assert score_error(kernel, CASES[name].start, time) < 1e-8
+    states = kernel.sample(start, time, seed=3).requires_grad_()
+    (gradient,) = torch.autograd.grad(kernel.log_prob(states, start, time).sum(), states)
+    torch.testing.assert_close(kernel.score(states, start, time), gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_have_the_kernels_moments(name):
+    kernel, n = build(name), 20_000
+    start = torch.full((n, 1), CASES[name].start, dtype=torch.float64)
+    states = kernel.sample(start, 0.3, seed=0)
+    mean, std = (float(m[0]) for m in kernel.moments(start[:1], 0.3))
+    squared = (states - mean).square()
+    assert abs(float(states.mean()) - mean) < 4 * std / n**0.5
+    assert abs(float(squared.mean()) - std**2) < 4 * float(squared.std()) / n**0.5
+    again = kernel.sample(start[:100], 0.3, seed=0)
+    torch.testing.assert_close(states[:100], again, rtol=1e-14, atol=0.0)  # cosh rounds by the place in a vector
+
+
+def test_the_square_root_process_at_one_dimension_is_noncentral_chi_squared():
+    kernel, start, time = build("square root"), 0.1, 0.4
+    states = np.geomspace(1e-6, 2, 200)
+    c = 2 * 1.2 / (0.25 * -math.expm1(-1.2 * time))
+    truth = ncx2.logpdf(2 * c * states, 1, 2 * c * start * math.exp(-1.2 * time)) + math.log(2 * c)
+    np.testing.assert_allclose(log_density(kernel, states, start, time), truth, rtol=1e-11, atol=1e-11)
+
+
+def test_geometric_brownian_motion_is_log_normal():
+    kernel = build("geometric Brownian motion")
+    assert sp.simplify(kernel.mean - x_0 * sp.exp(mu * t)) == 0
+    assert sp.simplify(kernel.var - x_0**2 * sp.exp(2 * mu * t) * (sp.exp(sigma**2 * t) - 1)) == 0
+    states = np.geomspace(0.05, 20, 50)
+    truth = lognorm.logpdf(states, 0.5 * 0.4**0.5, scale=0.7 * math.exp((0.2 - 0.125) * 0.4))
+    np.testing.assert_allclose(log_density(kernel, states, 0.7, 0.4), truth, rtol=1e-12)
+    assert kernel.form == "closed"
+
+
+@pytest.mark.parametrize(
+    ("f", "g", "name", "a", "b"),
+    [
+        (mu * x, sigma * x, "exp", 0, mu - sigma**2 / 2),
+        (sp.log(2 + t) * x, sp.exp(t) * x, "exp", 0, sp.log(t + 2) - sp.exp(2 * t) / 2),
+        (x * (theta - kappa * sp.log(x)), sigma * x, "exp", -kappa, theta - sigma**2 / 2),
+        (x / 2, sp.sqrt(1 + x**2), "sinh", 0, 0),
+        (-x, 1 + t, "identity", -1, 0),
+        (sigma**2 / 4 - kappa * x, sigma * sp.sqrt(x), "square", -kappa / 2, 0),
+        (CASES["logistic"].f, CASES["logistic"].g, "logistic", -kappa, theta),
+        (CASES["cosh"].f, CASES["cosh"].g, "cosh", -kappa, 0),
+    ],
+)
+def test_what_is_accepted_holds_for_all_parameters(f, g, name, a, b):
+    reduction = reduce(f, g, VALUES)
+    assert not reduction.at_values
+    assert reduction.map.name == name
+    assert sp.simplify(reduction.a - a) == 0
+    assert sp.simplify(reduction.b - b) == 0
+
+
+REFUSED = {
+    "CIR": (kappa * (theta - x), sigma * sp.sqrt(x)),
+    "square root with a force": (sp.sqrt(x) + sp.Rational(1, 4), sp.sqrt(x)),
+    "Jacobi": (HALF - x, sp.sqrt(x * (1 - x))),
+    "Jacobi with two folds": (HALF / 2 - x / 2, sp.sqrt(x * (1 - x))),
+    "logistic growth": (mu * x * (1 - x), sigma * x),
+    "a moving map": (sp.Integer(0), x + t),
+    "cosh with a force": (CASES["cosh"].f + sp.sqrt(x**2 - 1), CASES["cosh"].g),
+    "a cube whose end absorbs or not": (x ** sp.Rational(1, 3) / 3, x ** sp.Rational(2, 3)),
+    "explosion": (x**3, x**2),
+    "half a line": (-sp.exp(-2 * x) / 2, sp.exp(-x)),
+    "tan": (x * (1 + x**2), 1 + x**2),
+    "no antiderivative": (-x, 2 + sp.sin(x)),
+    "a kink": (mu * x, sigma * sp.Abs(x)),
+    "nonlinear": (-(x**3), sp.Integer(1)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    f, g = REFUSED[name]
+    assert reduce(f, g, VALUES) is None
+    with pytest.raises(NotAffineError, match="change of the state"):
+        ReducibleKernel(Declaration(f, g, parameters=tuple(VALUES)), VALUES)
+
+
+def test_a_reduction_may_hold_at_the_parameters_values_only():
+    f, g = REFUSED["CIR"]
+    reduction = reduce(f, g, {kappa: 0.5, theta: 0.02, sigma: 0.2})
+    assert reduction.at_values
+    assert (reduction.a, reduction.b) == (-sp.Rational(1, 4), 0)
+    assert reduce(f, g, {kappa: 0.51, theta: 0.02, sigma: 0.2}) is None
+    assert reduce(mu * x, sigma * x + theta, {mu: 0.5, sigma: 0.0, theta: 0.1}).map.name == "identity"
+
+
+def test_states_outside_the_domain():
+    kernel = build("geometric Brownian motion")
+    good, bad = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.5, -1.0]])
+    assert kernel.log_prob(bad, good, 0.5).tolist() == [-math.inf]
+    assert torch.isnan(kernel.score(bad, good, 0.5)).tolist() == [[False, True]]
+    for call in (kernel.moments, kernel.sample, kernel.transport):
+        with pytest.raises(DataError, match="outside the domain 0 < x < oo"):
+            call(bad, 0.5)
+
+
+def test_errors():
+    kernel, state = build("Gompertz"), torch.ones(2, 3)
+    for call in (kernel.log_prob, kernel.score):
+        with pytest.raises(ScheduleError, match="sigma = 0 at t = 0"):
+            call(state, state, 0.0)
+        with pytest.raises(ScheduleError, match=r"not for 1\.5"):
+            call(state, state, 1.5)
+    with pytest.raises(DataError, match="shape"):
+        kernel.sample(state, torch.ones(3))
+    with pytest.raises(DataError, match="floating"):
+        kernel.sample(state.long(), 0.5)
+    with pytest.raises(DeclarationError, match="P0"):
+        ReducibleKernel(Declaration(x, x, P0=0.1))
+
+
+def test_shapes_dtypes_and_transport():
+    kernel, start = build("sinh"), torch.randn(4, 3, 2)
+    time = torch.tensor([0.1, 0.3, 0.5, 1.0])
+    noise = torch.randn(4, 3, 2)
+    states = kernel.sample(start, time, noise=noise)
+    mean, std = kernel.line_moments(start, time)
+    torch.testing.assert_close(kernel.transport(states, time).double(), mean + std * noise, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernel.restore(kernel.transport(start, time), time), start, rtol=1e-5, atol=1e-6)
+    assert kernel.log_prob(states, start, time).shape == (4,)
+    assert kernel.log_prob(states, start, time).dtype == torch.float64
+    for tensor in (states, kernel.score(states, start, time), *kernel.moments(start, time)):
+        assert (tensor.shape, tensor.dtype) == (start.shape, torch.float32)
+    torch.testing.assert_close(kernel.sample(start, 0.0, seed=0), start)
+
+
+def test_a_kernel_pickles():
+    kernel, state = build("cosh"), torch.full((2, 1), 1.3)
+    other = pickle.loads(pickle.dumps(kernel))
+    assert torch.equal(kernel.log_prob(state, state, 0.5), other.log_prob(state, state, 0.5))
