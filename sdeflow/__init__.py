@@ -1,6 +1,6 @@
 """sdeflow: write a stochastic differential equation as it stands in a paper, and everything else follows."""
 
-from sdeflow import catalog, errors, losses, nets, scores, solvers
+from sdeflow import basis, catalog, errors, losses, nets, scores, solvers
 from sdeflow._version import __version__
 from sdeflow.errors import (
     DataError,
@@ -16,7 +16,8 @@ from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.scores import Score
 from sdeflow.sde import SDE
-from sdeflow.symbolic.symbols import s, t, x, x_0
+from sdeflow.symbolic.schedule import schedule
+from sdeflow.symbolic.symbols import s, state, t, x, x_0
 from sdeflow.training import fit
 
 __all__ = [
@@ -33,14 +34,17 @@ __all__ = [
     "SdeflowError",
     "SolverError",
     "__version__",
+    "basis",
     "catalog",
     "errors",
     "fit",
     "losses",
     "nets",
     "s",
+    "schedule",
     "scores",
     "solvers",
+    "state",
     "t",
     "x",
     "x_0",

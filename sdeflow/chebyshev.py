@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeflow.errors import ScheduleError
 
-__all__ = ["PiecewiseChebyshev", "geometric_edges"]
+__all__ = ["PiecewiseChebyshev", "evaluate", "fit_values", "geometric_edges", "nodes_of", "running_integral"]
 
 NODES = 24
 _TOLERANCE = 2e-13
@@ -120,20 +120,17 @@ class PiecewiseChebyshev:
     @property
     def nodes(self) -> np.ndarray:
         """The interpolation points, (panels, nodes)."""
-        left, right = self.edges[:-1, None], self.edges[1:, None]
-        return 0.5 * (left + right) + 0.5 * (right - left) * _points
+        return nodes_of(self.edges)
 
     def __call__(self, points: Tensor) -> Tensor:
         """Values (k, *points.shape) in float64, on the device of ``points``."""
-        edges, coefficients = self._moved(points.device)
-        points = points.to(torch.float64)
-        panel = torch.searchsorted(edges[1:-1], points.contiguous(), right=True)
-        left, right = edges[panel], edges[panel + 1]
-        # Just inside (-1, 1), where the derivative of acos is finite.
-        u = ((2.0 * points - left - right) / (right - left)).clamp(-1.0, 1.0) * (1.0 - 1e-15)
-        order = torch.arange(coefficients.shape[-1], dtype=torch.float64, device=points.device)
-        basis = torch.cos(torch.acos(u)[..., None] * order)
-        return (coefficients[:, panel] * basis).sum(-1)
+        return evaluate(*self._moved(points.device), points.to(torch.float64))
+
+    def derivative(self) -> PiecewiseChebyshev:
+        """The derivative, panel by panel."""
+        width = np.diff(self.edges)
+        series = np.polynomial.chebyshev.chebder(self.coefficients, axis=-1) * (2.0 / width)[:, None]
+        return PiecewiseChebyshev(self.edges, np.concatenate([series, np.zeros_like(series[..., :1])], axis=-1))
 
     def _moved(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on_device:
@@ -144,7 +141,24 @@ class PiecewiseChebyshev:
         return self._on_device[device]
 
 
-def running_integral(values: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nodes_of(edges: np.ndarray) -> np.ndarray:
+    """The interpolation points of each panel, (panels, nodes)."""
+    left, right = edges[:-1, None], edges[1:, None]
+    return 0.5 * (left + right) + 0.5 * (right - left) * _points
+
+
+def evaluate(edges: Tensor, coefficients: Tensor, points: Tensor) -> Tensor:
+    """Values (*leading, *points.shape) of series (*leading, panels, terms), all in float64; differentiable."""
+    panel = torch.searchsorted(edges[1:-1], points.contiguous(), right=True)
+    left, right = edges[panel], edges[panel + 1]
+    # Just inside (-1, 1), where the derivative of acos is finite.
+    u = ((2.0 * points - left - right) / (right - left)).clamp(-1.0, 1.0) * (1.0 - 1e-15)
+    order = torch.arange(coefficients.shape[-1], dtype=torch.float64, device=points.device)
+    basis = torch.cos(torch.acos(u)[..., None] * order)
+    return (coefficients[..., panel, :] * basis).sum(-1)
+
+
+def running_integral(values: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Integrals of panel functions from the left end of each panel.
 
     Args:
@@ -158,17 +172,17 @@ def running_integral(values: np.ndarray, width: np.ndarray) -> tuple[np.ndarray,
     return scaled @ _to_running.T, scaled @ _to_total
 
 
-def fit_values(values: np.ndarray) -> np.ndarray:
+def fit_values(values: Tensor) -> Tensor:
     """Chebyshev coefficients (..., nodes) of values at the Chebyshev points of each panel."""
-    return values @ _to_coefficients.T
+    return values @ torch.as_tensor(_to_coefficients.T)
 
 
-def _integration_matrices() -> tuple[np.ndarray, np.ndarray]:
+def _integration_matrices() -> tuple[Tensor, Tensor]:
     identity = np.eye(NODES)
     series = np.polynomial.chebyshev.chebint(_to_coefficients @ identity, lbnd=-1, axis=0)
     running = np.polynomial.chebyshev.chebval(_points, series).T
     total = np.polynomial.chebyshev.chebval(1.0, series)
-    return running, total
+    return torch.as_tensor(running), torch.as_tensor(total)
 
 
 _to_running, _to_total = _integration_matrices()

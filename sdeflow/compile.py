@@ -26,6 +26,8 @@ from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
 from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Compiled", "compile_expressions"]
 
@@ -77,7 +79,7 @@ def _special_functions() -> dict[type, Callable[..., np.ndarray]]:
 def compile_expressions(
     expressions: sp.Expr | Sequence[sp.Expr],
     arguments: Sequence[sp.Expr],
-    values: Mapping[sp.Symbol, float] | None = None,
+    values: Mapping[sp.Symbol, float | Tensor] | None = None,
     horizon: float | None = None,
 ) -> Compiled:
     """A torch function of ``arguments`` that returns the value of each expression.
@@ -85,7 +87,8 @@ def compile_expressions(
     Args:
         expressions: one expression, or several that share their common parts.
         arguments: the symbols (or applied functions, such as s(x, t)) that become arguments, in order.
-        values: numbers for the other symbols.
+        values: numbers or tensors for the other symbols. Numbers become constants; tensors are read at each call,
+            in the last argument's dtype and device, so that gradients flow to them. They broadcast with the arguments.
         horizon: the end of time's range [0, horizon]; needed only for functions that go through an interpolant.
 
     Raises:
@@ -107,32 +110,35 @@ class Compiled:
         self,
         expressions: sp.Expr | Sequence[sp.Expr],
         arguments: tuple[sp.Expr, ...],
-        values: dict[sp.Symbol, float],
+        values: dict[sp.Symbol, float | Tensor],
         horizon: float | None,
     ) -> None:
         self.single = isinstance(expressions, sp.Basic)
         self.expr = expressions if self.single else tuple(expressions)
         self.arguments = arguments
-        self._values = values
+        self._values = {symbol: value for symbol, value in values.items() if not isinstance(value, Tensor)}
+        self._tensors = {symbol: value for symbol, value in values.items() if isinstance(value, Tensor)}
         self._horizon = horizon
-        self._slots: dict[sp.Basic, int] = {argument: i for i, argument in enumerate(arguments)}
+        self._slots: dict[sp.Basic, int] = {argument: i for i, argument in enumerate((*arguments, *self._tensors))}
         self._constants: dict[int, float] = {}
         self._instructions: list[tuple[int, Instruction]] = []
         self._lines: list[str] = []
-        self._count = len(arguments)
+        self._count = len(self._slots)
         self._outputs = [self._emit(e) for e in ((expressions,) if self.single else expressions)]
         # What the slots behind the arguments hold before a call.
-        self._template = [self._constants.get(slot, 0.0) for slot in range(len(arguments), self._count)]
+        first = len(arguments) + len(self._tensors)
+        self._template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
         del self._slots
 
     def __call__(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The values, broadcast from the arguments' shapes; a constant takes the shape of the last one."""
-        slots: list[Value] = [*arguments, *self._template]
+        like = arguments[-1]
+        tensors = (value.to(dtype=like.dtype, device=like.device) for value in self._tensors.values())
+        slots: list[Value] = [*arguments, *tensors, *self._template]
         for slot, instruction in self._instructions:
             slots[slot] = instruction(slots)
         outputs = tuple(
-            value if isinstance(value := slots[slot], Tensor) else _constant_like(arguments[-1], value)
-            for slot in self._outputs
+            value if isinstance(value := slots[slot], Tensor) else _constant_like(like, value) for slot in self._outputs
         )
         return outputs[0] if self.single else outputs
 
@@ -144,12 +150,17 @@ class Compiled:
         body = "".join(f"    {line}\n" for line in self._lines)
         return f"def compiled({names}):\n{body}    return {returned}\n"
 
+    @property
+    def _given(self) -> dict[sp.Symbol, float | Tensor]:
+        return {**self._values, **self._tensors}
+
     def __repr__(self) -> str:
         return f"Compiled({self.expr})"
 
     def _name(self, slot: int) -> str:
-        if slot < len(self.arguments):
-            return str(self.arguments[slot])
+        inputs = (*self.arguments, *self._tensors)
+        if slot < len(inputs):
+            return str(inputs[slot])
         return repr(self._constants[slot]) if slot in self._constants else f"v{slot}"
 
     def _emit(self, expr: sp.Basic) -> int:
@@ -160,10 +171,11 @@ class Compiled:
 
     def _is_constant(self, expr: sp.Basic) -> bool:
         free = expr.free_symbols | {a for a in self.arguments if not a.is_Symbol and expr.has(a)}
-        unknown = free - set(self.arguments) - set(self._values)
+        varying = {*self.arguments, *self._tensors}
+        unknown = free - varying - set(self._values)
         if unknown:
             raise DeclarationError(f"{expr} holds {', '.join(map(str, unknown))}, which has no value.")
-        return not free & set(self.arguments) and not isinstance(expr, Relational | BooleanFunction | BooleanAtom)
+        return not free & varying and not isinstance(expr, Relational | BooleanFunction | BooleanAtom)
 
     def _constant(self, expr: sp.Expr) -> int:
         number = expr.xreplace({k: sp.Float(v, 30) for k, v in self._values.items()}).evalf(20)
@@ -327,7 +339,7 @@ class Compiled:
         the gradient of the branch that is taken into NaN.
         """
         conditions = [self._emit(condition) for _, condition in expr.args]
-        branches = [compile_expressions(e, self.arguments, self._values, self._horizon) for e, _ in expr.args]
+        branches = [compile_expressions(e, self.arguments, self._given, self._horizon) for e, _ in expr.args]
         safe = [_safe_arguments(branch) for branch in branches]
         n = len(self.arguments)
 
@@ -347,19 +359,32 @@ class Compiled:
 
     def _interpolated(self, expr: sp.Function) -> int:
         """A function that torch lacks, of time alone, as an interpolant over [0, horizon]."""
-        time = self.arguments[-1] if len(self.arguments) == 1 else self.arguments[1]
-        if not expr.free_symbols <= {time, *self._values} or self._horizon is None:
-            raise DeclarationError(
-                f"{expr}: torch lacks {type(expr).__name__}, an interpolant serves only functions of t alone."
-            )
-        inner = compile_expressions(expr.args, (time,), self._values, self._horizon)
         function = _special_functions()[type(expr)]
+        return self._table(expr, lambda *arguments: function(*arguments))
+
+    def _schedule(self, expr: Schedule) -> int:
+        """A schedule that is no formula, or a derivative of one, as an interpolant over [0, horizon]."""
+        return self._table(expr, type(expr).values, type(expr).breakpoints, type(expr).order)
+
+    def _table(
+        self, expr: sp.Function, function: Callable[..., np.ndarray], breaks: Sequence[float] = (), order: int = 0
+    ) -> int:
+        if not expr.free_symbols <= {time_symbol, *self._values} or self._horizon is None:
+            raise DeclarationError(
+                f"{expr}: torch lacks {type(expr).__name__}; an interpolant serves only functions of t alone, "
+                "without tensors among its parameters."
+            )
+        inner = compile_expressions(expr.args, (time_symbol,), self._values, self._horizon)
 
         def values(points: np.ndarray) -> np.ndarray:
-            return function(*(a.numpy() for a in inner(torch.as_tensor(points))))[None]
+            return np.asarray(function(*(a.numpy() for a in inner(torch.as_tensor(points)))))[None]
 
-        table = PiecewiseChebyshev.fit(values, geometric_edges(0.0, self._horizon), name=str(expr))
-        i = self._slots[time]
+        inside = [at for at in breaks if 0.0 < at < self._horizon]
+        edges = np.union1d(geometric_edges(0.0, self._horizon), inside)
+        table = PiecewiseChebyshev.fit(values, edges, name=str(expr))
+        for _ in range(order):
+            table = table.derivative()
+        i = self._slots[time_symbol]
         return self._add(lambda v: table(v[i])[0].to(v[i].dtype), f"interpolant of {expr}")
 
 
@@ -405,7 +430,7 @@ def _safe_arguments(branch: Compiled) -> float:
     """A number at which ``branch`` is finite, whichever argument takes it."""
     for candidate in (1.0, 0.5, -0.5, 2.0, -2.0, 0.1, 0.0):
         point = [torch.tensor(candidate, dtype=torch.float64)] * len(branch.arguments)
-        if torch.isfinite(branch(*point)):
+        if bool(torch.isfinite(branch(*point)).all()):
             return candidate
     return 1.0
 
@@ -428,4 +453,5 @@ _RULES: tuple[tuple[tuple[type, ...], Callable[[Compiled, sp.Basic], int]], ...]
     ((sp.And, sp.Or, sp.Not), Compiled._logic),
     ((sp.Piecewise,), Compiled._piecewise),
     ((sp.Heaviside,), Compiled._heaviside),
+    ((Schedule,), Compiled._schedule),
 )

@@ -1,6 +1,6 @@
 r"""The reverse-time SDE and the probability-flow ODE of a declaration, bound to a score.
 
-    reverse:  dx = [f - g² s] dt + g dw̄          flow:  dx/dt = f - ½ g² s
+    reverse:  dx = [f - ∇·(g gᵀ) - g gᵀ s] dt + g dw̄          flow:  dx/dt = f - ½ ∇·(g gᵀ) - ½ g gᵀ s
 
 Both carry noise at t = T to data at t = cutoff with the same marginals. They print as equations, give
 their ``drift`` and ``diffusion`` as SymPy, and solve themselves once they have a score. A sample at the
@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow.likelihood import LogProb, bits_per_dim, log_prob
+from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
 from sdeflow.model import Model, Plan, Prior, checked_state, evaluating, make_plan
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction
 from sdeflow.solvers import Problem, Solver
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
-from sdeflow.symbolic.symbols import x as state_symbol
 
 __all__ = ["FlowODE", "ReverseSDE"]
 
@@ -62,13 +61,12 @@ class _Bound:
         return self.equation._repr_latex_()
 
     def _field(self, event: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-        """The drift of flattened, centred states (batch, n), the score asked in ``dtype``."""
-        drift, score, offset = self.model.drift(self.equation), self.model.score, self.model.offset
+        """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
+        drift, score = self.model.drift(self.equation), self.model.solver_score
 
         def field(y: Tensor, t: Tensor) -> Tensor:
-            u, level = y.reshape(-1, *event), offset(t)
-            s = score((u + level if level else u).to(dtype), t).to(y.dtype)
-            return drift(u, t, s).flatten(1)
+            u = y.reshape(-1, *event)
+            return drift(u, t, score(u, t, dtype)).flatten(1)
 
         return field
 
@@ -78,16 +76,16 @@ class _Bound:
         """The state at the other end, in float32 on the way where the state is in half precision."""
         model = self.model
         start, end = (model.T, model.cutoff) if backward else (model.cutoff, model.T)
-        y = x.flatten(1)
-        y = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y) - model.offset(start)
+        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        y = model.to_solver(y, start).flatten(1)
         hidden = None if progress is None else not progress
         bar = tqdm(total=plan.expected_calls, desc="solving", disable=hidden, leave=False)
         with bar, torch.no_grad(), evaluating(model.score):
             problem = make_problem(
                 backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update
             )
-            y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol) + model.offset(end)
-        return y.reshape(x.shape).to(x.dtype)
+            y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
+        return model.from_solver(y.reshape(x.shape), end).to(x.dtype)
 
     def _denoised(self, x: Tensor) -> Tensor:
         with torch.no_grad(), evaluating(self.model.score):
@@ -104,7 +102,7 @@ class ReverseSDE(_Bound):
     """
 
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
-        super().__init__(reverse_time(sde.declaration.f, sde.declaration.g), Model(sde, score, prior))
+        super().__init__(reverse_time(sde.declaration), Model(sde, score, prior))
 
     def sample(
         self,
@@ -146,17 +144,12 @@ class ReverseSDE(_Bound):
         plan = make_plan("sde", solver, steps, rtol, atol, max_calls, x.dtype)
         if not len(x):
             return x
-        g = self.equation.diffusion
-        g = g if g.has(state_symbol) else sp.Abs(g)  # the sign of g(t) means nothing
-        correction = g * sp.diff(g, state_symbol) / 2
-        event = tuple(x.shape[1:])
         make_problem = partial(
             Problem,
-            self._field(event, x.dtype),
+            self._field(tuple(x.shape[1:]), x.dtype),
             model.clock(grid),
-            diffusion=_flat(model.function_of_state(g), event),
-            correction=_flat(model.function_of_state(correction), event) if correction != 0 else None,
             noise=NoiseStream(seed, "path"),
+            **model.noise(tuple(x.shape[1:])),
         )
         x = self._solve(x, make_problem, plan, backward=True, progress=progress)
         return self._denoised(x) if denoise else x
@@ -172,7 +165,7 @@ class FlowODE(_Bound):
     """
 
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
-        super().__init__(probability_flow(sde.declaration.f, sde.declaration.g), Model(sde, score, prior))
+        super().__init__(probability_flow(sde.declaration), Model(sde, score, prior))
 
     def sample(
         self,
@@ -244,6 +237,10 @@ class FlowODE(_Bound):
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""
         return log_prob(self.model, self.equation, x, **options)
 
+    def data_log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
+        """A lower bound on log p of the data component; see :func:`sdeflow.likelihood.data_log_prob`."""
+        return data_log_prob(self.model, self.equation, x, **options)
+
     def bits_per_dim(self, images: Tensor, *, levels: int, low: float, high: float, **options: object) -> Tensor:
         """Bits per dimension of integer images, (batch,); see :func:`sdeflow.likelihood.bits_per_dim`."""
         return bits_per_dim(self.model, self.equation, images, levels=levels, low=low, high=high, **options)
@@ -268,13 +265,3 @@ class FlowODE(_Bound):
             return x
         make_problem = partial(Problem, self._field(tuple(x.shape[1:]), x.dtype), self.model.clock(grid))
         return self._solve(x, make_problem, plan, backward=backward, progress=progress)
-
-
-def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of states as one of flattened states; what depends on t alone stays a number."""
-
-    def flat(y: Tensor, t: Tensor) -> Tensor:
-        value = function(y.reshape(-1, *event), t)
-        return value.flatten(1) if value.ndim else value
-
-    return flat

@@ -1,4 +1,4 @@
-r"""A Gaussian over events with independent coordinates: the prior p(x_T), and any marginal of Gaussian data."""
+r"""A Gaussian over events: the prior p(x_T), and any marginal of Gaussian data."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.basis import Basis
 from sdeflow.errors import DataError
+from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
 
 __all__ = ["Gaussian", "normal_log_density"]
 
 
 class Gaussian:
-    """N(mean, std^2), elementwise.
+    """N(mean, std²) elementwise, or N(mean, root rootᵀ) with k x k blocks for the components of a coupled state.
 
     Args:
         mean: () or a tensor that broadcasts to an event.
-        std: the standard deviation, likewise, positive.
+        std: the standard deviation, likewise, positive; or a coupled :class:`~sdeflow.linear.Linear`, the root.
+        basis: an orthogonal basis, in which mean and std are then given.
     """
 
-    def __init__(self, mean: Tensor | float, std: Tensor | float) -> None:
+    def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:
         self.mean = torch.as_tensor(mean, dtype=torch.float64)
-        self.std = torch.as_tensor(std, dtype=torch.float64)
+        self.root = std if isinstance(std, Linear) else Linear(torch.as_tensor(std, dtype=torch.float64))
+        self.basis = basis
         if not bool(torch.isfinite(self.mean).all()) or not bool((self.std > 0).all() & torch.isfinite(self.std).all()):
             raise DataError(f"a Gaussian needs a finite mean and a positive, finite std, not {mean} and {std}.")
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of each coordinate; (k, ...) for a coupled state."""
+        if not self.root.coupled:
+            return self.root.values
+        std = self.root.values.square().sum(-1).sqrt().movedim(-1, 0 if self.root.values.ndim == 2 else 1)
+        return std if self.root.values.ndim == 2 else std[0]
 
     def sample(
         self,
@@ -35,27 +47,59 @@ class Gaussian:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
-        for value in (self.mean, self.std):
-            if len(value.shape) > len(shape) - 1 or any(
-                n not in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False)
-            ):
-                raise DataError(f"this prior is of events of shape {tuple(value.shape)}, not {tuple(shape[1:])}.")
+        self._require_event(tuple(shape[1:]))
         noise = NoiseStream(seed, "prior").normal(shape, dtype, device)
-        mean, std = (value.to(device=device, dtype=noise.dtype) for value in (self.mean, self.std))
-        return mean + std * noise
+        x = self._level(noise) + self._moved(device)(noise)
+        return x if self.basis is None else self.basis.inverse(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
-        return normal_log_density(x, self.mean.to(x.device), self.std.to(x.device))
+        x = x.to(torch.float64)
+        if self.basis is not None:
+            x = self.basis.forward(x)
+        root = self._moved(x.device)
+        if not root.coupled:
+            return normal_log_density(x, self.mean.to(x.device), root.values)
+        z = root.inverse(x - self._level(x))
+        d = math.prod(x.shape[1:])
+        return (
+            -0.5 * z.square().flatten(1).sum(1) - root.log_det(tuple(x.shape[1:])) - 0.5 * d * math.log(2.0 * math.pi)
+        )
 
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""
+        if self.root.coupled:
+            relative = (other.root.inverse @ self.root).values
+            shift = other.root.inverse(self._level(self.mean[None]) - other._level(self.mean[None]))
+            k = relative.shape[-1]
+            trace, log_det = relative.square().sum((-1, -2)), torch.linalg.slogdet(relative)[1]
+            return float((0.5 * (trace - k) - log_det).mean() / k + 0.5 * shift.square().mean())
         ratio = (self.std / other.std).square()
         shift = ((self.mean - other.mean) / other.std).square()
         return float((0.5 * (ratio + shift - 1.0 - torch.log(ratio))).mean())
 
     def __repr__(self) -> str:
-        return f"Gaussian(mean={_short(self.mean)}, std={_short(self.std)})"
+        basis = "" if self.basis is None else f", basis={self.basis}"
+        return f"Gaussian(mean={_short(self.mean)}, std={_short(self.std)}{basis})"
+
+    def _level(self, x: Tensor) -> Tensor:
+        """The mean, shaped to broadcast with states like ``x``; of a coupled state sides are added at the end."""
+        mean = self.mean.to(device=x.device, dtype=x.dtype)
+        if self.root.coupled and mean.ndim < x.ndim - 1:
+            mean = mean.reshape(*mean.shape, *(1,) * (x.ndim - 1 - mean.ndim))
+        return mean
+
+    def _moved(self, device: torch.device | str) -> Linear:
+        return Linear(self.root.values.to(device), self.root.coupled)
+
+    def _require_event(self, event: tuple[int, ...]) -> None:
+        for value in (self.mean, self.std):
+            given = tuple(value.shape)
+            sides = (
+                zip(given, event, strict=False) if self.root.coupled else zip(given[::-1], event[::-1], strict=False)
+            )
+            if len(given) > len(event) or any(n not in (1, m) for n, m in sides):
+                raise DataError(f"this prior is of events of shape {given}, not {event}.")
 
 
 def normal_log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

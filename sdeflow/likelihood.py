@@ -1,16 +1,22 @@
 r"""The exact log-likelihood of the probability flow (Chen et al. 2018; arXiv:2011.13456, appendix D.2).
 
-Along dx/dt = v(x, t) = f - ½ g² s, log p(x(cutoff)) = log π(x(T)) + ∫ div v dt. Everything that is linear
-is done exactly: with S² = alpha² c² + sigma², the variance of a Gaussian reference of scale c,
+Along dx/dt = v(x, t), log p(x(cutoff)) = log π(x(T)) + ∫ div v dt. For v = a x + b - ½ Q s with Q = g gᵀ,
+everything that is linear is done exactly: with S Sᵀ = alpha c² alphaᵀ + sigma sigmaᵀ, the covariance of a
+Gaussian reference of scale c,
 
-    log p = log π(x_T) + d log(S_T / S_cutoff) - ∫ ½ g² (div s + d / S²) dt
+    log p = log π(x_T) + log|S_T| - log|S_cutoff| - ∫ ½ (div Q s + tr Q (S Sᵀ)⁻¹) dt
 
-for any c > 0, and the integrand vanishes for Gaussian data of scale c. Only div s is estimated:
+for any c > 0, and the integrand vanishes for Gaussian data of scale c. Only the divergence is estimated:
 
     exact        d vector-Jacobian products on one graph
     hutchinson   vᵀ (∂s/∂x) v with E[v vᵀ] = 1, Rademacher or Gaussian, fixed over the solve (arXiv:1810.01367)
 
-What is measured is the density at the cutoff; in nats, in float64.
+What is measured is the density at the cutoff, joint for a coupled state; in nats, in float64. The density of
+the data component alone is bounded by
+
+    log p(x) >= E_q(v|x) [log p(x, v) - log q(v | x)],
+
+with q the kernel's own law of the other components given x_0 = x, an average over draws of v.
 """
 
 from __future__ import annotations
@@ -25,13 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.errors import DataError, ScoreError, TraceErrorWarning
+from sdeflow.linear import Linear
 from sdeflow.model import Model, Plan, checked_state, evaluating, make_plan
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.solvers import Problem, Solver
 from sdeflow.solvers.clock import Clock, Grid
 from sdeflow.symbolic.equations import Equation
 
-__all__ = ["LogProb", "bits_per_dim", "log_prob"]
+__all__ = ["LogProb", "bits_per_dim", "data_log_prob", "log_prob"]
 
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
@@ -112,6 +119,63 @@ def log_prob(
             return value
         rough, _, _ = _solve(model, equation, x, vectors, clock, plan.looser(), progress)
     return LogProb(value, stderr, (value - rough).abs(), nfe)
+
+
+def data_log_prob(
+    model: Model,
+    equation: Equation,
+    x: Tensor,
+    *,
+    samples: int = 16,
+    seed: int | torch.Generator | None = None,
+    full: bool = False,
+    **options: object,
+) -> Tensor | LogProb:
+    """A lower bound on log p(x) of the data component alone, in nats, (batch,): E_q [log p(x, v) - log q(v | x)].
+
+    The average over ``samples`` draws of v is returned; its expectation is the bound, and ``full`` gives its
+    standard error as ``stderr``. Without auxiliary components it is :func:`log_prob`.
+
+    Args:
+        model, equation: as :func:`log_prob`.
+        x: data (batch, *event).
+        samples: draws of the auxiliary components for each sample.
+        seed: of the draws and the probes.
+        options: as :func:`log_prob`.
+
+    Raises:
+        DataError, ValueError, SolverError: as :func:`log_prob`.
+    """
+    kernel = model.kernel
+    if kernel is None or not model.declaration.auxiliary:
+        return log_prob(model, equation, x, seed=seed, full=full, **options)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a positive integer, not {samples!r}.")
+    checked_state(x)
+    seed = resolve_seed(seed)
+    states = kernel.lift(x.double(), noisy=False)
+    time = torch.tensor(model.cutoff, dtype=torch.float64)
+    path = kernel.path(states, time)
+    auxiliary = list(model.declaration.auxiliary)
+    law = path.sigma.gram.values[auxiliary][:, auxiliary]
+    root = Linear(torch.linalg.cholesky(law), True)
+    level = (path.alpha(states) + path.offset)[:, auxiliary]
+    noise = NoiseStream(seed, "auxiliary")
+    draws, spread, nfe = [], [], 0
+    for _ in range(samples):
+        v = level + root(noise.normal(tuple(level.shape), torch.float64, x.device))
+        states[:, auxiliary] = v
+        joint = log_prob(model, equation, states.to(x.dtype), seed=seed, full=True, **options)
+        whitened = root.inverse(v - level)
+        normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
+        draws.append(joint.value + 0.5 * whitened.square().flatten(1).sum(1) + normaliser)
+        spread.append(joint.solver_error)
+        nfe += joint.nfe
+    draws = torch.stack(draws)
+    if not full:
+        return draws.mean(0)
+    stderr = draws.std(0) / math.sqrt(samples) if samples > 1 else torch.full_like(draws[0], math.nan)
+    return LogProb(draws.mean(0), stderr, torch.stack(spread).mean(0), nfe)
 
 
 def bits_per_dim(
@@ -225,11 +289,12 @@ def _solve(
             rate, clock, backward=False, row_norm=row_norm, max_calls=plan.max_calls,
             on_call=None if bar.disable else bar.update,
         )  # fmt: skip
-        start = x.detach().double().flatten(1) - model.offset(model.cutoff)
+        start = model.to_solver(x.detach().double(), model.cutoff).flatten(1)
         y = torch.cat([start, start.new_zeros(len(x), columns)], dim=1)
         y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-        x_T, integrals = (y[:, :d] + model.offset(model.T)).reshape(x.shape), y[:, d:]
-        value = model.prior_for(x.detach().clone()).log_prob(x_T) + integrals.mean(1) + _linear_part(model, d)
+        x_T, integrals = model.from_solver(y[:, :d].reshape(x.shape), model.T), y[:, d:]
+        prior = model.prior_for(x.detach().clone())
+        value = prior.log_prob(x_T) + integrals.mean(1) + _linear_part(model, x[:1].detach().double())
     if vectors is None:
         stderr = torch.zeros_like(value)
     else:
@@ -241,39 +306,43 @@ def _augmented_rate(
     model: Model, equation: Equation, event: tuple[int, ...], vectors: Tensor | None, dtype: torch.dtype
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """d/dt of (x, what the divergence adds to log p), as a function of (y, t) with y (batch, d + columns)."""
-    drift, score, kernel = model.drift(equation), model.score, model.kernel
-    d, scale = math.prod(event), model.reference_scale()
+    drift, kernel = model.drift(equation), model.kernel
+    d = math.prod(event)
 
     def rate(y: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            u, level = y[:, :d].detach().reshape(-1, *event).requires_grad_(True), model.offset(t)
-            s = score((u + level if level else u).to(dtype), t).to(y.dtype)
+            u = y[:, :d].detach().reshape(-1, *event).requires_grad_(True)
+            s = model.solver_score(u, t, dtype)
             velocity = drift(u, t, s)
             if kernel is None:
                 change = _divergence(velocity, u, vectors)
             else:
-                _, variance = _reference(model, t, scale)
-                half_q = 0.5 * kernel.sde_coefficients(t)[2]
-                change = -half_q * (_divergence(s, u, vectors) + d / variance)
-        return torch.cat([velocity.detach().flatten(1), change.mT.to(y.dtype)], dim=1)
+                _, _, q = kernel.equation(u, t)
+                inverse = _reference(model, t, u).inverse
+                known = (q @ inverse.T @ inverse).trace(event)
+                change = -0.5 * (_divergence(q(s), u, vectors) + known)
+        return torch.cat([velocity.detach().flatten(1), change.detach().mT.to(y.dtype)], dim=1)
 
     return rate
 
 
-def _reference(model: Model, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """log S and S² of the Gaussian reference at t."""
-    alpha, sigma, _ = model.kernel.coefficients(t)
-    variance = (alpha * scale).square() + sigma.square()
-    return 0.5 * torch.log(variance), variance
+def _reference(model: Model, t: Tensor, like: Tensor) -> Linear:
+    """S of the Gaussian reference at t, S Sᵀ = alpha c² alphaᵀ + sigma sigmaᵀ, as a map of states like ``like``."""
+    path = model.kernel.path(like, t)
+    spread = path.sigma.inverse @ path.alpha @ model.kernel.scale(model.reference(like), like)
+    return path.sigma @ spread.root_of_one_plus_gram
 
 
-def _linear_part(model: Model, d: int) -> float:
-    """d log(S_T / S_cutoff), the exact integral of the reference's divergence."""
+def _linear_part(model: Model, like: Tensor) -> float:
+    """log|S_T| - log|S_cutoff|, the exact integral of the reference's divergence."""
     if model.kernel is None:
         return 0.0
-    ends = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
-    log_s, _ = _reference(model, ends, model.reference_scale())
-    return d * float(log_s[1] - log_s[0])
+    event = tuple(like.shape[1:])
+    first, last = (
+        float(_reference(model, torch.tensor(t, dtype=torch.float64), like).log_det(event).sum())
+        for t in (model.cutoff, model.T)
+    )
+    return last - first
 
 
 def _divergence(s: Tensor, x: Tensor, vectors: Tensor | None) -> Tensor:

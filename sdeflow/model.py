@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,11 +16,13 @@ from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
+from sdeflow.linear import Linear
 from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score
 from sdeflow.solvers import Clock, Solver, Torchdiffeq, Torchsde, make_clock, resolve
 from sdeflow.solvers.clock import Grid
+from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.equations import Equation
-from sdeflow.symbolic.symbols import s, t, x
+from sdeflow.symbolic.symbols import score_symbols, t
 
 __all__ = ["Model", "Plan", "Prior", "make_plan"]
 
@@ -57,6 +59,8 @@ class Model:
     ) -> None:
         self.declaration, self.values = sde.declaration, sde.values
         self.kernel: Kernel | None = sde.kernel if sde.declaration.affine is not None else None
+        self.state = self.declaration.state
+        self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
         self._prior = prior
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
@@ -68,7 +72,7 @@ class Model:
         elif self.declaration.cutoff is not None:
             self.cutoff = self.declaration.cutoff
         else:
-            self.cutoff = 0.0 if self.declaration.P0 > 0 else 1e-3 * self.T
+            self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
         self._warn_of_mismatch()
 
     @property
@@ -81,39 +85,120 @@ class Model:
     def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The compiled drift of ``equation``, a function of (x, t, s).
 
-        Of an affine SDE it is that of the centred state u = x - offset(t), which is A(t) u + C(t) s: b(t) drops
-        out exactly (it would be an end-point singularity in the angle), and a call costs two numbers and two
-        passes over the state.
+        Of an affine SDE it is that of the centred state u = x - offset(t) in the kernel's basis, which is
+        A(t) u + C(t) s: b(t) drops out exactly (it would be an end-point singularity in the angle).
         """
         if equation not in self._drifts:
             self._drifts[equation] = self._compile_drift(equation)
         return self._drifts[equation]
 
     def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        if self.kernel is not None:
-            score_symbol = sp.Dummy("s")
-            drift = equation.drift.subs(s, score_symbol)
-            A, C = sp.diff(drift, x), sp.diff(drift, score_symbol)
-            numbers = compile_expressions((A, C), (t,), self.values, self.T)
+        if self.kernel is None:
+            return self.function_of_state(equation.drifts, with_score=True)
+        scores = score_symbols(self.state)
+        standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
+        rows = [drift.subs(standing) for drift in equation.drifts]
+        A = [sp.diff(row, component) for row in rows for component in self.state]
+        C = [sp.diff(row, standing[score]) for row in rows for score in scores]
+        numbers = compile_expressions((*A, *C), (t,), self.values, self.T)
+        if self.declaration.coupled or self.values.shape:
+            return self._linear_drift(numbers)
 
-            def affine(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
-                a, c = (float(v) for v in numbers(time))
-                return torch.add(u * a, score, alpha=c) if a else score * c
+        def elementwise(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            a, c = (float(v) for v in numbers(time))
+            return torch.add(u * a, score, alpha=c) if a else score * c
 
-            return affine
-        return compile_expressions(equation.drift, (x, t, s), self.values, self.T)
+        return elementwise
 
-    def offset(self, time: Tensor | float) -> float:
-        """The offset that solvers take off the state; 0 without b(t), and for an SDE without a kernel."""
-        if self.kernel is None or self.declaration.affine[1] == 0:
+    def _linear_drift(self, numbers: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+        k, coupled = len(self.state), self.declaration.coupled
+
+        def linear(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            values = [v.to(u.device) for v in numbers(time.reshape((1,) * len(self.values.shape)))]
+            if coupled:
+                values = [torch.stack(half).reshape(k, k) for half in (values[: k * k], values[k * k :])]
+            a, c = (Linear(v, coupled) for v in values)
+            return a(u) + c(score)
+
+        return linear
+
+    def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
+        """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
+        if self.kernel is None or not self.kernel.has_offset:
             return 0.0
-        return float(self.kernel.coefficients(torch.as_tensor(time, dtype=torch.float64))[2])
+        level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
+        return float(level) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
 
-    def function_of_state(self, expression: sp.Expr) -> Callable[[Tensor, Tensor], Tensor]:
-        """A compiled function of (x, t), such as the diffusion."""
-        arguments = (x, t) if expression.has(x) else (t,)
-        compiled = compile_expressions(expression, arguments, self.values, self.T)
-        return compiled if len(arguments) == 2 else lambda _, time: compiled(time)
+    def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
+        """The state as solvers carry it: its coefficients in the kernel's basis, centred."""
+        if self.kernel is None:
+            return x
+        return self.kernel.to_basis(x) - self.offset(time, x)
+
+    def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
+        """The state behind what solvers carry."""
+        if self.kernel is None:
+            return u
+        level = self.offset(time, u)
+        return self.kernel.from_basis(u if isinstance(level, float) and not level else u + level)
+
+    def solver_score(self, u: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """∇ log p_t of what solvers carry, the score asked in ``dtype``."""
+        score = self.score(self.from_solver(u, time).to(dtype), time).to(u.dtype)
+        return score if self.kernel is None else self.kernel.to_basis(score)
+
+    def function_of_state(self, expressions: Sequence[sp.Expr], with_score: bool = False) -> Callable[..., Tensor]:
+        """A compiled function of (x, t) or (x, t, s), one expression for each component of the result.
+
+        Of an elementwise state x it returns what broadcasts to x (a number where x does not occur); of a coupled
+        one the components along the second axis.
+        """
+        symbols = (*self.state, t, *(score_symbols(self.state) if with_score else ()))
+        k = len(self.state)
+        if not self.declaration.coupled:
+            (expression,) = expressions
+            if not with_score and not expression.has(*self.state):
+                compiled = compile_expressions(expression, (t,), self.values, self.T)
+                return lambda _, time: compiled(self._sided(time))
+            # The state comes last, whose shape a constant takes.
+            order = (t, *symbols[2:], symbols[0])
+            compiled = compile_expressions(expression, order, self.values, self.T)
+            return lambda x, time, *score: compiled(time, *score, x)
+        order = (t, *symbols[k + 1 :], *self.state)
+        compiled = compile_expressions(tuple(expressions), order, self.values, self.T)
+
+        def coupled(x: Tensor, time: Tensor, *score: Tensor) -> Tensor:
+            values = compiled(time, *(part for whole in score for part in whole.unbind(1)), *x.unbind(1))
+            return torch.stack([value.expand_as(x[:, 0]).to(x.dtype) for value in values], dim=1)
+
+        return coupled
+
+    def noise(self, event: tuple[int, ...]) -> dict[str, object]:
+        """What a :class:`~sdeflow.solvers.Problem` needs to know of the noise, for flattened states of ``event``."""
+        declaration = self.declaration
+        g = declaration.g if declaration.coupled else sp.ImmutableMatrix([[declaration.g]])
+        k, m = g.shape
+        correction = stratonovich_correction(g, self.state)
+        given: dict[str, object] = {}
+        if not correction.is_zero_matrix:
+            given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
+        if declaration.diagonal:
+            own = [g[i, i] if g[i, i].has(*self.state) else sp.Abs(g[i, i]) for i in range(k)]  # g(t): no sign
+            given["diffusion"] = _flat(self.function_of_state(own), event)
+            return given
+        columns = [self.function_of_state(tuple(g[:, j])) for j in range(m)]
+
+        def matrix(y: Tensor, time: Tensor) -> Tensor:
+            """(batch · coordinates, k, m): one k x m matrix for each coordinate of the event."""
+            x = y.reshape(-1, *event)
+            entries = torch.stack([column(x, time) for column in columns], dim=-1)
+            return entries.movedim(1, -2).reshape(-1, k, m)
+
+        return {**given, "diffusion": matrix, "components": k, "motions": m}
+
+    def _sided(self, time: Tensor) -> Tensor:
+        """A time with a side for each of the parameters' sides."""
+        return time.reshape((1,) * len(self.values.shape)) if self.values.shape else time
 
     def clock(self, grid: Grid) -> Clock:
         """The time variable, centred on the data's scale where it is known."""
@@ -127,7 +212,16 @@ class Model:
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""
         moments = self.score.data_moments()
-        return 1.0 if moments is None else float(moments[1].double().square().mean().sqrt()) or 1.0
+        if moments is None:
+            return 1.0
+        std = moments[1].double()
+        if self.declaration.coupled and std.ndim:
+            std = std[[i for i in range(len(self.state)) if i not in self.declaration.auxiliary]]
+        return float(std.square().mean().sqrt()) or 1.0
+
+    def reference(self, like: Tensor) -> Tensor:
+        """c of each coordinate, () or (*event): the isotropic scale, none for auxiliary components."""
+        return torch.tensor(self.reference_scale(), dtype=torch.float64, device=like.device)
 
     # ---------------------------------------------------------------- prior
 
@@ -152,27 +246,31 @@ class Model:
         if known is not None:
             return known
         if self.kernel is None:
+            if self._default_prior is not None:
+                self._prior = self._default_prior(self._score)
+            if self._prior is not None:
+                return self._prior
             raise MissingPriorError(
-                "this SDE has no Gaussian kernel from which p(x_T) would follow: pass prior=, an object with "
-                "sample(shape, seed, dtype, device) and log_prob(x), such as sdeflow.Gaussian(mean, std)."
+                "this SDE has no Gaussian kernel from which p(x_T) would follow, and no stationary law was found: pass "
+                "prior=, such as sde.fit_prior(data), sdeflow.Gaussian(mean, std), or any object with "
+                "sample(shape, seed, dtype, device) and log_prob(x)."
             )
+        self.kernel.require_event(event)
         self._read_off[event] = self._read_prior(like)
         return self._read_off[event]
 
     def _read_prior(self, like: Tensor) -> Gaussian:
-        """N(m, v) per coordinate from s(x, T) = -(x - m) / v, fitted to the score on one batch."""
-        start = self.kernel.marginal(0.0, 1.0, self.T)
-        x_T = start.sample((_PROBES, *like.shape[1:]), seed=0, dtype=like.dtype, device=like.device)
+        """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks."""
+        kernel, event = self.kernel, tuple(like.shape[1:])
+        start = kernel.marginal(0.0, 1.0, self.T)
+        x_T = start.sample((_PROBES, *event), seed=0, dtype=like.dtype, device=like.device)
         with torch.no_grad(), evaluating(self.score):
-            gradient = self.score(x_T, self.T).double()
-        x_T = x_T.double()
-        centred = x_T - x_T.mean(0)
-        slope = (centred * gradient).mean(0) / centred.square().mean(0)
-        variance = -1.0 / slope
-        mean = x_T.mean(0) + variance * gradient.mean(0)
-        usual = float(start.std.square())
-        if bool(torch.isfinite(mean).all()) and bool(((variance > 0.1 * usual) & (variance < 10 * usual)).all()):
-            return Gaussian(mean.cpu(), variance.sqrt().cpu())
+            gradient = kernel.to_basis(self.score(x_T, self.T).double())
+        u = kernel.to_basis(x_T.double())
+        fitted = (_fitted_blocks if kernel.coupled else _fitted)(u, gradient, start)
+        if fitted is not None:
+            mean, root = fitted
+            return Gaussian(mean.cpu(), Linear(root.cpu(), kernel.coupled), kernel.basis)
         warnings.warn(
             "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off it; "
             f"{start} is used. Give the data's moments, or prior=.",
@@ -219,8 +317,48 @@ class Model:
             dtype = parameter.dtype if floating else torch.get_default_dtype()
         if device is None:
             device = holder.device if holder is not None else "cpu"
+        if self.kernel is not None:
+            self.kernel.require_event(shape[1:])
         like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
         return self.prior_for(like).sample(shape, seed=seed, dtype=dtype, device=device)
+
+
+def _fitted(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each coordinate from s = -(x - m) / v, or None where that is far from ``start``."""
+    centred = x - x.mean(0)
+    slope = (centred * gradient).mean(0) / centred.square().mean(0)
+    variance = -1.0 / slope
+    mean = x.mean(0) + variance * gradient.mean(0)
+    usual = start.std.square().to(x.device)
+    near = (variance > 0.1 * usual) & (variance < 10 * usual)
+    return (mean, variance.sqrt()) if bool(torch.isfinite(mean).all()) and bool(near.all()) else None
+
+
+def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean (k, ...) and Cholesky factors (..., k, k) of the components from s = -V⁻¹ (x - m), or None."""
+    centred = (x - x.mean(0)).movedim(1, -1)  # (batch, ..., k)
+    of_state = torch.einsum("b...i,b...j->...ij", centred, centred)
+    of_score = torch.einsum("b...i,b...j->...ij", gradient.movedim(1, -1), centred)
+    precision = -(of_score @ torch.linalg.inv(of_state))
+    covariance = torch.linalg.inv(0.5 * (precision + precision.mT))
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(0).movedim(0, -1)[..., None])[..., 0]
+    usual = (start.root.values @ start.root.values.mT).diagonal(dim1=-2, dim2=-1).to(x.device)
+    found = covariance.diagonal(dim1=-2, dim2=-1)
+    near = (found > 0.1 * usual) & (found < 10 * usual) & (failed == 0)[..., None]
+    if not bool(torch.isfinite(mean).all()) or not bool(near.all()):
+        return None
+    return mean.movedim(-1, 0), root if root.ndim == 2 else root[None]
+
+
+def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of states as one of flattened states; what depends on t alone stays a number."""
+
+    def flat(y: Tensor, t: Tensor) -> Tensor:
+        value = function(y.reshape(-1, *event), t)
+        return value.expand(len(y), *event).flatten(1) if value.ndim else value
+
+    return flat
 
 
 @contextmanager

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from numbers import Real
 
 import sympy as sp
 import torch
 
+from sdeflow.basis import Basis
+from sdeflow.bridge import Bridge
 from sdeflow.compile import compile_expressions
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
-from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.model import Prior
+from sdeflow.parameters import Values
+from sdeflow.pearson import PearsonKernel, pearson_kernel
+from sdeflow.reducible import ReducibleKernel
 from sdeflow.scores import as_score
-from sdeflow.symbolic.declaration import Coefficient, declare, parameter_symbols
+from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward
-from sdeflow.symbolic.symbols import t, x
+from sdeflow.symbolic.symbols import t
 
 __all__ = ["SDE"]
 
@@ -33,13 +36,19 @@ class SDE:
         T: the horizon, the last time at which f and g are finite.
         cutoff: the first time that training, solvers and likelihood visit. None: 0 where P0 > 0, else the
             time at which sigma / alpha = 2e-3 (without a kernel: T / 1000).
-        params: values of the other symbols in f and g, keyed by Symbol or name.
-        P0: the kernel's variance at t = 0; the model is then of data plus N(0, P0).
+        params: values of the other symbols in f and g, keyed by Symbol or name: numbers, tensors that broadcast
+            to an event, or nn.Parameters, which ``score.parameters()`` then holds.
+        P0: the kernel's variance at t = 0 (a list or matrix for a coupled state); the model is then of data plus
+            N(0, P0). Where only some components have one, they are auxiliary: no data, but noise from the start.
         calculus: "ito", or "stratonovich" for a declaration in that sense, which is converted.
+        prior: p(x_T), where it should not follow from the kernel, the data and the score.
+        state: names of the components, where f and g are text or functions of several.
+        basis: an orthogonal transform of events (:mod:`sdeflow.basis`) in which the declaration holds, coefficient by
+            coefficient.
 
     Attributes:
         declaration: what was declared, frozen.
-        kind: "affine", with a Gaussian perturbation kernel, or "general".
+        kind: "affine", with a Gaussian perturbation kernel, "reducible" to that by a change of the state, or "general".
         T, cutoff: as above.
 
     Raises:
@@ -64,20 +73,48 @@ class SDE:
         g: Coefficient,
         T: float = 1.0,
         cutoff: float | None = None,
-        params: Mapping[sp.Symbol | str, float] | None = None,
-        P0: float = 0.0,
+        params: Mapping[sp.Symbol | str, float | torch.Tensor] | None = None,
+        P0: object = 0.0,
         calculus: str = "ito",
         prior: Prior | None = None,
+        *,
+        state: Sequence[str] | None = None,
+        basis: Basis | None = None,
     ) -> None:
         resolved = parameter_symbols(params or {}, f, g)
-        self.declaration = declare(f, g, T, cutoff, resolved, P0, calculus)
-        self.values = {symbol: _value(value, symbol) for symbol, value in resolved.items()}
+        self._set_up(declare(f, g, T, cutoff, resolved, P0, calculus, state), Values(resolved), prior, basis)
+
+    def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
+        self.declaration, self.values, self.basis = declaration, values, basis
         self._prior = prior
         self._score: AnyScore = None
         if self.declaration.affine is not None:
             self.kernel  # noqa: B018  derived now, so that what is wrong with a schedule is said here
         else:
             self._require_finite_somewhere()
+
+    @classmethod
+    def from_kernel(
+        cls,
+        alpha: Coefficient,
+        sigma: Coefficient,
+        T: float = 1.0,
+        cutoff: float | None = None,
+        params: Mapping[sp.Symbol | str, float | torch.Tensor] | None = None,
+    ) -> SDE:
+        """The SDE of a declared Gaussian path x_t = alpha(t) x_0 + sigma(t) eps.
+
+        f = alpha'/alpha x and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma², so that flow matching, say, is
+        ``SDE.from_kernel(alpha=1 - t, sigma=t, T=0.999)``. sigma(0)² becomes P0.
+
+        Raises:
+            DeclarationError: for a path that depends on x or does not start at alpha = 1.
+            ScheduleError: for one whose signal-to-noise ratio rises somewhere, for then g² < 0.
+        """
+        resolved = parameter_symbols(params or {}, alpha, sigma)
+        sde = object.__new__(cls)
+        sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, None)
+        return sde
 
     def with_params(self, **values: float) -> SDE:
         """The same declaration, its affine split included, with other values of some parameters.
@@ -92,9 +129,11 @@ class SDE:
                 f"{', '.join(sorted(unknown))} is no parameter; there are: {', '.join(by_name) or 'none'}."
             )
         other = self._copy()
-        other.values = {**self.values, **{by_name[n]: _value(v, by_name[n]) for n, v in values.items()}}
-        for derived in ("kernel", "_cutoff"):
+        other.values = self.values.replaced({by_name[name]: value for name, value in values.items()})
+        for derived in ("kernel", "kind", "_exact_kernel", "_cutoff"):
             other.__dict__.pop(derived, None)
+        if self.declaration.affine is not None:
+            other.kernel = self.kernel.with_values(other.values)
         return other
 
     def bind(self, score: AnyScore) -> SDE:
@@ -103,10 +142,12 @@ class SDE:
         other._score = None if score is None else as_score(score, self)
         return other
 
-    @property
+    @cached_property
     def kind(self) -> str:
-        """ "affine" or "general"."""
-        return "general" if self.declaration.affine is None else "affine"
+        """ "affine", "reducible" to an affine SDE by a change of the state, or "general"."""
+        if self.declaration.affine is not None:
+            return "affine"
+        return "reducible" if isinstance(self._exact_kernel, ReducibleKernel) else "general"
 
     @property
     def T(self) -> float:
@@ -123,9 +164,24 @@ class SDE:
         return ReverseSDE(self).model.cutoff
 
     @cached_property
-    def kernel(self) -> Kernel:
-        """p(x_t | x_0), or NotAffineError where it is not Gaussian."""
-        return Kernel(self.declaration, self.values)
+    def kernel(self) -> Kernel | ReducibleKernel | PearsonKernel:
+        """p(x_t | x_0): Gaussian, one behind a change of the state, or of the Pearson class; else a NotAffineError."""
+        if self.declaration.affine is not None:
+            return Kernel(self.declaration, self.values, self.basis)
+        if self._exact_kernel is None:
+            self.declaration.require_affine("The perturbation kernel")
+        return self._exact_kernel
+
+    @cached_property
+    def _exact_kernel(self) -> ReducibleKernel | PearsonKernel | None:
+        """The exact kernel of an SDE that is not affine, where there is one."""
+        declaration = self.declaration
+        if declaration.affine is not None or declaration.coupled or declaration.P0 > 0 or self.basis is not None:
+            return None
+        try:
+            return ReducibleKernel(declaration, self.values)
+        except NotAffineError:
+            return pearson_kernel(declaration, self.values)
 
     @property
     def weighting(self) -> sp.Expr:
@@ -136,7 +192,8 @@ class SDE:
     def likelihood_weighting(self) -> sp.Expr:
         """g(t)², under which score matching bounds the likelihood (arXiv:2101.09258)."""
         self.declaration.require_affine("The likelihood weighting")
-        return self.declaration.g**2
+        gram = self.declaration.gram
+        return gram if self.declaration.coupled else gram[0, 0]
 
     @property
     def prior(self) -> Gaussian:
@@ -146,6 +203,22 @@ class SDE:
     def prior_for(self, mean: torch.Tensor | float, std: torch.Tensor | float) -> Gaussian:
         """p(x_T) for data with this mean and standard deviation: N(alpha m + offset, alpha² c² + sigma²) at T."""
         return self.kernel.marginal(mean, std, self.T)
+
+    def lift(self, data: torch.Tensor, seed: int | torch.Generator | None = None) -> torch.Tensor:
+        """States (batch, k, *event) from data (batch, *event): the auxiliary components are drawn from P0.
+
+        Where there are none, the data itself.
+        """
+        return self.kernel.lift(data, seed) if self.declaration.affine is not None else data
+
+    def bridge(self, x_T: torch.Tensor | float) -> Bridge:
+        """This SDE conditioned on x_T, for every linear SDE; see :mod:`sdeflow.bridge`.
+
+        Raises:
+            NotAffineError: for an SDE that is not linear.
+        """
+        self.declaration.require_affine("A bridge")
+        return Bridge(self.kernel, x_T)
 
     def reverse(self, score: AnyScore = None, prior: Prior | None = None) -> ReverseSDE:
         """The reverse-time SDE; without a score, the equation itself."""
@@ -158,12 +231,13 @@ class SDE:
     @property
     def equation(self) -> Equation:
         """dx = f dt + g dw."""
-        return forward(self.declaration.f, self.declaration.g)
+        return forward(self.declaration)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{symbol} = {value:g}" for symbol, value in self.values.items())
-        noise = f", P0 = {self.declaration.P0:g}" if self.declaration.P0 else ""
-        return f"SDE({self.equation} on [0, {self.T:g}]{noise}{f', {values}' if values else ''})"
+        P0 = self.declaration.P0
+        noise = "" if not any(self.declaration.initial_variances) else f", P0 = {_plain(P0)}"
+        basis = "" if self.basis is None else f", basis = {self.basis}"
+        return f"SDE({self.equation} on [0, {self.T:g}]{noise}{f', {self.values}' if self.values else ''}{basis})"
 
     def _repr_latex_(self) -> str:
         return rf"$\displaystyle {self.equation.latex()}, \quad t \in [0, {self.T:g}]$"
@@ -176,18 +250,23 @@ class SDE:
     def _require_finite_somewhere(self) -> None:
         """f and g of a general SDE must be finite at every time for some state."""
         times = torch.linspace(0.0, self.T, 1025, dtype=torch.float64)[1:]
-        states = torch.tensor([-1.7, -0.6, 0.3, 0.9, 2.1], dtype=torch.float64)[:, None]
-        for name in ("f", "g"):
-            expr = getattr(self.declaration, name)
-            values = compile_expressions(expr, (x, t), self.values, self.T)(states, times.expand(5, -1))
-            bad = ~torch.isfinite(values.expand(5, len(times))).any(0)
+        probes = torch.tensor([-1.7, -0.6, 0.3, 0.9, 2.1], dtype=torch.float64)
+        declaration = self.declaration
+        states = [probes.roll(i)[:, None].expand(-1, len(times)) for i in range(len(declaration.state))]
+        named = [*(("f", e) for e in declaration.drifts), *(("g", e) for e in declaration.diffusions)]
+        for name, expr in named:
+            compiled = compile_expressions(expr, (t, *declaration.state), self.values.numbers, self.T)
+            bad = ~torch.isfinite(compiled(times.expand(5, -1), *states)).any(0)
             if bool(bad.any()):
                 raise ScheduleError(
                     f"{name} = {expr} is not finite and real at t = {float(times[bad][0]):.4g}, for any x tried."
                 )
 
 
-def _value(value: object, symbol: sp.Symbol) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise DeclarationError(f"the parameter {symbol} must be a finite real number, not {value!r}.")
-    return float(value)
+def _plain(P0: float | sp.ImmutableMatrix) -> str:
+    """P0 as it was given: a number, a list of variances, or a matrix."""
+    if not isinstance(P0, sp.MatrixBase):
+        return f"{P0:g}"
+    if P0.is_diagonal():
+        return f"[{', '.join(f'{float(P0[i, i]):g}' for i in range(P0.shape[0]))}]"
+    return str([[float(entry) for entry in row] for row in P0.tolist()])

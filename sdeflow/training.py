@@ -194,6 +194,7 @@ class _Run:
             TrainingDivergedError: after too many skipped steps in a row.
         """
         x_0, y = batch
+        x_0 = self.score.kernel.lift(x_0, noisy=False)  # P0 is part of the kernel
         noise = NoiseStream(mixed_seed(seed, step, self.accelerator.process_index), "training")
         t = sample_times(self.score.kernel, len(x_0), times, noise).to(x_0.device)
         eps = noise.normal(tuple(x_0.shape), x_0.dtype, x_0.device)
@@ -325,7 +326,8 @@ def _seed_global(seed: int, accelerator: Accelerator) -> None:
 
 def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> None:
     """Measures the data's moments where they were not given, and tries the network on a few samples."""
-    seen = batches.first.double()
+    kernel = score.kernel
+    seen = kernel.lift(batches.first.double(), noisy=False)
     std = float(seen.std(correction=0))
     if std == 0:
         raise DataError(f"the data is constant ({float(seen.mean()):g}): there is nothing to learn.")
@@ -335,9 +337,18 @@ def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> 
         )
     score.to(accelerator.device)
     if not bool(score.moments_known):
-        score.set_data_moments(seen.mean(), std)
+        if kernel.coupled:  # one number for each component
+            parts = seen.movedim(1, 0).flatten(1)
+            score.set_data_moments(
+                *(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0)))
+            )
+        else:
+            score.set_data_moments(seen.mean() if kernel.basis is None else 0.0, std)
     labels = batches.first_labels
-    x, y = batches.first[:2].to(accelerator.device), None if labels is None else labels[:2].to(accelerator.device)
+    x, y = (
+        kernel.lift(batches.first[:2], noisy=False).to(accelerator.device),
+        None if labels is None else labels[:2].to(accelerator.device),
+    )
     training = score.training
     try:
         with torch.no_grad():

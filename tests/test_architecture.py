@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1] / "sdeflow"
 # A module's layer is that of the longest prefix listed.
 LAYERS = {
     "errors": 0, "_version": 0, "noise": 0, "symbolic": 0, "nets": 0,
-    "chebyshev": 1, "quadrature": 1, "compile": 1,
-    "gaussian": 2, "kernel": 2,
+    "basis": 1, "linear": 1, "parameters": 1, "chebyshev": 1, "quadrature": 1, "compile": 1,
+    "gaussian": 2, "kernel": 2, "reducible": 2, "pearson": 2,
     "scores": 3,
     "solvers": 4, "losses": 4, "batches": 4, "checkpoint": 4,
-    "model": 5, "likelihood": 5, "dynamics": 5, "training": 5,
+    "model": 5, "bridge": 5, "likelihood": 5, "dynamics": 5, "training": 5,
     "sde": 6, "catalog": 6,
     "__init__": 7,
 }  # fmt: skip
@@ -66,7 +66,18 @@ def test_walls(module):
         assert "torchdiffeq" not in names
     if layer(module) < 6:
         assert not any(name in ("sde", "sde.SDE") for name in ours(module))
-    symbolic_users = ("symbolic", "compile", "kernel", "model", "dynamics", "sde", "catalog")
+    symbolic_users = (
+        "symbolic",
+        "parameters",
+        "compile",
+        "kernel",
+        "reducible",
+        "pearson",
+        "model",
+        "dynamics",
+        "sde",
+        "catalog",
+    )
     if not module.startswith(symbolic_users):
         assert "sympy" not in names
 

@@ -36,15 +36,12 @@ def propagated_variance(reverse, steps, method="euler"):
             out[self.draws] = 1.0
             return out
 
-    from sdeflow.dynamics import _flat
-
-    g = sp.Abs(reverse.equation.diffusion)
     problem = Problem(
         reverse._field((1,), torch.float64),
         model.clock(None),
         backward=True,
-        diffusion=_flat(model.function_of_state(g), (1,)),
         noise=OneAtATime(),
+        **model.noise((1,)),
     )
     start = torch.zeros(n, 1, dtype=torch.float64)
     start[0] = 1.0

@@ -10,7 +10,8 @@ A method's steps are uniform in its own variable, so that variable matters as mu
     "t"        t itself
     a tensor   times from cutoff to T, joined by a monotone cubic, so that uniform steps in u visit them
 
-With d log(alpha/sigma)/dt = -g² / (2 sigma²), dt/dphi = 2 sigma² / (g² sin phi cos phi).
+Here log(alpha / sigma) is the kernel's half_log_snr, whose rate is -g² / (2 sigma²) elementwise, and in general
+dt/dphi = -1 / (rate sin phi cos phi).
 """
 
 from __future__ import annotations
@@ -97,11 +98,8 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
 
 
 def _angle(kernel: Kernel, scale: float) -> Callable[[np.ndarray], np.ndarray]:
-    def angle_at(t: float) -> float:
-        alpha, sigma, _ = kernel.coefficients(torch.tensor(t, dtype=torch.float64))
-        return math.atan2(float(sigma), float(alpha) * scale)
-
-    first, last = angle_at(kernel.cutoff), angle_at(kernel.T)
+    ends = kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))
+    first, last = (math.atan2(1.0, math.exp(value) * scale) for value in ends.tolist())
 
     def function(u: np.ndarray) -> np.ndarray:
         phi = first + (last - first) * u

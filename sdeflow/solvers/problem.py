@@ -1,8 +1,8 @@
 """What a solver is given: an initial value problem in the clock's variable, guarded.
 
-No solver sees a network or the SDE's time. It sees :class:`Problem`, with states (batch, n), an
-increasing variable r, and a drift that counts its calls, keeps within a budget, stays inside
-[cutoff, T] and finds the first sample and time at which something is not finite.
+No solver sees a network or the SDE's time. It sees :class:`Problem`, with states (batch, n), or rows
+(batch · n / k, k) where a k x m noise matrix mixes the components of a coupled state, an increasing
+variable r, and a drift that counts its calls, keeps within a budget, stays inside [cutoff, T] and finds the first sample and time at which something is not finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Problem:
         clock: the time variable.
         backward: whether t runs from T down to cutoff.
         diffusion: (y, t) -> what broadcasts to (batch, n); None for an ODE.
-        correction: (y, t) -> ½ g ∂g/∂x, where the noise depends on the state; else None.
+        correction: (y, t) -> ½ Σ g ∂g/∂x, where the noise depends on the state; else None.
+        components: k where the diffusion is a matrix: it is then (batch · n / k, k, motions).
+        motions: m, the number of Brownian motions of each coordinate then.
         noise: where the Brownian increments come from.
         row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
         max_calls: the budget of calls of the drift.
@@ -48,6 +50,8 @@ class Problem:
         backward: bool,
         diffusion: Coefficient | None = None,
         correction: Coefficient | None = None,
+        components: int | None = None,
+        motions: int | None = None,
         noise: NoiseStream | None = None,
         row_norm: Callable[[Tensor], Tensor] | None = None,
         max_calls: int = 10_000,
@@ -56,6 +60,7 @@ class Problem:
         self._drift = drift
         self._diffusion = diffusion
         self._correction = correction
+        self.components, self.motions = components, motions
         self.clock = clock
         self.backward = backward
         self.noise = noise
@@ -66,7 +71,7 @@ class Problem:
         self.eager_checks = False
         self._end = 1.0
         self._limit = math.inf
-        self._bad_since: Tensor | None = None
+        self._bad_since = torch.empty(0)
         self._times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
 
@@ -81,6 +86,15 @@ class Problem:
         self._limit = _EXPLOSION * (1.0 + largest)
         self._bad_since = torch.full((len(y),), math.inf, device=y.device)
 
+    def to_rows(self, y: Tensor) -> Tensor:
+        """States (batch, n), components first, as rows of components (batch · n / k, k)."""
+        return y.reshape(len(y), self.components, -1).mT.reshape(-1, self.components) if self.components else y
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`to_rows`."""
+        batch = len(self._bad_since)
+        return rows.reshape(batch, -1, self.components).mT.reshape(batch, -1) if self.components else rows
+
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
         u = float(r) / self._end
@@ -88,10 +102,11 @@ class Problem:
         return torch.tensor(t, dtype=torch.float64), rate / self._end
 
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
-        """dy/dr, (batch, n)."""
+        """dy/dr, shaped as y."""
         r = float(r)
         if self._last is not None and self._last[0] == r and self._last[1] is y:
             return self._last[2]  # torchsde asks for the first drift twice
+        rows, y = y, self.from_rows(y)
         t, rate = self.time(r)
         if self.nfe >= self.max_calls:
             raise MaxStepsError(
@@ -105,13 +120,15 @@ class Problem:
         if self.on_call is not None:
             self.on_call()
         self._watch(y, value, float(t))
-        value = value * (-rate if self.backward else rate)
-        self._last = (r, y, value)
+        value = self.to_rows(value * (-rate if self.backward else rate))
+        self._last = (r, rows, value)
         return value
 
     def diffusion(self, r: Tensor | float, y: Tensor) -> Tensor:
-        """The factor of dw(r), (batch, n)."""
+        """The factor of dw(r), (batch, n), or a matrix for each row (batch · n / k, k, m)."""
         t, rate = self.time(r)
+        if self.components:
+            return (self._diffusion(self.from_rows(y), t) * math.sqrt(rate)).to(y.dtype)
         return (self._diffusion(y, t) * math.sqrt(rate)).to(y.dtype).expand_as(y)
 
     def stratonovich_drift(self, r: Tensor | float, y: Tensor) -> Tensor:
@@ -120,7 +137,7 @@ class Problem:
         if self._correction is None:
             return value
         t, rate = self.time(r)
-        return value - rate * self._correction(y, t)
+        return value - self.to_rows(rate * self._correction(self.from_rows(y), t).expand_as(self.from_rows(y)))
 
     @property
     def last_time(self) -> float:
@@ -134,6 +151,7 @@ class Problem:
 
     def finish(self, y: Tensor) -> Tensor:
         """After a solve: the state, once it is known to be finite."""
+        y = self.from_rows(y)
         self._read(y)
         return y
 

@@ -1,8 +1,9 @@
 """torchsde's methods for a reverse-time SDE, with its traps closed.
 
 The adapter integrates forwards in its own variable with steps of exactly 1 (torchsde's accumulated
-``t + dt`` would add a sliver of a step), flattens states to (batch, n), always declares diagonal noise
-(with "scalar" noise all pixels would share one Brownian motion), converts to Stratonovich where the
+``t + dt`` would add a sliver of a step), flattens states to (batch, n), declares diagonal noise (with
+"scalar" noise all pixels would share one Brownian motion) or one small matrix for each coordinate where
+the components of a coupled state share theirs, converts to Stratonovich where the
 method needs it, and brings its own Brownian increments: torchsde's are seeded from NumPy's global state.
 
 Kidger et al. 2021 (arXiv:2102.03657); https://github.com/google-research/torchsde
@@ -65,15 +66,19 @@ class Torchsde:
         stratonovich = self.method in _STRATONOVICH
         end = float(self.initial_steps if self.adaptive else steps)
         problem.start(y, end, eager_checks=self.adaptive)
+        y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if stratonovich else "ito")
+        if system.noise_type == "general" and self.method in ("milstein", "srk", "log_ode"):
+            raise ValueError(f"{self} needs each component to have a noise of its own; euler and heun do not.")
+        size = (len(y), problem.motions or y.shape[1])
         ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
         if self.adaptive:
             brownian = torchsde.BrownianInterval(
-                0.0, end, size=tuple(y.shape), dtype=y.dtype, device=y.device, dt=1.0,
+                0.0, end, size=size, dtype=y.dtype, device=y.device, dt=1.0,
                 entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
             )  # fmt: skip
         else:
-            brownian = _Increments(problem.noise, y, _levy_area(self.method))
+            brownian = _Increments(problem.noise, size, y, _levy_area(self.method))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Hitting minimum allowed step size")
             if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
@@ -95,9 +100,10 @@ class Torchsde:
 class _System:
     """The drift and diffusion under the names that torchsde calls."""
 
-    noise_type = "diagonal"
-
     def __init__(self, problem: Problem, sde_type: str) -> None:
+        self.noise_type = "diagonal"
+        if problem.components:  # a matrix for each row mixes its components
+            self.noise_type = "general" if problem.noise_depends_on_state else "additive"
         self.sde_type = sde_type
         self.f = problem.drift if sde_type == "ito" else problem.stratonovich_drift
         self.g = problem.diffusion
@@ -110,9 +116,9 @@ class _Increments:
     U = h (W / 2 + H), H ~ N(0, h / 12) independent of W. Memory does not grow with the steps.
     """
 
-    def __init__(self, noise: NoiseStream, like: Tensor, levy_area_approximation: str) -> None:
+    def __init__(self, noise: NoiseStream, size: tuple[int, int], like: Tensor, levy_area_approximation: str) -> None:
         self.levy_area_approximation = levy_area_approximation
-        self.shape, self.dtype, self.device = tuple(like.shape), like.dtype, like.device
+        self.shape, self.dtype, self.device = size, like.dtype, like.device
         self._noise = noise
         self._step: tuple[float, float] | None = None
 

@@ -1,30 +1,35 @@
 r"""What the user declares: dx = f(x, t) dt + g(x, t) dw on [0, T], and nothing derived but the affine split.
 
 A :class:`Declaration` is frozen, hashable and free of numbers of any schedule: parameters stay symbols,
-so that changing a value derives nothing anew.
+so that changing a value derives nothing anew. The state is one symbol x, which stands for every
+coordinate alike, or several components that influence each other (:func:`~sdeflow.symbolic.symbols.state`);
+then f is a column and g a matrix, components by Brownian motions.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
-from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError, UnsafeExpressionError
-from sdeflow.symbolic.affine import AffineDrift, affine_split, kink_in_state
-from sdeflow.symbolic.symbols import t, x
+from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
+from sdeflow.symbolic.affine import affine_split, kink_in_state
+from sdeflow.symbolic.grammar import parse
+from sdeflow.symbolic.patience import within
+from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
 
-__all__ = ["Coefficient", "Declaration", "declare", "parameter_symbols"]
+__all__ = ["AffineDrift", "Coefficient", "Declaration", "declare", "declare_path", "parameter_symbols", "stratonovich_correction"]
 
-Coefficient = sp.Expr | float | Callable[[sp.Symbol, sp.Symbol], sp.Expr]
+Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coefficient"] | sp.MatrixBase
+AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}\Z")
+_ELEMENTWISE = (x,)
 
 
 @dataclass(frozen=True)
@@ -32,42 +37,104 @@ class Declaration:
     """dx = f dt + g dw on [0, T], read in the sense of Itô.
 
     Attributes:
-        f: the drift, a SymPy expression in x, t and the parameters.
-        g: the diffusion, likewise.
+        f: the drift, a SymPy expression in the state, t and the parameters; a column for a coupled state.
+        g: the diffusion, likewise; for a coupled state a matrix, components by Brownian motions.
         T: the horizon, the last time at which f and g are finite.
         cutoff: the first time that solvers and training visit; None lets the kernel choose it.
-        P0: the kernel's variance at t = 0.
+        P0: the kernel's covariance at t = 0: a variance, or a matrix for a coupled state.
         parameters: the other symbols in f and g.
+        state: the components; (x,) where x stands for every coordinate alike.
+        path: (alpha, sigma) of the Gaussian path that f and g were derived from, if they were.
     """
 
-    f: sp.Expr
-    g: sp.Expr
+    f: sp.Expr | sp.ImmutableMatrix
+    g: sp.Expr | sp.ImmutableMatrix
     T: float = 1.0
     cutoff: float | None = None
-    P0: float = 0.0
+    P0: float | sp.ImmutableMatrix = 0.0
     parameters: tuple[sp.Symbol, ...] = ()
+    state: tuple[sp.Symbol, ...] = _ELEMENTWISE
+    path: tuple[sp.Expr, sp.Expr] | None = None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the state has components."""
+        return self.state != _ELEMENTWISE
+
+    @property
+    def drifts(self) -> tuple[sp.Expr, ...]:
+        """The drift of each component."""
+        return tuple(self.f) if self.coupled else (self.f,)
+
+    @property
+    def diffusions(self) -> tuple[sp.Expr, ...]:
+        """The entries of g, row by row."""
+        return tuple(self.g) if self.coupled else (self.g,)
+
+    @cached_property
+    def gram(self) -> sp.ImmutableMatrix:
+        """g gᵀ, components by components; 1 by 1 elementwise."""
+        return sp.ImmutableMatrix(self.g * self.g.T) if self.coupled else sp.ImmutableMatrix([[self.g**2]])
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether each component has a Brownian motion of its own."""
+        return not self.coupled or (self.g.is_square and self.g.is_diagonal())
+
+    @property
+    def state_dependent_noise(self) -> bool:
+        """Whether g depends on the state."""
+        return any(entry.has(*self.state) for entry in self.diffusions)
+
+    @property
+    def initial_variances(self) -> tuple[float, ...]:
+        """The kernel's variance of each component at t = 0."""
+        return tuple(float(self.P0[i, i]) for i in range(len(self.state))) if self.coupled else (self.P0,)
+
+    @property
+    def auxiliary(self) -> tuple[int, ...]:
+        """Components that are no data but start as noise: those with P0 > 0 beside others without."""
+        noisy = tuple(i for i, variance in enumerate(self.initial_variances) if variance > 0)
+        return noisy if len(noisy) < len(self.state) else ()
 
     @cached_property
     def affine(self) -> AffineDrift | None:
-        """``(a, b)`` where f = a(t) x + b(t) and g does not hold x; otherwise None."""
-        return None if self.g.has(x) else affine_split(self.f)
+        """``(a, b)`` where f = a(t) x + b(t) and g does not hold the state; otherwise None.
+
+        For a coupled state a is the matrix F(t) and b a column.
+        """
+        if self.state_dependent_noise:
+            return None
+        splits = [affine_split(f, self.state) for f in self.drifts]
+        if None in splits:
+            return None
+        if not self.coupled:
+            (((a,), b),) = splits
+            return a, b
+        return sp.ImmutableMatrix([slopes for slopes, _ in splits]), sp.ImmutableMatrix([b for _, b in splits])
 
     def require_affine(self, purpose: str) -> AffineDrift:
         """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way."""
-        if self.affine is not None:
-            return self.affine
-        if self.g.has(x):
-            reason = f"the diffusion g = {self.g} depends on the state (read in the sense of Itô)"
-        else:
-            kink = kink_in_state(self.f)
-            reason = f"the drift f = {self.f} is not affine in x"
-            if kink is not None and kink != self.f:
-                reason += f", because of {kink}"
-        raise NotAffineError(
-            f"{purpose}: this SDE has no Gaussian perturbation kernel, for {reason}. Still available: "
-            "sde.reverse() and sde.flow_ode() as equations, and with a score and a prior= of your own "
-            "their sample(), encode(), decode() and log_prob()."
-        )
+        if self.affine is None:
+            raise NotAffineError(
+                f"{purpose}: this SDE has no Gaussian perturbation kernel, for {self.obstacle}. Still available: "
+                "sde.simulate(), sde.reverse() and sde.flow_ode() as equations, training by simulation (fit on a "
+                'Score that predicts="score"), and with a score their sample(), encode(), decode() and log_prob().'
+            )
+        return self.affine
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps this SDE from a Gaussian kernel, as a clause; empty where it has one."""
+        for g in self.diffusions:
+            if g.has(*self.state):
+                return f"the diffusion g = {g} depends on the state (read in the sense of Itô)"
+        for f in self.drifts:
+            if affine_split(f, self.state) is None:
+                kink = kink_in_state(f, self.state)
+                because = f", because of {kink}" if kink is not None and kink != f else ""
+                return f"the drift f = {f} is not affine in {', '.join(map(str, self.state))}{because}"
+        return ""
 
 
 def declare(
@@ -76,27 +143,44 @@ def declare(
     T: float = 1.0,
     cutoff: float | None = None,
     parameters: Iterable[sp.Symbol] = (),
-    P0: float = 0.0,
+    P0: object = 0.0,
     calculus: str = "ito",
+    names: Sequence[str] | None = None,
 ) -> Declaration:
     r"""Reads and checks a declaration.
 
-    With ``calculus="stratonovich"`` the drift is converted: f + ½ g ∂g/∂x.
+    With ``calculus="stratonovich"`` the drift is converted: f_i + ½ Σ_jl g_jl ∂g_il/∂x_j.
+
+    Args:
+        f, g: one coefficient; for a coupled state a list, and for g also a matrix, components by Brownian motions.
+        T, cutoff, P0: see :class:`Declaration`; P0 may be a list of variances.
+        parameters: symbols beside the state and t.
+        calculus: "ito" or "stratonovich".
+        names: the components' names, needed where f and g are text or functions of several components.
 
     Raises:
         DeclarationError: naming what was given and what is expected.
-        UnsafeExpressionError: for text and for parameter names that are not plain identifiers.
+        UnsafeExpressionError: for text outside the grammar, and names that are not plain identifiers.
         ScheduleError: for a diffusion that is identically zero.
     """
     parameters = tuple(parameters)
-    drift = _coefficient(f, "f", parameters)
-    diffusion = _coefficient(g, "g", parameters)
-    if diffusion == 0:
+    components = _components(f, g, names)
+    coupled = components != _ELEMENTWISE
+    rows = f(*components, t) if coupled and _is_function(f) else f
+    matrix = g(*components, t) if coupled and _is_function(g) else g
+    if coupled:
+        drift = sp.ImmutableMatrix([_coefficient(v, "f", components, parameters) for v in _column(rows, components)])
+        entries = [[_coefficient(v, "g", components, parameters) for v in row] for row in _matrix(matrix, components)]
+        diffusion = sp.ImmutableMatrix(entries)
+    else:
+        drift, diffusion = (_coefficient(v, n, components, parameters) for v, n in ((f, "f"), (g, "g")))
+    if all(entry == 0 for entry in (diffusion if coupled else (diffusion,))):
         raise ScheduleError("g is identically 0: the equation has no noise, so no kernel, score or reverse SDE.")
     if calculus not in ("ito", "stratonovich"):
         raise DeclarationError(f'calculus must be "ito" or "stratonovich", not {calculus!r}.')
     if calculus == "stratonovich":
-        drift = drift + diffusion * sp.diff(diffusion, x) / 2
+        correction = stratonovich_correction(diffusion if coupled else sp.ImmutableMatrix([[diffusion]]), components)
+        drift = sp.ImmutableMatrix(drift + correction) if coupled else drift + correction[0]
     T = _real(T, "T")
     if T <= 0:
         raise DeclarationError(f"T must be positive, not {T:g}.")
@@ -104,13 +188,59 @@ def declare(
         cutoff = _real(cutoff, "cutoff")
         if not 0 <= cutoff < T:
             raise DeclarationError(f"cutoff must lie in [0, T) = [0, {T:g}), not at {cutoff:g}.")
-    P0 = _real(P0, "P0")
-    if P0 < 0:
-        raise DeclarationError(f"P0 is a variance and must not be negative; it is {P0:g}.")
-    return Declaration(drift, diffusion, T, cutoff, P0, parameters)
+    covariance = _covariance(P0, len(components)) if coupled else _variance(P0)
+    return Declaration(drift, diffusion, T, cutoff, covariance, parameters, components)
 
 
-def parameter_symbols(params: Mapping[sp.Symbol | str, object], f: object, g: object) -> dict[sp.Symbol, object]:
+def declare_path(
+    alpha: Coefficient,
+    sigma: Coefficient,
+    T: float = 1.0,
+    cutoff: float | None = None,
+    parameters: Iterable[sp.Symbol] = (),
+) -> Declaration:
+    r"""The SDE whose kernel is N(alpha(t) x_0, sigma(t)²): f = alpha'/alpha x and g² = 2 sigma sigma' - 2 f sigma².
+
+    Raises:
+        DeclarationError: for a path that depends on x, or does not start at alpha = 1.
+        ScheduleError: for a path without noise.
+    """
+    parameters = tuple(parameters)
+    alpha, sigma = (_coefficient(v, n, _ELEMENTWISE, parameters) for v, n in ((alpha, "alpha"), (sigma, "sigma")))
+    if alpha.has(x) or sigma.has(x):
+        raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
+    start = alpha.subs(t, 0)
+    if start.is_number and abs(float(start) - 1) > 1e-12:
+        raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {float(start):g}.")
+    initial = sigma.subs(t, 0)
+    if not initial.is_number or not initial.is_real:
+        raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
+    rate = _simplest(sp.diff(alpha, t) / alpha)
+    gram = _simplest(2 * sigma * sp.diff(sigma, t) - 2 * rate * sigma**2)
+    declaration = declare(rate * x, sp.sqrt(gram), T, cutoff, parameters, P0=float(initial) ** 2)
+    return replace(declaration, path=(alpha, sigma))
+
+
+def _simplest(expr: sp.Expr) -> sp.Expr:
+    """``expr`` simplified where SymPy does so in two seconds."""
+    if expr.is_rational_function(t):
+        return sp.factor(expr)
+    found = None if expr.has(Schedule) else within(2.0, sp.simplify, expr)
+    return expr if found is None else found
+
+
+def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbol]) -> sp.ImmutableMatrix:
+    """½ Σ_jl g_jl ∂g_il/∂x_j, by which the Itô drift exceeds that of Stratonovich, a column."""
+    k, m = g.shape
+    return sp.ImmutableMatrix(
+        [
+            sum(g[j, n] * sp.diff(g[i, n], components[j]) for j in range(k) for n in range(m)) / 2
+            for i in range(k)
+        ]
+    )  # fmt: skip
+
+
+def parameter_symbols(params: Mapping[sp.Symbol | str, object], *coefficients: object) -> dict[sp.Symbol, object]:
     """``params`` with each key the very Symbol that f or g holds (a name stands for the symbol so called).
 
     Raises:
@@ -119,22 +249,90 @@ def parameter_symbols(params: Mapping[sp.Symbol | str, object], f: object, g: ob
     """
     if not isinstance(params, Mapping):
         raise DeclarationError(f"params must be a dict of Symbols or names to values, not {params!r}.")
-    used = {symbol.name: symbol for e in (f, g) if isinstance(e, sp.Expr) for symbol in e.free_symbols}
+    used = {symbol.name: symbol for e in _expressions(coefficients) for symbol in e.free_symbols}
     resolved = {}
     for key, value in params.items():
         if not isinstance(key, sp.Symbol | str):
             raise DeclarationError(f"a key of params must be a Symbol or a name, not {key!r}.")
         name = key if isinstance(key, str) else key.name
-        _require_plain(name)
-        if name in ("x", "t"):
-            raise DeclarationError(f"{name} is the {'state' if name == 'x' else 'time'} and cannot be a parameter.")
+        require_plain(name)
+        if name in ("x", "t") or isinstance(used.get(name), StateSymbol):
+            raise DeclarationError(f"{name} is the {'time' if name == 't' else 'state'} and cannot be a parameter.")
         resolved[key if isinstance(key, sp.Symbol) else used.get(name, sp.Symbol(name))] = value
     return resolved
 
 
-def _require_plain(name: str) -> None:
-    if not _NAME.match(name):
-        raise UnsafeExpressionError(f"a symbol's name must match [A-Za-z_][A-Za-z0-9_]*, 32 letters at most: {name!r}.")
+def _expressions(values: object) -> list[sp.Basic]:
+    """The SymPy expressions in (nested) lists."""
+    if isinstance(values, sp.MatrixBase):
+        return list(values)
+    if isinstance(values, sp.Basic):
+        return [values]
+    return [e for value in values for e in _expressions(value)] if isinstance(values, list | tuple) else []
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, sp.Basic | sp.MatrixBase | type)
+
+
+def _components(f: object, g: object, names: Sequence[str] | None) -> tuple[sp.Symbol, ...]:
+    """The state of a declaration: that of the symbols it holds, that of ``names``, or x alone."""
+    found = {s for e in _expressions([f, g]) for s in e.free_symbols if isinstance(s, StateSymbol)}
+    states = {symbol.names for symbol in found}
+    if names is not None:
+        states.add(tuple(symbol.name for symbol in state(names)))
+    if len(states) > 1:
+        shown = " and ".join(f"({', '.join(one)})" for one in sorted(states))
+        raise DeclarationError(f"f and g mix the components of different states: {shown}.")
+    if states:
+        if any(x in e.free_symbols for e in _expressions([f, g])):
+            raise DeclarationError(f"f and g hold sdeflow.x beside the state ({', '.join(states.pop())}); use one.")
+        return state(states.pop())
+    size = next((len(_as_list(v)) for v in (f, g) if isinstance(v, list | tuple | sp.MatrixBase)), None)
+    if size is None:
+        return _ELEMENTWISE
+    if any(isinstance(v, str) or _is_function(v) for v in (f, g, *_as_list(f), *_as_list(g))):
+        raise DeclarationError('text and functions of several components need their names: state=("x", "v").')
+    if any(x in e.free_symbols for e in _expressions([f, g])):
+        name, value = next((n, v) for n, v in (("f", f), ("g", g)) if isinstance(v, list | tuple | sp.MatrixBase))
+        raise DeclarationError(
+            f"{name} is a {type(value).__name__}, so of a coupled state, and sdeflow.x is none of its components: declare "
+            'them by x, v = sdeflow.state("x v").'
+        )
+    return state([f"x{i + 1}" for i in range(size)])
+
+
+def _as_list(value: object) -> list:
+    if isinstance(value, sp.MatrixBase):
+        return value.tolist()
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _column(value: object, components: tuple[sp.Symbol, ...]) -> list:
+    """f as one coefficient for each component."""
+    rows = _as_list(value)
+    rows = [row[0] if isinstance(row, list | tuple) and len(row) == 1 else row for row in rows]
+    if isinstance(value, str) or len(rows) != len(components):
+        raise DeclarationError(f"f must have {len(components)} components ({_listed(components)}), not {value!r}.")
+    return rows
+
+
+def _matrix(value: object, components: tuple[sp.Symbol, ...]) -> list[list]:
+    """g as a matrix with one row for each component: a list is its diagonal."""
+    rows, k = _as_list(value), len(components)
+    if not isinstance(value, list | tuple | sp.MatrixBase) or len(rows) != k:
+        raise DeclarationError(
+            f"g must be a list of {k} coefficients or a matrix of {k} rows ({_listed(components)}), not {value!r}."
+        )
+    if not any(isinstance(row, list | tuple) for row in rows):
+        return [[row if i == j else 0 for j in range(k)] for i, row in enumerate(rows)]
+    if not all(isinstance(row, list | tuple) and len(row) == len(rows[0]) >= 1 for row in rows):
+        raise DeclarationError(f"the rows of g must be of one length, not {value!r}.")
+    return [list(row) for row in rows]
+
+
+def _listed(components: tuple[sp.Symbol, ...]) -> str:
+    return ", ".join(component.name for component in components)
 
 
 def _real(value: object, name: str) -> float:
@@ -145,32 +343,58 @@ def _real(value: object, name: str) -> float:
     return float(value)
 
 
-def _coefficient(value: Coefficient, name: str, parameters: tuple[sp.Symbol, ...]) -> sp.Expr:
-    """``value`` as a checked SymPy expression in x, t and the parameters."""
+def _variance(value: object) -> float:
+    value = _real(value, "P0")
+    if value < 0:
+        raise DeclarationError(f"P0 is a variance and must not be negative; it is {value:g}.")
+    return value
+
+
+def _covariance(value: object, k: int) -> sp.ImmutableMatrix:
+    """P0 of a coupled state: a matrix, a list of variances, or one variance for all."""
+    rows = _as_list(value)
+    if not isinstance(value, list | tuple | sp.MatrixBase):
+        rows = [value] * k
+    if not any(isinstance(row, list | tuple) for row in rows):
+        rows = [[row if i == j else 0 for j in range(len(rows))] for i, row in enumerate(rows)]
+    if len(rows) != k or any(not isinstance(row, list | tuple) or len(row) != k for row in rows):
+        raise DeclarationError(f"P0 must be a number, {k} variances or a {k} by {k} covariance, not {value!r}.")
+    matrix = sp.ImmutableMatrix([[sp.Float(_real(entry, "P0")) for entry in row] for row in rows])
+    scale = max((abs(float(entry)) for entry in matrix), default=0.0)
+    shifted = matrix + sp.eye(k) * (1e-12 * scale)
+    if matrix != matrix.T or (scale and not all(shifted[:n, :n].det() >= 0 for n in range(1, k + 1))):
+        raise DeclarationError(f"P0 is a covariance and must be symmetric and not negative; it is {value!r}.")
+    return matrix
+
+
+def _coefficient(
+    value: object, name: str, components: tuple[sp.Symbol, ...], parameters: tuple[sp.Symbol, ...]
+) -> sp.Expr:
+    """``value`` as a checked SymPy expression in the state, t and the parameters."""
+    known = {symbol.name: symbol for symbol in (*components, t, *parameters)}
     if isinstance(value, str):
-        raise UnsafeExpressionError(
-            f"{name} was given as text, {value[:60]!r}, and text is never evaluated: "
-            "write it with sdeflow.x and sdeflow.t, as a SymPy expression."
-        )
-    if callable(value) and not isinstance(value, sp.Basic | sp.MatrixBase):
+        value = parse(value, known)
+    if _is_function(value):
         try:
-            value = value(x, t)
+            value = value(*components, t)
         except TypeError as error:
-            raise DeclarationError(f"{name} is a function that could not be called with (x, t): {error}") from error
+            arguments = ", ".join(c.name for c in (*components, t))
+            raise DeclarationError(
+                f"{name} is a function that could not be called with ({arguments}): {error}"
+            ) from error
     if isinstance(value, Real) and not isinstance(value, bool | sp.Basic):
         number = _real(value, name)
         value = sp.Integer(int(number)) if number.is_integer() else sp.Float(number)
     if not isinstance(value, sp.Expr) or isinstance(value, sp.MatrixBase):
         raise DeclarationError(
-            f"{name} must be a scalar SymPy expression in sdeflow.x and sdeflow.t, a function of (x, t) "
+            f"{name} must be a scalar SymPy expression in sdeflow.x and sdeflow.t, a function of (x, t), text "
             f"or a number, not {type(value).__name__}: {value!r}"
         )
     if value.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
         raise ScheduleError(f"{name} = {value} is not finite.")
-    known = {symbol.name: symbol for symbol in (x, t, *parameters)}
     for symbol in sorted(value.free_symbols, key=str):
         twin = known.get(symbol.name)
-        _require_plain(symbol.name)
+        require_plain(symbol.name)
         if twin is None:
             raise DeclarationError(
                 f"{name} holds the symbol {symbol.name}, which is neither sdeflow.x, sdeflow.t nor a declared "
@@ -183,6 +407,8 @@ def _coefficient(value: Coefficient, name: str, parameters: tuple[sp.Symbol, ...
                 else f"{name} holds a different Symbol({symbol.name!r}) than params: use the same Symbol in both."
             )
     for call in value.atoms(AppliedUndef):
-        _require_plain(call.func.__name__)
-        raise DeclarationError(f"{name} holds {call}, a function without a definition.")
+        require_plain(call.func.__name__)
+        raise DeclarationError(
+            f"{name} holds {call}, a function without a definition; sdeflow.schedule(function or table) makes one."
+        )
     return value

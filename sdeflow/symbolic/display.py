@@ -1,46 +1,34 @@
-"""SymPy's own integration, for display only: in a process of its own, with seconds to live.
-
-``sympy.integrate`` can run for minutes, and cannot be interrupted from within. Numbers never wait for
-it; only a printed formula may, and keeps its integral sign when the time is over.
-"""
+"""SymPy's own integration and matrix exponential, for display only: a formula keeps its integral sign otherwise."""
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 import sympy as sp
 
 from sdeflow.symbolic.moments import Moments
+from sdeflow.symbolic.patience import within
 
-__all__ = ["integrate_within"]
+__all__ = ["exponential_within", "integrate_within"]
 
 
 def integrate_within(moments: Moments, seconds: float = 2.0) -> Moments | None:
     """``moments`` with its integrals carried out, or None if SymPy cannot do so in time."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return None
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_integrate, args=(moments, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(seconds) else None
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+    return within(seconds, _integrated, moments)
 
 
-def _integrate(moments: Moments, sender: Connection) -> None:
-    try:
-        log_alpha = moments.log_alpha.doit()
-        offset, var = (e.subs(moments.log_alpha, log_alpha).doit() for e in (moments.offset, moments.var))
-        done = replace(moments, log_alpha=log_alpha, alpha=sp.exp(log_alpha), offset=offset, var=var)
-        sender.send(done if done.closed and not var.has(sp.I) else None)
-    except Exception:  # whatever SymPy stumbles on, the integral sign stays
-        sender.send(None)
+def exponential_within(F: sp.ImmutableMatrix, B: sp.Expr, seconds: float = 2.0) -> sp.ImmutableMatrix | None:
+    """exp(F B), or None if SymPy cannot find it in time."""
+    return within(seconds, _exponential, F, B)
+
+
+def _integrated(moments: Moments) -> Moments | None:
+    log_alpha = moments.log_alpha.doit()
+    offset, var = (e.subs(moments.log_alpha, log_alpha).doit() for e in (moments.offset, moments.var))
+    done = replace(moments, log_alpha=log_alpha, alpha=sp.exp(log_alpha), offset=offset, var=var)
+    return done if done.closed and not var.has(sp.I) else None
+
+
+def _exponential(F: sp.ImmutableMatrix, B: sp.Expr) -> sp.ImmutableMatrix:
+    rate = sp.Dummy("B", positive=True)
+    return sp.ImmutableMatrix((F * rate).exp().applyfunc(sp.simplify)).subs(rate, B)

@@ -17,30 +17,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy as sp
+from sympy.core.function import AppliedUndef
 
-from sdeflow.symbolic.affine import AffineDrift
 from sdeflow.symbolic.antiderivative import definite
+from sdeflow.symbolic.declaration import AffineDrift
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["Moments", "derive_moments", "integral_moments", "square_root"]
+__all__ = ["Moments", "constant_ratio", "derive_moments", "integral_moments", "rationalised", "square_root"]
 
 _SIZE_LIMIT = 400  # operations; above it even polynomial-time simplification takes seconds
 
 
 @dataclass(frozen=True)
 class Moments:
-    """log alpha, alpha, offset and variance of the kernel as SymPy expressions in t, with the rules that gave them."""
+    """log alpha, alpha, offset and variance of the kernel as SymPy expressions in t, with the rules that gave them.
+
+    For a coupled state alpha and var are matrices, offset is a column, and log_alpha is the time change ∫ beta.
+    """
 
     log_alpha: sp.Expr
-    alpha: sp.Expr
-    offset: sp.Expr
-    var: sp.Expr
+    alpha: sp.Expr | sp.ImmutableMatrix
+    offset: sp.Expr | sp.ImmutableMatrix
+    var: sp.Expr | sp.ImmutableMatrix
     rules: tuple[str, ...]
 
     @property
     def closed(self) -> bool:
-        """Whether no integral is left."""
-        return not any(e.has(sp.Integral) for e in (self.log_alpha, self.offset, self.var))
+        """Whether no integral, and no function that stands for one, is left."""
+        unsolved = (sp.Integral, AppliedUndef)
+        return not any(e.has(*unsolved) for e in (self.log_alpha, self.alpha, self.offset, self.var))
 
 
 def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: dict[sp.Symbol, float]) -> Moments:
@@ -53,8 +58,8 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         T: the horizon.
         values: numbers of the parameters, used only to read off the signs of logarithms' arguments.
     """
-    a, b, q = (_rational(e) for e in (*drift, g**2))
-    P0 = _rational(sp.Float(P0))
+    a, b, q = (rationalised(e) for e in (*drift, g**2))
+    P0 = rationalised(sp.Float(P0))
     fallback = integral_moments((a, b), q, P0)
     if sum(sp.count_ops(e) for e in (a, b, q)) > _SIZE_LIMIT:
         return fallback
@@ -96,7 +101,7 @@ def square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
     return root
 
 
-def _rational(expr: sp.Expr) -> sp.Expr:
+def rationalised(expr: sp.Expr) -> sp.Expr:
     """``expr`` with its floats as exact rationals: 0.1 as 1/10, for SymPy cancels no floats."""
     floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
     return expr.xreplace(floats)
@@ -105,7 +110,7 @@ def _rational(expr: sp.Expr) -> sp.Expr:
 def _offset(a: sp.Expr, b: sp.Expr, alpha: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, str]:
     if b == 0:
         return sp.Integer(0), "offset: none"
-    level = _constant(-b / a) if a != 0 else None
+    level = constant_ratio(-b / a) if a != 0 else None
     if level is not None:
         return level * (1 - alpha), "offset: mean reversion, b = -mu a gives mu (1 - alpha)"
     integral = definite(b / alpha, t, midpoint)
@@ -121,7 +126,7 @@ def _variance(
         integral = definite(q, t, midpoint)
         rule = "variance: a = 0, antiderivative of g^2"
         return (None, "variance: by quadrature") if integral is None else (_tidy(P0 + integral), rule)
-    level = _constant(-q / (2 * a))
+    level = constant_ratio(-q / (2 * a))
     if level is not None:
         rule = "variance: g^2 = -2 c a gives c (1 - alpha^2) + P0 alpha^2"
         if isinstance(alpha, sp.cos):
@@ -168,7 +173,7 @@ def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> s
     return (sp.factor(polynomial) if k.is_Integer else polynomial).subs(w, alpha**step)
 
 
-def _constant(ratio: sp.Expr) -> sp.Expr | None:
+def constant_ratio(ratio: sp.Expr) -> sp.Expr | None:
     """``ratio`` where it does not depend on t, else None."""
     if ratio.has(t):
         ratio = sp.cancel(ratio) if ratio.is_rational_function(t) else sp.powsimp(sp.expand(ratio))

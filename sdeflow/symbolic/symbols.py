@@ -1,10 +1,19 @@
-"""The symbols in which an SDE is declared: the state x, the time t, the data x_0, the score s(x, t)."""
+"""The symbols in which an SDE is declared: the state x, the time t, the data x_0, the score s(x, t).
+
+``x`` stands for every coordinate alike. Components that influence each other, such as position and
+velocity, are declared by :func:`state`.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import sympy as sp
 
-__all__ = ["s", "t", "x", "x_0"]
+from sdeflow.errors import DeclarationError, UnsafeExpressionError
+
+__all__ = ["StateSymbol", "data_symbols", "require_plain", "s", "score_symbols", "state", "t", "x", "x_0"]
 
 x = sp.Symbol("x", real=True)
 """The state, elementwise."""
@@ -17,3 +26,65 @@ x_0 = sp.Symbol("x_0", real=True)
 
 s = sp.Function("s", real=True)(x, t)
 """The score: the gradient of log p_t(x), elementwise."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}\Z")
+
+
+class StateSymbol(sp.Symbol):
+    """One component of a coupled state. Its place in the state is part of its identity.
+
+    Attributes:
+        index: which component it is.
+        names: the names of all components, in order.
+    """
+
+    __slots__ = ("index", "names")
+
+    def __new__(cls, index: int, names: tuple[str, ...]) -> StateSymbol:
+        symbol = sp.Symbol.__xnew__(cls, names[index], real=True)
+        symbol.index, symbol.names = index, names
+        return symbol
+
+    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
+        return (self.index, self.names), {}
+
+    def _hashable_content(self) -> tuple:
+        return (*super()._hashable_content(), self.index, self.names)
+
+    @property
+    def siblings(self) -> tuple[StateSymbol, ...]:
+        """All components of the state, in order."""
+        return tuple(StateSymbol(i, self.names) for i in range(len(self.names)))
+
+
+def state(names: str | Sequence[str]) -> tuple[StateSymbol, ...]:
+    """The components of a coupled state, as ``x, v = sdeflow.state("x v")``.
+
+    Raises:
+        UnsafeExpressionError: for a name that is not a plain identifier.
+        DeclarationError: for no names, a repeated one, and ``t``.
+    """
+    names = tuple(names.replace(",", " ").split()) if isinstance(names, str) else tuple(names)
+    for name in names:
+        require_plain(name)
+    if not names or len(set(names)) != len(names) or "t" in names:
+        raise DeclarationError(f"a state needs different names, none of them t: {names}.")
+    return tuple(StateSymbol(i, names) for i in range(len(names)))
+
+
+def data_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Symbol, ...]:
+    """The components at t = 0: x_0 for x."""
+    return tuple(sp.Symbol(f"{component.name}_0", real=True) for component in components)
+
+
+def score_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Expr, ...]:
+    """The score's components: s(x, t) elementwise; s_x(x, v, t), s_v(x, v, t) of a coupled state."""
+    if tuple(components) == (x,):
+        return (s,)
+    return tuple(sp.Function(f"s_{component.name}", real=True)(*components, t) for component in components)
+
+
+def require_plain(name: object) -> None:
+    """Raises an UnsafeExpressionError for a name that is not a plain identifier."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise UnsafeExpressionError(f"a symbol's name must match [A-Za-z_][A-Za-z0-9_]*, 32 letters at most: {name!r}.")

@@ -1,0 +1,90 @@
+r"""Linear maps of states, in which every formula of a Gaussian kernel is written once.
+
+A state is (batch, *event). Elementwise maps multiply each coordinate by a number, perhaps one per sample
+or coordinate; coupled maps mix the k components of states (batch, k, *event) by k x k matrices. Both have
+the same algebra, in which "the square root of I + A Aᵀ" is √(1 + a²) or a Cholesky factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Linear"]
+
+
+class Linear:
+    """A linear map of states.
+
+    Args:
+        values: elementwise, what broadcasts to the state; coupled, matrices (*leading, k, k) whose leading sides
+            broadcast to the state without its component axis.
+        coupled: which of the two.
+    """
+
+    __slots__ = ("coupled", "values")
+
+    def __init__(self, values: Tensor, coupled: bool = False) -> None:
+        self.values = values
+        self.coupled = coupled
+
+    @classmethod
+    def scaling(cls, values: Tensor, coupled: bool) -> Linear:
+        """The map that multiplies by ``values``: elementwise, or (k, *event) numbers for a coupled state."""
+        return cls(torch.diag_embed(values.movedim(0, -1)), True) if coupled else cls(values)
+
+    def __matmul__(self, other: Linear) -> Linear:
+        """The map that applies ``other`` first."""
+        return Linear(self.values @ other.values if self.coupled else self.values * other.values, self.coupled)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The map applied to a state (batch, *event), in the state's dtype."""
+        values = self.values.to(x.dtype)
+        if not self.coupled:
+            return values * x
+        if values.ndim == 2 or all(side == 1 for side in values.shape[1:-2]):
+            k = values.shape[-1]
+            return torch.matmul(values.reshape(-1, k, k), x.reshape(len(x), k, -1)).reshape(x.shape)
+        return torch.matmul(values, x.movedim(1, -1)[..., None])[..., 0].movedim(-1, 1)
+
+    @property
+    def T(self) -> Linear:
+        """The transpose."""
+        return Linear(self.values.mT, True) if self.coupled else self
+
+    @property
+    def inverse(self) -> Linear:
+        """The inverse."""
+        return Linear(torch.linalg.inv(self.values), True) if self.coupled else Linear(1.0 / self.values)
+
+    @property
+    def gram(self) -> Linear:
+        """A Aᵀ."""
+        return self @ self.T
+
+    @property
+    def root_of_one_plus_gram(self) -> Linear:
+        """A square root L of I + A Aᵀ = L Lᵀ, lower triangular."""
+        if not self.coupled:
+            return Linear(torch.sqrt(1.0 + self.values.square()))
+        one = torch.eye(self.values.shape[-1], dtype=self.values.dtype, device=self.values.device)
+        return Linear(torch.linalg.cholesky(one + self.values @ self.values.mT), True)
+
+    def scaled(self, factor: Tensor | float) -> Linear:
+        """The map times a number."""
+        return Linear(self.values * factor, self.coupled)
+
+    def log_det(self, event: tuple[int, ...]) -> Tensor:
+        """log|det| over an event, shaped as the leading (batch) side."""
+        return self._summed(torch.linalg.slogdet(self.values)[1] if self.coupled else self.values.abs().log(), event)
+
+    def trace(self, event: tuple[int, ...]) -> Tensor:
+        """The trace over an event, shaped as the leading (batch) side."""
+        return self._summed(self.values.diagonal(dim1=-2, dim2=-1).sum(-1) if self.coupled else self.values, event)
+
+    def _summed(self, entries: Tensor, event: tuple[int, ...]) -> Tensor:
+        """Sums what is given per coordinate, each entry counted as often as it stands for a coordinate."""
+        sides = event[1:] if self.coupled else event
+        lead = entries.shape[: max(0, entries.ndim - len(sides))]
+        full = entries.expand(*lead, *sides) if sides else entries
+        return full.flatten(len(lead)).sum(-1) if sides else full

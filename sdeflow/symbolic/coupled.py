@@ -1,0 +1,169 @@
+r"""The moments of a coupled linear SDE du = (F(t) u + b(t)) dt + G(t) dw, in closed form where a rule gives one.
+
+With Φ' = F Φ, Φ(0) = 1, the kernel is N(Φ u_0 + m, P),
+
+    m = Φ ∫_0^t Φ(s)⁻¹ b ds,      P' = F P + P Fᵀ + G Gᵀ,  P(0) = P0.
+
+Where F(t) = beta(t) F0 (so that F commutes with itself) Φ = exp(F0 B), B = ∫ beta. If also G Gᵀ = beta Q0,
+and F0 S + S F0ᵀ + Q0 = 0 has a solution, then P = S - Φ (S - P0) Φᵀ. These formulas are for reading and for
+the derivation: numbers always come by quadrature, in which nothing cancels near t = 0.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from sdeflow.symbolic.antiderivative import definite
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.display import exponential_within
+from sdeflow.symbolic.moments import Moments, constant_ratio, rationalised
+from sdeflow.symbolic.symbols import t
+
+__all__ = ["derive_coupled", "stationary_covariance", "symbolic_cholesky"]
+
+_SIZE_LIMIT = 400
+
+
+def derive_coupled(declaration: Declaration, rules: bool = True) -> Moments:
+    """Φ, the covariance and the offset; undefined functions and integrals stand where no rule applies."""
+    F, b = (matrix.applyfunc(rationalised) for matrix in declaration.affine)
+    Q, P0 = (matrix.applyfunc(rationalised) for matrix in (declaration.gram, declaration.P0))
+    midpoint = {t: declaration.T / 2}
+    split = _time_change(F) if rules and sum(map(sp.count_ops, [*F, *Q])) <= _SIZE_LIMIT else None
+    B = definite(split[0], t, midpoint) if split else None
+    phi = None if B is None else _exponential(split[1], B)
+    if phi is None:
+        return _unsolved(F, b, Q, P0)
+    beta, F0 = split
+    commuting = "alpha: F = beta(t) F0 commutes with itself, alpha = exp(F0 ∫ beta)"
+    offset, offset_rule = _offset(F, b, phi, midpoint)
+    var, var_rule = _covariance(F0, beta, Q, P0, phi, midpoint)
+    return Moments(B, phi, offset, var, (commuting, offset_rule, var_rule))
+
+
+def stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp.ImmutableMatrix | None:
+    """The symmetric S with F0 S + S F0ᵀ + Q0 = 0, or None where there is not exactly one."""
+    k = F0.shape[0]
+    unknown = {(i, j): sp.Dummy(f"S{i}{j}") for i in range(k) for j in range(i, k)}
+    S = sp.Matrix(k, k, lambda i, j: unknown[min(i, j), max(i, j)])
+    residual = F0 * S + S * F0.T + Q0
+    equations = [residual[i, j] for i in range(k) for j in range(i, k)]
+    symbols = list(unknown.values())
+    matrix, right = sp.linear_eq_to_matrix(equations, symbols)
+    if matrix.det() == 0:
+        return None
+    solution = dict(zip(symbols, matrix.LUsolve(right), strict=True))
+    return sp.ImmutableMatrix(S.subs(solution).applyfunc(sp.cancel))
+
+
+def symbolic_cholesky(covariance: sp.ImmutableMatrix) -> sp.ImmutableMatrix:
+    """The lower triangular L with L Lᵀ = covariance, entry by entry."""
+    k = covariance.shape[0]
+    L = sp.zeros(k, k)
+    for i in range(k):
+        for j in range(i + 1):
+            rest = covariance[i, j] - sum(L[i, n] * L[j, n] for n in range(j))
+            L[i, j] = sp.sqrt(rest) if i == j else rest / L[j, j]
+    return sp.ImmutableMatrix(L)
+
+
+def _time_change(F: sp.ImmutableMatrix) -> tuple[sp.Expr, sp.ImmutableMatrix] | None:
+    """``(beta, F0)`` with F = beta(t) F0 and F0 constant, or None."""
+    reference = next((entry for entry in F if entry != 0), None)
+    if reference is None or not F.has(t):
+        return sp.Integer(1), F
+    constants = [constant_ratio(entry / reference) if entry != 0 else sp.Integer(0) for entry in F]
+    if None in constants:
+        return None
+    number, beta = reference.as_independent(t, as_Add=False)
+    return beta, sp.ImmutableMatrix(*F.shape, [number * constant for constant in constants])
+
+
+def _exponential(F0: sp.ImmutableMatrix, B: sp.Expr) -> sp.ImmutableMatrix | None:
+    """exp(F0 B): in two dimensions by Cayley and Hamilton, for diagonal and nilpotent F0 at once, else by SymPy."""
+    k = F0.shape[0]
+    one = sp.eye(k)
+    if F0.is_diagonal():
+        return sp.ImmutableMatrix(sp.diag(*(sp.exp(F0[i, i] * B) for i in range(k))))
+    if (F0**k).applyfunc(sp.expand).is_zero_matrix:
+        return sp.ImmutableMatrix(sum((F0**n * B**n / sp.factorial(n) for n in range(1, k)), one))
+    if k > 2:
+        return exponential_within(F0, B)
+    middle = F0.trace() / 2
+    rest = F0 - middle * one
+    square = sp.expand(-rest.det())  # (F0 - middle)² = square
+    if square == 0:
+        c, s = sp.Integer(1), B
+    elif square.is_negative:
+        c, s = sp.cos(sp.sqrt(-square) * B), sp.sin(sp.sqrt(-square) * B) / sp.sqrt(-square)
+    elif square.is_positive:
+        root = sp.sqrt(square)
+        grow, decay = sp.exp((middle + root) * B), sp.exp((middle - root) * B)
+        return sp.ImmutableMatrix((grow + decay) / 2 * one + (grow - decay) / (2 * root) * rest)
+    else:
+        return None  # the sign decides between cosh and cos, and depends on parameters
+    return sp.ImmutableMatrix((sp.exp(middle * B) * (c * one + s * rest)).applyfunc(sp.expand_mul))
+
+
+def _offset(
+    F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, phi: sp.ImmutableMatrix, midpoint: dict
+) -> tuple[sp.ImmutableMatrix, str]:
+    if b.is_zero_matrix:
+        return b, "offset: none"
+    if F.det() != 0:
+        level = (-(F.inv() * b)).applyfunc(lambda entry: constant_ratio(entry))
+        if None not in level:
+            return sp.ImmutableMatrix((sp.eye(len(b)) - phi) * level), "offset: mean reversion to mu with F mu = -b"
+    integrals = [definite(entry, t, midpoint) for entry in (phi.inv() * b).applyfunc(sp.expand)]
+    if None not in integrals:
+        return sp.ImmutableMatrix((phi * sp.Matrix(integrals)).applyfunc(tidy)), "offset: antiderivative of Φ⁻¹ b"
+    u = sp.Symbol("u", nonnegative=True)
+    integrand = (phi.inv() * b).subs(t, u)
+    column = integrand.applyfunc(lambda entry: sp.Integral(entry, (u, 0, t)))
+    return sp.ImmutableMatrix(phi * column), "offset: by quadrature"
+
+
+def _covariance(
+    F0: sp.ImmutableMatrix, beta: sp.Expr, Q: sp.ImmutableMatrix, P0: sp.ImmutableMatrix, phi: sp.ImmutableMatrix,
+    midpoint: dict,
+) -> tuple[sp.ImmutableMatrix, str]:  # fmt: skip
+    Q0 = [constant_ratio(entry / beta) if entry != 0 else sp.Integer(0) for entry in Q]
+    if None not in Q0:
+        S = stationary_covariance(F0, sp.ImmutableMatrix(*Q.shape, Q0))
+        if S is not None:
+            var = (S - phi * (S - P0) * phi.T).applyfunc(tidy)
+            return sp.ImmutableMatrix(var), "covariance: S - alpha (S - P0) alphaᵀ with F0 S + S F0ᵀ + Q0 = 0"
+    integrand = (phi.inv() * Q * phi.inv().T).applyfunc(lambda entry: sp.expand(sp.simplify(entry)))
+    integrals = [definite(entry, t, midpoint) for entry in integrand]
+    if None not in integrals:
+        var = phi * (P0 + sp.Matrix(*Q.shape, integrals)) * phi.T
+        return sp.ImmutableMatrix(var.applyfunc(tidy)), "covariance: antiderivative of Φ⁻¹ g gᵀ Φ⁻ᵀ"
+    u = sp.Symbol("u", nonnegative=True)
+    inner = integrand.subs(t, u).applyfunc(lambda entry: sp.Integral(entry, (u, 0, t)) if entry != 0 else entry)
+    return sp.ImmutableMatrix(phi * (P0 + inner) * phi.T), "covariance: by quadrature"
+
+
+def _unsolved(F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, Q: sp.ImmutableMatrix, P0: sp.ImmutableMatrix) -> Moments:
+    """The moments with Φ as functions that stand for the solution of Φ' = F Φ."""
+    k = F.shape[0]
+    u = sp.Symbol("u", nonnegative=True)
+
+    def fundamental(*arguments: sp.Symbol) -> sp.ImmutableMatrix:
+        entries = [[sp.Function(f"Phi_{i + 1}{j + 1}")(*arguments) for j in range(k)] for i in range(k)]
+        return sp.ImmutableMatrix(entries)
+
+    phi, since = fundamental(t), fundamental(t, u)
+    noise = (since * Q.subs(t, u) * since.T).applyfunc(lambda entry: sp.Integral(entry, (u, 0, t)))
+    push = (since * b.subs(t, u)).applyfunc(lambda e: sp.Integral(e, (u, 0, t)) if e != 0 else e)
+    var = sp.ImmutableMatrix(phi * P0 * phi.T + noise)
+    rule = "alpha: Φ' = F(t) Φ, by quadrature (Φ(t, u) is the solution from u)"
+    return Moments(
+        sp.Integer(0), phi, sp.ImmutableMatrix(push), var, (rule, "offset: by quadrature", "covariance: by quadrature")
+    )
+
+
+def tidy(expr: sp.Expr) -> sp.Expr:
+    """``expr`` expanded, its exponentials merged and collected."""
+    merged = sp.powsimp(sp.expand(expr))
+    powers = sorted(merged.atoms(sp.exp), key=sp.default_sort_key)
+    return sp.collect(merged, powers) if powers else sp.factor_terms(merged)

@@ -1,0 +1,125 @@
+"""Schedules that are not formulas: a Python function of t, or a table, as a SymPy function.
+
+    beta = sdeflow.schedule(lambda t: ...)          f = -beta(t) * x / 2
+
+The derivation stays symbolic, with integrals of beta(t); the numbers come by quadrature of an interpolant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import numpy as np
+import sympy as sp
+
+from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.symbols import require_plain
+
+__all__ = ["Schedule", "schedule", "table_of"]
+
+_unnamed = count(1)
+
+
+class Schedule(sp.Function):
+    """A real function of one argument known by its values; :func:`schedule` makes its subclasses.
+
+    Attributes:
+        values: maps times (n,) to values (n,).
+        breakpoints: times at which it is not smooth.
+        order: which derivative of ``values`` it is.
+        table: the (times, values) that made it, or None.
+    """
+
+    nargs = 1
+    is_real = True
+    values: Callable[[np.ndarray], np.ndarray]
+    breakpoints: tuple[float, ...] = ()
+    order: int = 0
+    table: tuple[np.ndarray, np.ndarray] | None = None
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        """The derivative, itself a schedule."""
+        return type(self).derivative()(self.args[0])
+
+    @classmethod
+    def derivative(cls) -> type[Schedule]:
+        """The class of the derivative; one for each schedule, so that equal expressions are equal."""
+        if "_derivative" not in cls.__dict__:
+            cls._derivative = type(f"{cls.__name__}_t", (cls,), {"order": cls.order + 1})
+        return cls._derivative
+
+
+def schedule(source: Callable[[float], float] | Sequence, name: str | None = None) -> type[Schedule]:
+    """A SymPy function of one argument from a Python function or a table.
+
+    Args:
+        source: a function of t that takes an array (NumPy or torch) or a number; or a table, (times, values) or
+            rows of (time, value), joined by a monotone cubic. It is used on [0, T]; a table must cover that.
+        name: how it prints; "schedule1" and so on by default.
+
+    Raises:
+        DeclarationError: for what is neither, and for a table that is not finite with increasing times.
+
+    Example:
+        >>> import sympy as sp
+        >>> import sdeflow
+        >>> from sdeflow import SDE, t, x
+        >>> beta = sdeflow.schedule(([0, 0.5, 1], [0.1, 5, 20]), name="beta")
+        >>> SDE(f=-beta(t) * x / 2, g=sp.sqrt(beta(t)))
+        SDE(dx = [-x*beta(t)/2] dt + sqrt(beta(t)) dw on [0, 1])
+    """
+    name = name or f"schedule{next(_unnamed)}"
+    require_plain(name)
+    if callable(source):
+        return type(name, (Schedule,), {"values": staticmethod(_vectorised(source, name))})
+    times, values = table_of(source, name)
+    from scipy.interpolate import PchipInterpolator  # half a second to import
+
+    curve = PchipInterpolator(times, values, extrapolate=False)
+
+    def within(points: np.ndarray) -> np.ndarray:
+        found = curve(points)
+        if np.isnan(found).any():
+            at = float(np.asarray(points)[np.isnan(found)].flat[0])
+            raise ScheduleError(
+                f"the table of {name} runs from t = {times[0]:g} to {times[-1]:g}; it is asked for t = {at:.6g}."
+            )
+        return found
+
+    members = {"values": staticmethod(within), "breakpoints": tuple(times.tolist()), "table": (times, values)}
+    return type(name, (Schedule,), members)
+
+
+def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Times and values of a table, checked."""
+    try:
+        array = np.asarray(source, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DeclarationError(f"{name}: a schedule is a function of t or a table (times, values): {error}") from error
+    if array.ndim == 2 and array.shape[0] != 2 and array.shape[1] == 2:
+        array = array.T
+    if array.ndim != 2 or array.shape[0] != 2 or array.shape[1] < 2:
+        raise DeclarationError(f"{name}: a table is (times, values) of one length, not of shape {array.shape}.")
+    times, values = array
+    if not np.isfinite(array).all() or (np.diff(times) <= 0).any():
+        raise DeclarationError(f"{name}: a table needs finite values at finite, increasing times.")
+    return times, values
+
+
+def _vectorised(function: Callable, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """``function`` on arrays, called with an array where it takes one, else number by number."""
+
+    def values(points: np.ndarray) -> np.ndarray:
+        try:
+            out = np.asarray(function(points), dtype=np.float64)
+        except Exception:  # such as math.exp, or a function written for numbers
+            out = None
+        if out is None or (out.shape != points.shape and out.size != 1):
+            try:
+                out = np.array([float(function(float(point))) for point in points.reshape(-1)])
+            except Exception as error:
+                raise DeclarationError(f"{name}: the function could not be called with a time: {error}") from error
+        return np.broadcast_to(out, points.shape) if out.size == 1 else out.reshape(points.shape)
+
+    return values
