@@ -134,7 +134,7 @@ class Bridge:
         W = whole.sigma.inverse @ onward.alpha @ now.sigma
         surprise = whole.sigma.inverse(end - whole.alpha(start) - whole.offset)
         mean = now.alpha(start) + now.offset + now.sigma(W.T(surprise))
-        # P_t - K P_T Kᵀ = (P_t⁻¹ + Φ_Ttᵀ P_T|t⁻¹ Φ_Tt)⁻¹: as t -> T both forms are needed, and this one does not cancel.
+        # P_t - K P_T Kᵀ = (P_t⁻¹ + Φ_Ttᵀ P_T|t⁻¹ Φ_Tt)⁻¹, and the latter does not cancel as t -> T.
         if t >= self.T:
             return mean, now.sigma.scaled(0.0)
         V = onward.sigma.inverse @ onward.alpha @ now.sigma

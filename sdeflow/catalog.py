@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 
 import sympy as sp
 
+from sdeflow.basis import DCT
 from sdeflow.errors import DeclarationError
 from sdeflow.sde import SDE
-from sdeflow.symbolic.symbols import t, x
+from sdeflow.symbolic.symbols import state, t, x
 
-__all__ = ["EDM", "OU", "VE", "VP", "CosineVP", "FlowMatching", "SubVP"]
+__all__ = [
+    "EDM",
+    "OU",
+    "VE",
+    "VP",
+    "Blurring",
+    "CosineVP",
+    "CriticallyDampedLangevin",
+    "FlowMatching",
+    "SubVP",
+    "from_recipe",
+]
 
 
 def VP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0) -> SDE:
@@ -57,6 +70,95 @@ def EDM(T: float = 80.0) -> SDE:
 def FlowMatching(T: float = 0.999) -> SDE:
     """The SDE whose kernel is (1 - t) x_0 + t noise, the path of flow matching (arXiv:2210.02747)."""
     return SDE(f=-x / (1 - t), g=sp.sqrt(2 * t / (1 - t)), T=T)
+
+
+def CriticallyDampedLangevin(
+    beta: float | sp.Expr = 4.0, mass: float = 0.25, gamma: float = 0.04, T: float = 1.0, friction: float | None = None
+) -> SDE:
+    """Dockhorn et al. 2022 (arXiv:2112.07068): data x coupled to a velocity v that starts as N(0, gamma mass).
+
+    dx = beta v / M dt,  dv = -beta (x + Γ v / M) dt + √(2 Γ beta) dw, critically damped at Γ = 2 √M.
+    """
+    x_, v = state("x v")
+    beta, M = _exact(beta), _exact(mass)
+    friction = 2 * sp.sqrt(M) if friction is None else _exact(friction)
+    return SDE(
+        f=[beta * v / M, -beta * (x_ + friction * v / M)],
+        g=[0, sp.sqrt(2 * friction * beta)],
+        T=T,
+        P0=[0, _exact(gamma) * M],
+    )
+
+
+def from_recipe(
+    D: sp.MatrixBase | list, Q: sp.MatrixBase | list, S: sp.MatrixBase | list | None = None, T: float = 1.0,
+    P0: object = 0.0, names: str | None = None, params: Mapping[sp.Symbol | str, float] | None = None,
+) -> SDE:  # fmt: skip
+    """The complete recipe (Ma et al. 2015, arXiv:1506.04696): every linear SDE with stationary covariance S.
+
+    du = -½ (D + Q) S⁻¹ u dt + √D dw, which leaves N(0, S) invariant for any D ⪰ 0 and any skew Q, both perhaps
+    functions of t. With D = 2 Γ beta on the velocity and Q = 2 beta ((0, -1), (1, 0)) it is critically damped
+    Langevin dynamics; PSLD (arXiv:2303.01748) adds noise on x.
+
+    Args:
+        D: k x k, symmetric, not negative.
+        Q: k x k, skew.
+        S: k x k, symmetric, positive; the identity by default.
+        T, P0, params: as in ``SDE``.
+        names: the components, "x v" for k = 2 and "x1 x2 ..." otherwise.
+
+    Raises:
+        DeclarationError: for matrices without these properties.
+    """
+    D, Q = sp.Matrix(D).applyfunc(_exact), sp.Matrix(Q).applyfunc(_exact)
+    k = D.shape[0]
+    S = sp.eye(k) if S is None else sp.Matrix(S).applyfunc(_exact)
+    if not D.shape == Q.shape == S.shape == (k, k):
+        raise DeclarationError(f"D, Q and S must be square and alike, not {D.shape}, {Q.shape} and {S.shape}.")
+    if D != D.T or Q != -Q.T or S != S.T:
+        raise DeclarationError("the recipe needs D and S symmetric, and Q skew (Q = -Qᵀ).")
+    if any(S[:n, :n].det().is_nonpositive for n in range(1, k + 1)):
+        raise DeclarationError(f"S must be positive definite: {S.tolist()}.")
+    components = state(names or ("x v" if k == 2 else [f"x{i + 1}" for i in range(k)]))
+    drift = -(D + Q) * S.inv() / 2 * sp.Matrix(components)
+    return SDE(f=drift, g=_root(D), T=T, P0=P0, params=params)
+
+
+def _root(D: sp.Matrix) -> sp.Matrix:
+    """A square root of a symmetric matrix that is not negative: G Gᵀ = D."""
+    if D.is_diagonal():
+        return sp.diag(*(sp.sqrt(D[i, i]) for i in range(D.shape[0])))
+    k, L = D.shape[0], sp.zeros(*D.shape)
+    for j in range(k):  # Cholesky, in which a zero pivot leaves a zero column
+        pivot = sp.simplify(D[j, j] - sum(L[j, n] ** 2 for n in range(j)))
+        if pivot.is_negative:
+            raise DeclarationError(f"D must not be negative: {D.tolist()}.")
+        L[j, j] = sp.sqrt(pivot)
+        for i in range(j + 1, k):
+            rest = sp.simplify(D[i, j] - sum(L[i, n] * L[j, n] for n in range(j)))
+            if pivot == 0 and rest != 0:
+                raise DeclarationError(f"D must not be negative: {D.tolist()}.")
+            L[i, j] = 0 if pivot == 0 else rest / L[j, j]
+    return L
+
+
+def Blurring(event: tuple[int, int], blur: float = 20.0, floor: float = 1e-3, T: float = 0.995) -> SDE:
+    """Blurring diffusion (Hoogeboom & Salimans 2022, arXiv:2209.05557), which dissipates heat and adds noise.
+
+    In the DCT basis, alpha_i = cos(πt/2) ((1 - d) e^{-w_i tau} + d) and sigma = sin(πt/2), with
+    tau = ½ (blur sin²(πt/2))² and w_i the Laplacian's eigenvalue of frequency i.
+
+    Args:
+        event: height and width of the images (batch, channels, height, width).
+        blur: the largest width of the blur, in pixels.
+        floor: d, what is left of the highest frequencies.
+        T: the horizon.
+    """
+    basis, w = DCT(2), sp.Symbol("w", nonnegative=True)
+    d, phase = _exact(floor), sp.pi * t / 2
+    tau = (_exact(blur) * sp.sin(phase) ** 2) ** 2 / 2
+    alpha = sp.cos(phase) * ((1 - d) * sp.exp(-w * tau) + d)
+    return SDE.from_kernel(alpha, sp.sin(phase), T, params={w: basis.frequencies(tuple(event))}, basis=basis)
 
 
 def _exact(value: float | sp.Expr) -> sp.Expr:

@@ -298,24 +298,32 @@ class Kernel:
     def transition(self, x: Tensor, s: float, t: float) -> Path:
         """x_t = alpha x_s + offset + sigma eps given x_s, as maps of states like ``x``, for s <= t.
 
-        alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ; elementwise sigma_t² (1 - SNR_t / SNR_s), in
-        which the logarithms are subtracted. From s = 0 it is the kernel itself, P0 included.
+        alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ, elementwise sigma_t² (1 - SNR_t / SNR_s). From
+        s = 0 it is the kernel itself, P0 included.
         """
-        later = self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if s == 0.0:
-            return later
-        earlier = self.path(x, torch.as_tensor(s, dtype=torch.float64))
+            return self.path(x, torch.as_tensor(t, dtype=torch.float64))
+        if self.coupled:
+            return self._coupled_transition(x, s, t)
+        later, earlier = (self.path(x, torch.as_tensor(time, dtype=torch.float64)) for time in (t, s))
         alpha = later.alpha @ earlier.alpha.inverse
-        offset = later.offset - alpha(earlier.offset.expand(x.shape)[:1] if self.coupled else earlier.offset)
-        W = later.sigma.inverse @ alpha @ earlier.sigma
-        if not self.coupled:
-            left = -torch.expm1(2.0 * W.values.log())
-            return Path(alpha, later.sigma.scaled(left.clamp_min(0.0).sqrt()), offset)
-        one = torch.eye(self.components, dtype=torch.float64, device=x.device)
-        values, vectors = torch.linalg.eigh(one - W.gram.values)
-        root = Linear(vectors * values.clamp_min(0.0).sqrt()[..., None, :], True)
-        lower = torch.linalg.qr((later.sigma @ root).values.mT).R.mT
-        return Path(alpha, Linear(lower, True), offset)
+        kept = (earlier.sigma @ alpha @ later.sigma.inverse).values.square()
+        left = later.sigma.scaled((-torch.expm1(kept.log())).clamp_min(0.0).sqrt())
+        return Path(alpha, left, later.offset - alpha.values * earlier.offset)
+
+    def _coupled_transition(self, x: Tensor, s: float, t: float) -> Path:
+        """The moments integrated from s on: the inverse of Φ_s may have lost all digits."""
+        if s == t:
+            k = self.components
+            zero = torch.zeros(k, k, dtype=torch.float64)
+            return Path(Linear(torch.eye(k, dtype=torch.float64), True), Linear(zero, True), zero[0])
+        inside = self._table.edges[(self._table.edges > s) & (self._table.edges < t)].numpy()
+        edges = np.concatenate([[s], inside, [t]])
+        with torch.no_grad():
+            a, b, q = self.sde_coefficients(torch.as_tensor(nodes_of(edges)))
+            table = integrate_coupled(edges, a, b, q, torch.zeros_like(a[0, 0]))
+            alpha, sigma, offset = table(torch.tensor(t, dtype=torch.float64))
+        return Path(self._as_map(alpha, x, 0), self._as_map(sigma, x, 0), self._as_level(offset, x, 0))
 
     def equation(self, x: Tensor, t: Tensor) -> tuple[Linear, Tensor, Linear]:
         """a, b and g gᵀ of the SDE as maps of states like ``x``."""
@@ -496,10 +504,10 @@ class Kernel:
             return
         if not _within(t, self.cutoff * (1 - 1e-6), self.T * (1 + 1e-6)):
             low, high = float(t.min()), float(t.max())
+            start = "that of P0" if any(self.declaration.initial_variances) else "0"
             raise ScheduleError(
-                f"the score is defined for t in [cutoff, T] = [{self.cutoff:.6g}, {self.T:g}] "
-                f"(sigma is {'0' if not any(self.declaration.initial_variances) else 'that of P0'} at t = 0); asked for "
-                f"{low:.6g}{'' if low == high else f' to {high:.6g}'}."
+                f"the score is defined for t in [cutoff, T] = [{self.cutoff:.6g}, {self.T:g}] (sigma is {start} at "
+                f"t = 0); asked for {low:.6g}{'' if low == high else f' to {high:.6g}'}."
             )
 
     def times_for(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -661,8 +669,8 @@ class Kernel:
                 alpha, sigma = self.declaration.path
                 raise ScheduleError(
                     f"no SDE has the path alpha = {alpha}, sigma = {sigma}: its signal-to-noise ratio alpha / sigma "
-                    f"must fall in time, and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma² is not positive and finite at "
-                    f"t = {at:.6g} ({shown})."
+                    f"must fall in time, and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma² is not positive and "
+                    f"finite at t = {at:.6g} ({shown})."
                 )
             raise ScheduleError(
                 f"a coefficient is {kind} at t = {at:.6g}: {shown}. f and g must be real and finite on (0, T]."
@@ -705,7 +713,11 @@ class Kernel:
                 half_log_snr = self._over_event(log_alpha - 0.5 * torch.log(var), times)
         finite = torch.isfinite(half_log_snr)
         if not bool(finite.any()):
-            raise ScheduleError("g is 0 on the whole horizon: no noise, so no kernel.")
+            raise ScheduleError(
+                "the noise never reaches some component, so that the kernel has no density: give it noise or P0."
+                if self.coupled
+                else "g is 0 on the whole horizon: no noise, so no kernel."
+            )
         times, half_log_snr = times[finite], half_log_snr[finite]
         falls = torch.cat([torch.ones(1, dtype=torch.bool), half_log_snr[1:] < half_log_snr.cummin(0).values[:-1]])
         return times[falls], half_log_snr[falls]
@@ -752,7 +764,7 @@ class Kernel:
                 f"sigma = {std:.3g} at cutoff = {self.cutoff:g} cannot be told from 0 in float32; the smallest "
                 f"usable cutoff is about {float(enough[0]):.3g}; None takes sigma/alpha = {_CUTOFF_NOISE:g}."
                 if len(enough)
-                else "the noise never reaches some component: its kernel has no density. Give that component noise or P0."
+                else "the noise never reaches some component, so that the kernel has no density: give it noise or P0."
             )
 
     def _smallest_std(self, t: Tensor) -> Tensor:

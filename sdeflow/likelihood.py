@@ -153,29 +153,21 @@ def data_log_prob(
         raise ValueError(f"samples must be a positive integer, not {samples!r}.")
     checked_state(x)
     seed = resolve_seed(seed)
-    states = kernel.lift(x.double(), noisy=False)
-    time = torch.tensor(model.cutoff, dtype=torch.float64)
-    path = kernel.path(states, time)
+    states = kernel.lift(x.double(), noisy=False).repeat(samples, *(1,) * x.ndim)
+    path = kernel.path(states, torch.tensor(model.cutoff, dtype=torch.float64))
     auxiliary = list(model.declaration.auxiliary)
-    law = path.sigma.gram.values[auxiliary][:, auxiliary]
-    root = Linear(torch.linalg.cholesky(law), True)
+    root = Linear(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]), True)
     level = (path.alpha(states) + path.offset)[:, auxiliary]
-    noise = NoiseStream(seed, "auxiliary")
-    draws, spread, nfe = [], [], 0
-    for _ in range(samples):
-        v = level + root(noise.normal(tuple(level.shape), torch.float64, x.device))
-        states[:, auxiliary] = v
-        joint = log_prob(model, equation, states.to(x.dtype), seed=seed, full=True, **options)
-        whitened = root.inverse(v - level)
-        normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
-        draws.append(joint.value + 0.5 * whitened.square().flatten(1).sum(1) + normaliser)
-        spread.append(joint.solver_error)
-        nfe += joint.nfe
-    draws = torch.stack(draws)
+    noise = NoiseStream(seed, "auxiliary").normal((len(x), samples, *level.shape[1:]), torch.float64, x.device)
+    noise = noise.transpose(0, 1).flatten(0, 1)
+    states[:, auxiliary] = level + root(noise)
+    joint = log_prob(model, equation, states.to(x.dtype), seed=seed, full=True, **options)
+    normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
+    draws = (joint.value + 0.5 * noise.square().flatten(1).sum(1) + normaliser).reshape(samples, len(x))
     if not full:
         return draws.mean(0)
     stderr = draws.std(0) / math.sqrt(samples) if samples > 1 else torch.full_like(draws[0], math.nan)
-    return LogProb(draws.mean(0), stderr, torch.stack(spread).mean(0), nfe)
+    return LogProb(draws.mean(0), stderr, joint.solver_error.reshape(samples, len(x)).mean(0), joint.nfe)
 
 
 def bits_per_dim(

@@ -44,7 +44,7 @@ class Linear:
             return values * x
         if values.ndim == 2 or all(side == 1 for side in values.shape[1:-2]):
             k = values.shape[-1]
-            return torch.matmul(values.reshape(-1, k, k), x.reshape(len(x), k, -1)).reshape(x.shape)
+            return torch.matmul(values.reshape(-1, k, k), x.reshape(len(x), k, -1)).reshape(-1, *x.shape[1:])
         return torch.matmul(values, x.movedim(1, -1)[..., None])[..., 0].movedim(-1, 1)
 
     @property

@@ -324,7 +324,7 @@ class Model:
 
 
 def _fitted(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of each coordinate from s = -(x - m) / v, or None where that is far from ``start``."""
+    """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
     centred = x - x.mean(0)
     slope = (centred * gradient).mean(0) / centred.square().mean(0)
     variance = -1.0 / slope

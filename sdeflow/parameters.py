@@ -72,6 +72,14 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
         return {symbol.name: value for symbol, value in self._values.items() if isinstance(value, nn.Parameter)}
 
     @property
+    def fixed(self) -> dict[str, float | list | str]:
+        """What training does not change, as JSON holds it; a learned parameter is only named."""
+        return {
+            symbol.name: "learned" if isinstance(v, nn.Parameter) else v.tolist() if isinstance(v, Tensor) else v
+            for symbol, v in self._values.items()
+        }
+
+    @property
     def needs_grad(self) -> bool:
         """Whether a gradient may be asked of some value now."""
         return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors.values())

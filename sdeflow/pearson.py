@@ -345,7 +345,7 @@ class JacobiKernel(PearsonKernel):
         resolved = (angle > 1e-6) & (angle < math.pi - 1e-6)  # at an end, float64 is what limits the distribution
         if not (error[resolved] < _LEVEL_ERROR).all():
             raise ScheduleError(
-                f"the Jacobi diffusion of shape A, B = {self.shape[0]:.3g}, {self.shape[1]:.3g} has too little noise for "
+                f"the Jacobi diffusion with A, B = {self.shape[0]:.3g}, {self.shape[1]:.3g} has too little noise for "
                 "its drift: from this x_0 its distribution function cannot be summed in float64. Its density can; or "
                 "simulate the SDE."
             )

@@ -14,6 +14,7 @@ All of it is closed, computed in float64, and differentiable by autograd.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -28,6 +29,7 @@ from sdeflow.errors import DataError, DeclarationError, NotAffineError, Schedule
 from sdeflow.gaussian import normal_log_density
 from sdeflow.kernel import Kernel, broadcast_to_event
 from sdeflow.noise import NoiseStream
+from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -65,7 +67,7 @@ class ReducibleKernel:
 
     def __init__(self, declaration: Declaration, values: Mapping[sp.Symbol, float] | None = None) -> None:
         self.declaration = declaration
-        self.values = dict(values or {})
+        self.values = values if isinstance(values, Values) else Values(values or {})
         self.reduction = self._reduce()
         change = self.reduction.map
         self.inner = Kernel(
@@ -95,8 +97,8 @@ class ReducibleKernel:
                 f"P0 = {self.declaration.P0:g} is the variance of a Gaussian x at t = 0, which the change of state "
                 "makes another law; a reducible SDE needs P0 = 0."
             )
-        reduction = reduce(self.declaration.f, self.declaration.g, self.values)
-        if reduction is None:
+        reduction = reduce(self.declaration.f, self.declaration.g, self.values.numbers)
+        if reduction is None or (reduction.at_values and self.values.tensors):  # tensors hold other values as well
             raise NotAffineError(
                 f"no change of the state makes dx = ({self.declaration.f}) dt + ({self.declaration.g}) dw affine on "
                 "the whole line: see sdeflow.symbolic.lamperti for the maps that are tried."
@@ -114,7 +116,8 @@ class ReducibleKernel:
         return ReducibleKernel, (self.declaration, self.values)
 
     def __deepcopy__(self, memo: dict) -> ReducibleKernel:
-        return self  # immutable: copies of a score share it
+        values = copy.deepcopy(self.values, memo)
+        return self if values is self.values else ReducibleKernel(self.declaration, values)
 
     # ---------------------------------------------------------------- symbolic side
 

@@ -155,8 +155,8 @@ class Score(ScoreFunction):
         self.net = net
         self.predicts = predicts
         self.time = time
-        self.register_buffer("data_mean", torch.as_tensor(0.0 if data_mean is None else data_mean).double())
-        self.register_buffer("data_std", torch.as_tensor(1.0 if data_std is None else data_std).double())
+        self.register_buffer("data_mean", _exact_tensor(0.0 if data_mean is None else data_mean))
+        self.register_buffer("data_std", _exact_tensor(1.0 if data_std is None else data_std))
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
         positive = bool(
@@ -251,8 +251,8 @@ class Score(ScoreFunction):
 
     def _checked_time(self, x: Tensor, t: Tensor | float) -> Tensor:
         time = _time(x, t)
-        if self.kernel is not None:
-            self.kernel.require_times(time)
+        if self.gaussian is not None:
+            self.gaussian.require_times(time)
         return time
 
     def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -314,8 +314,8 @@ class CallableScore(ScoreFunction):
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         time = _time(x, t)
-        if self.kernel is not None:
-            self.kernel.require_times(time)
+        if self.gaussian is not None:
+            self.gaussian.require_times(time)
         return _checked(self.function(x.clone(), _network_time(time, x)), x, "the score")
 
 
@@ -498,6 +498,11 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
     if not callable(score):
         raise ScoreError(f"a score must be callable as score(x, t), not {score!r}.")
     return CallableScore(score, sde)
+
+
+def _exact_tensor(value: Tensor | float) -> Tensor:
+    """``value`` in float64; a number keeps all its digits."""
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _time(x: Tensor, t: Tensor | float) -> Tensor:

@@ -3,7 +3,7 @@
 import sympy as sp
 import torch
 
-from sdeflow import SDE, catalog, t, x
+from sdeflow import SDE, catalog, state, t, x
 from sdeflow.scores import GaussianMixture
 
 R = sp.Rational
@@ -56,6 +56,32 @@ AWKWARD = {
     "initial variance": lambda: SDE(-x, sp.sqrt(2 * t), P0=0.04),
     "growing": lambda: SDE(x, 1, T=2),
     "parameters": lambda: SDE(-sp.Symbol("k") * x, sp.Symbol("c") * sp.exp(t), params={"k": 1.5, "c": 0.3}),
+}  # fmt: skip
+
+
+def _coupled(f, g, **options):
+    return SDE(f=f(*state("x v"), t), g=g, **options)
+
+
+# Coupled linear SDEs: constant, time-changed, and F(t) that does not commute with itself.
+COUPLED = {
+    "critically damped": catalog.CriticallyDampedLangevin,
+    "time-changed": lambda: catalog.CriticallyDampedLangevin(beta=1 + 4 * t),
+    "underdamped": lambda: _coupled(lambda x, v, t: [3 * v, -3 * x - v], [0, sp.sqrt(2)], P0=[0, 1], T=3),
+    "overdamped": lambda: _coupled(lambda x, v, t: [v, -x - 5 * v], [0, sp.sqrt(10)], P0=[0, 1], T=3),
+    "known velocity": lambda: _coupled(lambda x, v, t: [v, -v], [0, 1], T=2),
+    "integrated noise": lambda: _coupled(lambda x, v, t: [v, 0], [0, 1], T=2),
+    "offset": lambda: _coupled(lambda x, v, t: [v + 1, -x - 2 * v + sp.sin(t)], [R(1, 10), 1], T=2),
+    "noise matrix": lambda: _coupled(lambda x, v, t: [-x, -v], [[1, R(1, 2), 0], [R(1, 2), 1, t]]),
+    "rotation": lambda: catalog.from_recipe([[2, 1], [1, 1]], [[0, -t], [t, 0]]),
+    "not commuting": lambda: _coupled(
+        lambda x, v, t: [(1 + t) * v - t * x, -x - (2 + sp.sin(t)) * v + sp.cos(t)], [[R(1, 10), 0, t], [0, 1, R(1, 2)]], T=2
+    ),
+    "stiff": lambda: _coupled(lambda x, v, t: [100 * v, -100 * x - 1000 * v], [0, 40], P0=[0, 1]),
+    "third order": lambda: catalog.from_recipe(
+        sp.diag(0, 0, 6), [[0, -2, 0], [2, 0, -4], [0, 4, 0]], P0=[0, 1, 1], names="x v a"
+    ),
+    "all components data": lambda: SDE(lambda a, b, c, t: [t * b - a, c - 2 * b, -c - a], [1, R(1, 2), 1], state=("a", "b", "c")),
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def affine_split(f: sp.Expr, state: Sequence[sp.Symbol]) -> tuple[tuple[sp.Expr,
     if not f.is_polynomial(*state) and not _is_constant_at_probes(rest, state):
         return None  # such as atan(tan(x)): slope 1, with jumps
     offset = f.subs(dict.fromkeys(state, 0))
-    finite = offset.is_finite is not False and not offset.has(sp.nan)
+    finite = offset.is_finite is not False and not offset.has(sp.nan, sp.zoo, sp.oo, -sp.oo)
     return tuple(slopes), offset if finite else sp.simplify(rest)
 
 

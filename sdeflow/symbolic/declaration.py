@@ -30,6 +30,7 @@ Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coeffic
 AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
 _ELEMENTWISE = (x,)
+_SMALL = 40  # operations
 
 
 @dataclass(frozen=True)
@@ -215,17 +216,18 @@ def declare_path(
     initial = sigma.subs(t, 0)
     if not initial.is_number or not initial.is_real:
         raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
-    rate = _simplest(sp.diff(alpha, t) / alpha)
+    rate = _simplest(sum(sp.diff(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
     gram = _simplest(2 * sigma * sp.diff(sigma, t) - 2 * rate * sigma**2)
     declaration = declare(rate * x, sp.sqrt(gram), T, cutoff, parameters, P0=float(initial) ** 2)
     return replace(declaration, path=(alpha, sigma))
 
 
 def _simplest(expr: sp.Expr) -> sp.Expr:
-    """``expr`` simplified where SymPy does so in two seconds."""
+    """``expr`` simplified where it is small, and SymPy does so in two seconds."""
     if expr.is_rational_function(t):
         return sp.factor(expr)
-    found = None if expr.has(Schedule) else within(2.0, sp.simplify, expr)
+    patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
+    found = within(2.0, sp.simplify, expr) if patient else None
     return expr if found is None else found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from weakref import WeakValueDictionary
 
 import numpy as np
 import sympy as sp
@@ -19,6 +20,7 @@ from sdeflow.symbolic.symbols import require_plain
 __all__ = ["Schedule", "schedule", "table_of"]
 
 _unnamed = count(1)
+_tables: WeakValueDictionary = WeakValueDictionary()
 
 
 class Schedule(sp.Function):
@@ -41,6 +43,12 @@ class Schedule(sp.Function):
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         """The derivative, itself a schedule."""
         return type(self).derivative()(self.args[0])
+
+    def _eval_evalf(self, prec: int) -> sp.Float | None:
+        """The value at a number, in double precision; derivatives stay as they are."""
+        if self.order or not self.args[0].is_number:
+            return None
+        return sp.Float(float(self.values(np.array([float(self.args[0])]))[0]))
 
     @classmethod
     def derivative(cls) -> type[Schedule]:
@@ -74,6 +82,9 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     if callable(source):
         return type(name, (Schedule,), {"values": staticmethod(_vectorised(source, name))})
     times, values = table_of(source, name)
+    identity = (name, times.tobytes(), values.tobytes())
+    if identity in _tables:  # equal tables are one function, so that equal declarations are equal
+        return _tables[identity]
     from scipy.interpolate import PchipInterpolator  # half a second to import
 
     curve = PchipInterpolator(times, values, extrapolate=False)
@@ -88,7 +99,8 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
         return found
 
     members = {"values": staticmethod(within), "breakpoints": tuple(times.tolist()), "table": (times, values)}
-    return type(name, (Schedule,), members)
+    _tables[identity] = made = type(name, (Schedule,), members)
+    return made
 
 
 def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
