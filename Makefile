@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench readme clean
+.PHONY: demo test lint docs zoo bench readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -19,6 +19,9 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 	$(BIN)/python -m sphinx -q -b doctest docs docs/_build/doctest
+
+zoo: $(VENV)/ready
+	$(BIN)/python docs/zoo.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/overhead.py
