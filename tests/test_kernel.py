@@ -61,7 +61,7 @@ def test_quadrature_and_closed_form_agree_down_to_the_cutoff(name):
     kernel = CATALOGUE[name]().kernel
     assert kernel.form == "closed"
     times = torch.as_tensor(np.geomspace(max(kernel.cutoff, 1e-6 * kernel.T), kernel.T, 400))
-    log_alpha, var, _ = kernel._table(times)
+    log_alpha, var, _ = kernel.numbers.table(times)
     alpha, sigma, _ = kernel.coefficients(times)
     assert ((alpha / log_alpha.exp() - 1).abs() < 1e-10).all()
     assert ((sigma / var.sqrt() - 1).abs() < 1e-10).all()
