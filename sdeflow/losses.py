@@ -9,21 +9,39 @@ error of eps, in which nothing is large near t = 0. Two weightings are derived:
     "likelihood"   w = g²,  ‖gᵀ (s - ∇ log p)‖² in general, under which ½ ∫ L dt bounds the KL divergence
                    (arXiv:2101.09258)
 
-An SDE whose kernel is known but not Gaussian is matched to the kernel's own score, in units of the kernel's
-standard deviation at each x_0.
+An SDE without a Gaussian kernel gives pairs (x_t, target), the target with the score as its mean given x_t: the score
+of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated path (:mod:`sdeflow.simulation`). Then
+
+    L = E ‖rootᵀ (s(x_t, t) - target)‖²,    root a function of (x_t, t) alone,
+
+for with a weight that knew x_0, such as the kernel's own standard deviation, the minimiser would be
+E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdeflow.kernel import Kernel
+from sdeflow.compile import compile_expressions
+from sdeflow.kernel import Kernel, broadcast_to_event
+from sdeflow.linear import Linear
+from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
+from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Weighting", "denoising_score_matching", "score_error", "weighted_error"]
+__all__ = [
+    "KernelPairs",
+    "Pairs",
+    "Weighting",
+    "denoising_score_matching",
+    "require_weighting",
+    "score_error",
+    "weighted_error",
+]
 
 Weighting = str | Callable[[Tensor], Tensor]
 
@@ -45,9 +63,51 @@ def denoising_score_matching(
     return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t)
 
 
-def score_error(score: Score, x_t: Tensor, t: Tensor, target: Tensor, std: Tensor, y: Tensor | None = None) -> Tensor:
-    """‖std (s(x_t, t) - target)‖² per coordinate, (batch,): score matching to a target whose spread is 1 / std."""
-    return ((score(x_t, t, y) - target) * std).square().flatten(1).mean(1)
+class Pairs(NamedTuple):
+    """States and times with a target whose mean given x_t is the score, and the root of a weight."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    root: Linear
+
+
+def score_error(score: Score, pairs: Pairs, y: Tensor | None = None) -> Tensor:
+    """‖rootᵀ (s(x_t, t) - target)‖² per coordinate, (batch,)."""
+    x_t, t, target, root = pairs
+    return root.T(score(x_t, t, y) - target).square().flatten(1).mean(1)
+
+
+class KernelPairs:
+    """Pairs from an exact kernel that is not Gaussian: x_t ~ p(x_t | x_0) with ∇ log p(x_t | x_0).
+
+    Args:
+        score: a score whose SDE has such a kernel, one behind a change of the state or of the Pearson class.
+        weighting: "likelihood", root = g(x_t, t); "score", that times the standard deviation over g of the affine SDE
+            behind it, which makes a target of unit size for y = H(x); or w(t).
+    """
+
+    def __init__(self, score: Score, weighting: Weighting) -> None:
+        self.kernel, self.weighting = score.kernel, weighting
+        declaration = score.declaration
+        self._g = compile_expressions(declaration.g, (time_symbol, *declaration.state), score.values, declaration.T)
+
+    @torch.no_grad()
+    def __call__(self, x_0: Tensor, t: Tensor, noise: NoiseStream) -> Pairs:
+        """Pairs at the times t (batch,) for data (batch, *event)."""
+        x_t = self.kernel.sample(x_0, t, seed=noise.seed)
+        return Pairs(x_t, t, self.kernel.score(x_t, x_0, t), Linear(self._root(x_t, t)))
+
+    def _root(self, x: Tensor, t: Tensor) -> Tensor:
+        if callable(self.weighting):
+            weight = torch.as_tensor(self.weighting(t), device=t.device).double().expand_as(t)
+            return broadcast_to_event(weight.sqrt(), x)
+        g = self._g(broadcast_to_event(t, x), x)
+        if self.weighting == "likelihood":
+            return g
+        inner = self.kernel.inner
+        _, _, q = inner.equation(x, t)
+        return g * (inner.path(x, t).sigma.values / q.values.sqrt()).to(x.dtype)
 
 
 def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tensor) -> Tensor:
@@ -56,10 +116,9 @@ def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tenso
     Raises:
         ValueError: for an unknown name.
     """
+    require_weighting(weighting)
     if weighting == "score":
         return error.square().flatten(1).mean(1)
-    if weighting != "likelihood" and not callable(weighting):
-        raise ValueError(f'weighting must be "score", "likelihood" or a function of t, not {weighting!r}.')
     error = kernel.to_basis(error)
     path = kernel.path(error, t)
     of_score = path.sigma.T.inverse
@@ -69,3 +128,9 @@ def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tenso
         return (error * metric(error)).flatten(1).mean(1)
     weight = torch.as_tensor(weighting(t), device=t.device).expand_as(t).to(error.dtype)
     return weight * of_score(error).square().flatten(1).mean(1)
+
+
+def require_weighting(weighting: Weighting) -> None:
+    """Raises a ValueError for what is no weighting."""
+    if weighting not in ("score", "likelihood") and not callable(weighting):
+        raise ValueError(f'weighting must be "score", "likelihood" or a function of t, not {weighting!r}.')

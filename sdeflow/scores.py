@@ -244,7 +244,8 @@ class Score(ScoreFunction):
         kernel = self.gaussian
         mean = kernel.data_level(self.data_mean, centred)
         M = path.sigma.inverse @ path.alpha @ kernel.scale(self.data_std, centred)
-        K, L = M.root_of_one_plus_gram, M.T.root_of_one_plus_gram
+        K = M.root_of_one_plus_gram
+        L = M.T.root_of_one_plus_gram if M.coupled else K
         z = (path.sigma @ K).inverse(centred - path.alpha(mean) if mean is not None else centred)
         output = kernel.to_basis(self._network(kernel.from_basis(z), time, y))
         return K.T.inverse(z) - (M @ L.T.inverse)(output)

@@ -1,18 +1,22 @@
-r"""``fit``: denoising score matching with the derived weighting, on accelerate.
+r"""``fit``: score matching with the derived weighting, on accelerate.
+
+An SDE with a Gaussian kernel is trained by denoising score matching; one with another exact kernel on that kernel's
+score; any other on simulated paths (:mod:`sdeflow.simulation`), many steps' paths at once.
 
 Each step draws a batch, one time per sample, and noise; Adam follows the gradient of the mean loss,
 clipped; an exponential moving average of the weights is what sampling uses afterwards. Times are
 stratified, u_i = (u + i / batch) mod 1 (arXiv:2107.00630), and uniform in log-SNR or in t.
 
-Everything random in step n comes from (seed, n) alone, so a run that was stopped and resumed is the run
-that was not: weights, optimiser, average and loss are equal bit by bit on the same machine.
+Everything random in step n comes from (seed, n) alone (paths from the seed and the block of n), so a run that was
+stopped and resumed is the run that was not: weights, optimiser, average and loss are equal bit by bit on the same
+machine.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdeflow.batches import Batch, Batches, mixed_seed
+from sdeflow.batches import Batches, mixed_seed
 from sdeflow.checkpoint import latest_checkpoint, run_lock, write_checkpoint
 from sdeflow.errors import (
     CheckpointError,
@@ -35,9 +39,12 @@ from sdeflow.errors import (
     TrainingDivergedError,
 )
 from sdeflow.kernel import Kernel
-from sdeflow.losses import Weighting, denoising_score_matching
+from sdeflow.linear import Linear
+from sdeflow.losses import KernelPairs, Pairs, Weighting, denoising_score_matching, require_weighting, score_error
+from sdeflow.model import Model
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
+from sdeflow.simulation import SimulatedPairs, start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +53,9 @@ __all__ = ["Fit", "fit", "sample_times"]
 
 _PATIENCE = 10  # steps in a row whose loss is not finite
 _UNUSUAL_STD = 50.0
+_GAP = 5  # see sdeflow.simulation
+_SIMULATION_STEPS = 200
+_BLOCK, _BLOCK_NUMBERS = 16, 2**18  # at most so many steps, and so many numbers, are simulated at once
 
 
 @dataclass
@@ -69,7 +79,7 @@ def fit(
     steps: int,
     batch_size: int = 64,
     weighting: Weighting = "score",
-    times: str = "log_snr",
+    times: str | None = None,
     *,
     lr: float = 1e-3,
     schedule: Callable[[float], float] | str = "cosine",
@@ -81,6 +91,8 @@ def fit(
     checkpoint_every: int = 1000,
     mixed_precision: str | None = None,
     accelerator: Accelerator | None = None,
+    gap: int | None = None,
+    simulation_steps: int | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains ``score`` in place; afterwards its weights are the moving average, in eval mode.
@@ -92,8 +104,9 @@ def fit(
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
         weighting: "score", "likelihood", or a function w(t); see :mod:`sdeflow.losses`.
-        times: "log_snr" or "t", the variable in which times are uniform. The objective is the weighting's
-            average over these times; it is not divided by their density.
+        times: "log_snr" or "t", the variable in which times are uniform; by default the first where the SDE has a
+            Gaussian kernel. The objective is the weighting's average over these times; it is not divided by their
+            density.
         lr: Adam's step size, after a warm-up over the first 2 % of the steps.
         schedule: "cosine" to zero, "constant", or a function of the fraction of steps done.
         ema: the decay of the average, reached gradually.
@@ -104,18 +117,23 @@ def fit(
         checkpoint_every: steps between checkpoints.
         mixed_precision: "bf16" or "fp16", as accelerate takes it.
         accelerator: an accelerate ``Accelerator`` of your own.
+        gap: of an SDE without a kernel: the length of the last step, whose law is the target, in steps of the
+            simulation, 5 by default. A longer one gives targets of less variance and more bias.
+        simulation_steps: of such an SDE: the steps of a path, 200 by default.
         progress: a progress bar; None shows it on a terminal only.
 
     Raises:
         DataError: for data that is empty, not floating, not finite, of ragged shape, or not what the network takes.
         ScoreError: for a network without parameters to train.
-        NotAffineError: for an SDE without a Gaussian kernel.
+        ScheduleError: for a simulated SDE whose noise does not reach every component within a gap.
+        NonFiniteStateError: where a simulated path explodes.
         TrainingDivergedError: after 10 steps in a row whose loss or gradient is not finite.
         CheckpointMismatch: when resuming a run of another SDE, network or seed.
         CheckpointError: where ``out`` cannot be written, or another process trains into it.
         ValueError: for options that make no sense.
     """
-    _check_options(score, steps, batch_size, times, lr, ema, clip, checkpoint_every)
+    times = _check_options(score, steps, batch_size, times, lr, ema, clip, checkpoint_every)
+    objective = _objective(score, weighting, gap, simulation_steps)
     rate = _learning_rate(schedule, steps)
     if accelerator is None:
         accelerator = _make_accelerator(score, mixed_precision)
@@ -125,24 +143,23 @@ def fit(
     with torch.random.fork_rng(devices), lock:
         _seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator)
-        _prepare_score(score, batches, accelerator)
+        _prepare_score(score, objective, batches, accelerator)
         identity = {
             **_identity(score, weighting),
             **{"seed": seed, "batch_size": batch_size, "times": times, "lr": lr, "ema": ema, "clip": clip},
             "schedule": schedule if isinstance(schedule, str) else "a function",
             "data": batches.fingerprint(),
+            **objective.identity,
         }
-        run = _Run(score, accelerator, lr, ema, clip, folder, identity)
+        run = _Run(score, objective, accelerator, lr, ema, clip, folder, identity)
         done = run.restore(steps) if resume else run.require_new_folder()
         result = Fit(steps=done)
         score.train()
         hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
-        _seed_global(mixed_seed(seed, done), accelerator)
-        source = batches.from_step(done)
+        drawn = _drawn(objective, batches, batch_size, times, seed, done, accelerator)
         with tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden) as bar:
             for step in range(done, steps):
-                _seed_global(mixed_seed(seed, step), accelerator)  # for what the data set and dropout draw
-                loss = run.step(next(source), step, rate(step), weighting, times, seed)
+                loss = run.step(*next(drawn), step, rate(step))
                 result.losses.append(loss)
                 result.skipped += math.isnan(loss)
                 result.steps = step + 1
@@ -156,7 +173,7 @@ def fit(
     return result
 
 
-def sample_times(kernel: Kernel, n: int, times: str, noise: NoiseStream) -> Tensor:
+def sample_times(kernel: Kernel | Model, n: int, times: str, noise: NoiseStream) -> Tensor:
     """n stratified times in [cutoff, T], uniform in "log_snr" or in "t", (n,) in float64."""
     u = (noise.uniform((1,), torch.float64) + torch.arange(n, dtype=torch.float64) / n) % 1.0
     if times == "t":
@@ -165,12 +182,106 @@ def sample_times(kernel: Kernel, n: int, times: str, noise: NoiseStream) -> Tens
     return kernel.time_of(first + (last - first) * u)
 
 
+class _Denoising:
+    """Denoising score matching to a Gaussian kernel."""
+
+    identity: dict = {}
+    most_steps = 1  # drawn at once
+
+    def __init__(self, score: Score, weighting: Weighting) -> None:
+        require_weighting(weighting)
+        self.schedule, self.weighting = score.kernel, weighting
+
+    def states(self, data: Tensor) -> Tensor:
+        """Whole states from data; P0 is part of the kernel."""
+        return self.schedule.lift(data, noisy=False)
+
+    def draw(self, data: Tensor, t: Tensor, noise: NoiseStream) -> tuple[Tensor, ...]:
+        x_0 = self.states(data)
+        return x_0, t, noise.normal(tuple(x_0.shape), x_0.dtype, x_0.device)
+
+    def loss(self, score: Score, y: Tensor | None, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return denoising_score_matching(score, x_0, t, eps, self.weighting, y)
+
+
+class _Matching:
+    """Score matching on pairs, of an exact kernel that is not Gaussian, or of simulated paths."""
+
+    def __init__(self, score: Score, pairs: KernelPairs | SimulatedPairs, identity: dict, most_steps: int) -> None:
+        self.schedule = Model(score, None, None)
+        self.pairs, self.identity, self.most_steps = pairs, identity, most_steps
+
+    def states(self, data: Tensor) -> Tensor:
+        """Whole states from data."""
+        return start(self.schedule.declaration, data)
+
+    def draw(self, data: Tensor, t: Tensor, noise: NoiseStream) -> tuple[Tensor, ...]:
+        x_t, t, target, root = self.pairs(data, t, noise)
+        return x_t, t, target, root.values
+
+    def loss(self, score: Score, y: Tensor | None, x_t: Tensor, t: Tensor, target: Tensor, root: Tensor) -> Tensor:
+        return score_error(score, Pairs(x_t, t, target, Linear(root, score.declaration.coupled)), y)
+
+
+def _objective(
+    score: Score, weighting: Weighting, gap: int | None, simulation_steps: int | None
+) -> _Denoising | _Matching:
+    """What this SDE is trained on."""
+    if score.kernel is None:
+        gap, simulation_steps = _GAP if gap is None else gap, simulation_steps or _SIMULATION_STEPS
+        pairs = SimulatedPairs(score, weighting, gap, simulation_steps)
+        return _Matching(score, pairs, {"gap": gap, "simulation_steps": simulation_steps}, _BLOCK)
+    if gap is not None or simulation_steps is not None:
+        raise ValueError("gap and simulation_steps are of SDEs without a kernel, which are trained on simulated paths.")
+    if score.gaussian is None:
+        return _Matching(score, KernelPairs(score, weighting), {}, 1)
+    return _Denoising(score, weighting)
+
+
+def _drawn(
+    objective: _Denoising | _Matching,
+    batches: Batches,
+    batch_size: int,
+    times: str,
+    seed: int,
+    done: int,
+    accelerator: Accelerator,
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+    """What each step from ``done`` on compares, with its labels; the global generators are seeded for the step.
+
+    A block of steps is drawn at once, and from its first step whatever ``done`` is, so that it never differs.
+    """
+    numbers = max(1, batch_size * math.prod(batches.first.shape[1:]))
+    block = max(1, min(objective.most_steps, _BLOCK_NUMBERS // numbers))
+    first = done - done % block
+    _seed_global(mixed_seed(seed, first), accelerator)
+    source = batches.from_step(first)
+    while True:
+        parts = []
+        for step in range(first, first + block):
+            _seed_global(mixed_seed(seed, step), accelerator)  # for what the data set and dropout draw
+            parts.append(next(source))
+        sizes, device = [len(x) for x, _ in parts], parts[0][0].device
+        noise = NoiseStream(mixed_seed(seed, first, accelerator.process_index), "training")
+        t = torch.cat([sample_times(objective.schedule, size, times, noise) for size in sizes]).to(device)
+        drawn = objective.draw(torch.cat([x for x, _ in parts]) if block > 1 else parts[0][0], t, noise)
+        for step, (_, y), *of_step in zip(
+            range(first, first + block), parts, *(part.split(sizes) for part in drawn), strict=True
+        ):
+            if step >= done:
+                if block > 1:
+                    _seed_global(mixed_seed(seed, step, 1), accelerator)
+                yield tuple(of_step), y
+        first += block
+
+
 class _Run:
     """The state of a run, one step of it, and its checkpoints."""
 
     def __init__(
         self,
         score: Score,
+        objective: _Denoising | _Matching,
         accelerator: Accelerator,
         lr: float,
         ema: float,
@@ -181,29 +292,24 @@ class _Run:
         self.score, self.accelerator, self.lr, self.clip = score, accelerator, lr, clip
         self.folder, self.identity = folder, identity
         optimiser = torch.optim.Adam([p for p in score.parameters() if p.requires_grad], lr=lr)
-        self.loss, self.optimiser = accelerator.prepare(_Loss(score), optimiser)
+        self.loss, self.optimiser = accelerator.prepare(_Loss(score, objective), optimiser)
         self.average = AveragedModel(score, multi_avg_fn=_moving_average(ema), use_buffers=True)
         self._failures = 0
         self._failed_saves = 0
         self._saved_step: int | None = None
 
-    def step(self, batch: Batch, step: int, rate: float, weighting: Weighting, times: str, seed: int) -> float:
-        """One step on one batch: the loss, or NaN where it was skipped and changed nothing.
+    def step(self, drawn: tuple[Tensor, ...], y: Tensor | None, step: int, rate: float) -> float:
+        """One step on what was drawn for it: the loss, or NaN where it was skipped and changed nothing.
 
         Raises:
             TrainingDivergedError: after too many skipped steps in a row.
         """
-        x_0, y = batch
-        x_0 = self.score.kernel.lift(x_0, noisy=False)  # P0 is part of the kernel
-        noise = NoiseStream(mixed_seed(seed, step, self.accelerator.process_index), "training")
-        t = sample_times(self.score.kernel, len(x_0), times, noise).to(x_0.device)
-        eps = noise.normal(tuple(x_0.shape), x_0.dtype, x_0.device)
         buffers = [buffer.clone() for buffer in self.score.buffers()]
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * rate
         self.optimiser.zero_grad()
         with self.accelerator.autocast():
-            loss = self.loss(x_0, t, eps, weighting, y)
+            loss = self.loss(y, *drawn)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.score.parameters(), self.clip)
         value = float(self.accelerator.reduce(loss.detach(), "mean"))
@@ -297,12 +403,12 @@ class _Run:
 class _Loss(torch.nn.Module):
     """The mean loss of a batch as a module, so that accelerate's wrappers see every call."""
 
-    def __init__(self, score: Score) -> None:
+    def __init__(self, score: Score, objective: _Denoising | _Matching) -> None:
         super().__init__()
-        self.score = score
+        self.score, self.objective = score, objective
 
-    def forward(self, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting, y: Tensor | None) -> Tensor:
-        return denoising_score_matching(self.score, x_0, t, noise, weighting, y).mean()
+    def forward(self, y: Tensor | None, *drawn: Tensor) -> Tensor:
+        return self.objective.loss(self.score, y, *drawn).mean()
 
 
 def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
@@ -324,35 +430,35 @@ def _seed_global(seed: int, accelerator: Accelerator) -> None:
         torch.manual_seed(seed)
 
 
-def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> None:
+def _prepare_score(score: Score, objective: _Denoising | _Matching, batches: Batches, accelerator: Accelerator) -> None:
     """Measures the data's moments where they were not given, and tries the network on a few samples."""
-    kernel = score.kernel
-    seen = kernel.lift(batches.first.double(), noisy=False)
+    kernel = score.gaussian
+    seen = objective.states(batches.first.double())
     std = float(seen.std(correction=0))
     if std == 0:
         raise DataError(f"the data is constant ({float(seen.mean()):g}): there is nothing to learn.")
-    if std > _UNUSUAL_STD:
+    if std > _UNUSUAL_STD and kernel is not None:
         warnings.warn(
             f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning, stacklevel=4
         )
     score.to(accelerator.device)
     if not bool(score.moments_known):
-        if kernel.coupled:  # one number for each component
+        if score.declaration.coupled:  # one number for each component
             parts = seen.movedim(1, 0).flatten(1)
             score.set_data_moments(
                 *(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0)))
             )
         else:
-            score.set_data_moments(seen.mean() if kernel.basis is None else 0.0, std)
+            score.set_data_moments(seen.mean() if kernel is None or kernel.basis is None else 0.0, std)
     labels = batches.first_labels
     x, y = (
-        kernel.lift(batches.first[:2], noisy=False).to(accelerator.device),
+        objective.states(batches.first[:2]).to(accelerator.device),
         None if labels is None else labels[:2].to(accelerator.device),
     )
     training = score.training
     try:
         with torch.no_grad():
-            score.eval().noise(x, score.kernel.T, y)
+            (score.eval() if kernel is None else score.eval().noise)(x, score.declaration.T, y)
     except (RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, ScoreError):
             raise
@@ -366,22 +472,32 @@ def _prepare_score(score: Score, batches: Batches, accelerator: Accelerator) -> 
 
 
 def _check_options(
-    score: Score, steps: int, batch_size: int, times: str, lr: float, ema: float, clip: float, checkpoint_every: int
-) -> None:
+    score: Score,
+    steps: int,
+    batch_size: int,
+    times: str | None,
+    lr: float,
+    ema: float,
+    clip: float,
+    checkpoint_every: int,
+) -> str:
+    """``times``, its default resolved."""
     if not isinstance(score, Score):
         raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}.")
-    if score.kernel is None:
-        score.declaration.require_affine("Denoising score matching")
     if not any(p.requires_grad for p in score.parameters()):
         raise ScoreError("the score has no parameters to train.")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}.")
+    times = times or ("t" if score.gaussian is None else "log_snr")
     if times not in ("log_snr", "t"):
         raise ValueError(f'times must be "log_snr" or "t", not {times!r}.')
+    if times == "log_snr" and score.gaussian is None:
+        raise ValueError('times="log_snr" needs a Gaussian kernel, which this SDE has not; use times="t".')
     for name, value, allowed in (("lr", lr, lr > 0), ("ema", ema, 0 <= ema < 1), ("clip", clip, clip > 0)):
         if not allowed or not math.isfinite(value):
             raise ValueError(f"{name} = {value!r} makes no sense.")
+    return times
 
 
 def _learning_rate(schedule: Callable[[float], float] | str, steps: int) -> Callable[[int], float]:
@@ -416,7 +532,7 @@ def _identity(score: Score, weighting: Weighting) -> dict:
         "T": declaration.T,
         "cutoff": declaration.cutoff,
         "P0": declaration.P0,
-        "parameters": {str(symbol): value for symbol, value in score.values.items()},
+        "parameters": score.values.fixed,
         "predicts": score.predicts,
         "time": score.time if isinstance(score.time, str) else "a function",
         "weighting": weighting if isinstance(weighting, str) else "a function",
