@@ -33,7 +33,9 @@ doctest_global_setup = "import torch; from sdeflow.nets import UNet; torch.set_n
 def escape_docstring(app, what, name, obj, options, lines):
     """Docstrings are written for reading in Python: (batch, *event) and |dt/dr| mean themselves there, not markup."""
     for i, line in enumerate(lines):
-        line = re.sub(r"(?<![\w*`\\])\*(?=(?:event|size|new size|t\.shape|shape|parameters|leading|batch|points)\b)", r"\\*", line)
+        line = re.sub(
+            r"(?<![\w*`\\])\*(?=(?:event|size|new size|t\.shape|shape|parameters|leading|batch|points)\b)", r"\\*", line
+        )
         lines[i] = re.sub(r"(?<!\S)\|(?=[\w/]+\|)([\w/]+)\|", r"\\|\1\\|", line)
 
 

@@ -1,7 +1,7 @@
 """Declares SDEs of the literature, derives and certifies each, and writes the table of docs/zoo.rst.
 
-    python docs/zoo.py            writes docs/zoo.rst
-    python docs/zoo.py --check    fails where a certificate does not hold
+python docs/zoo.py            writes docs/zoo.rst
+python docs/zoo.py --check    fails where a certificate does not hold
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def source(make: Callable[[], SDE]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a certificate does not hold")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and fail where a certificate does not hold"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     catalog.VP().verify()  # imports and caches are not what is measured

@@ -1,16 +1,15 @@
 r"""The derivation of everything from f and g, step by step, to read, to print and to hand to students.
 
-:func:`derive` collects the steps (``sdeflow.symbolic.steps``), each with a check by substitution that does not know
-how the result was found. A :class:`Derivation` prints them as text, LaTeX, or a page of HTML whose formulas are MathML
-and need no network. :func:`explain` says in a few lines which way an SDE is served:
-
-    closed form -> quadrature -> Lamperti -> Pearson -> local linearisation -> simulation
+:func:`derive` collects the steps (``sdeflow.symbolic.derivation``), each with a check by substitution that does not
+know how the result was found. A :class:`Derivation` prints them as text, LaTeX, or a page of HTML whose formulas are
+MathML and need no network.
 """
 
 from __future__ import annotations
 
 import html
 import os
+import re
 import textwrap
 import unicodedata
 from dataclasses import dataclass
@@ -22,26 +21,25 @@ from sympy.core.function import AppliedUndef
 
 from sdeflow.kernel import Kernel
 from sdeflow.scores import DeclaredSDE
-from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.lamperti import Reduction, reduce
-from sdeflow.symbolic.mathml import mathml
-from sdeflow.symbolic.moments import Moments, derive_moments, rationalised
-from sdeflow.symbolic.pearson import Pearson, classify
-from sdeflow.symbolic.steps import (
+from sdeflow.symbolic.derivation import (
+    SIGNS,
     Notation,
     Step,
     check_times,
+    equals,
     equation_steps,
     general_steps,
-    is_smooth,
     judged,
     linear_steps,
     pearson_steps,
     reducible_steps,
 )
-from sdeflow.symbolic.symbols import x
+from sdeflow.symbolic.lamperti import Reduction
+from sdeflow.symbolic.mathml import mathml
+from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.pearson import exact_form
 
-__all__ = ["Derivation", "derive", "explain"]
+__all__ = ["Derivation", "derive"]
 
 _WIDTH = 100
 _FIRST_NOISE = 2e-3  # sigma / alpha at the default cutoff
@@ -76,7 +74,7 @@ class Derivation:
         return f"Derivation({self.title}: {self.verdict})"
 
     def __str__(self) -> str:
-        parts = [_wrapped(f"Derivation of {self.title}"), self.verdict]
+        parts = [textwrap.fill(f"Derivation of {self.title}", _WIDTH, subsequent_indent="    "), self.verdict]
         for i, step in enumerate(self.steps, 1):
             lines = [f"{i}. {step.title}", *textwrap.wrap(step.text, _WIDTH - 3), ""]
             lines += [line for equation in step.equations for line in (*_pretty(equation).splitlines(), "")]
@@ -91,13 +89,11 @@ class Derivation:
         for i, step in enumerate(self.steps, 1):
             lines = [rf"\paragraph{{{i}. {_tex(step.title)}.}} {_tex(step.text)}"]
             if step.equations:
-                rows = " \\\\\n".join(_aligned(equation) for equation in step.equations)
+                rows = " \\\\\n".join(map(_aligned, step.equations))
                 lines.append(f"\\begin{{align*}}\n{rows}\n\\end{{align*}}")
-            notes = [f"Rule: {_tex(step.rule)}."] if step.rule else []
-            if step.check:
-                check = f"Check: {_tex(step.check)}."
-                notes.append(check if step.holds else rf"\textbf{{{check}}}")
-            lines += [rf"\noindent\emph{{{' '.join(notes)}}}"] if notes else []
+            check = f"Check: {_tex(step.check)}." if step.check else ""
+            notes = [f"Rule: {_tex(step.rule)}." if step.rule else "", check if step.holds else rf"\textbf{{{check}}}"]
+            lines += [rf"\noindent\emph{{{' '.join(filter(None, notes))}}}"] if any(notes) else []
             parts.append("\n".join(lines))
         return "\n\n".join(parts) + "\n"
 
@@ -132,9 +128,9 @@ class Derivation:
         path.write_text(writers[path.suffix](), encoding="utf-8")
 
     def _page(self) -> str:
-        title, steps = html.escape(self.title), enumerate(self.steps, 1)
+        title, verdict, steps = html.escape(self.title), html.escape(self.verdict), enumerate(self.steps, 1)
         contents = "".join(f'<li><a href="#step-{i}">{html.escape(step.title)}</a></li>' for i, step in steps)
-        return _PAGE.format(title=title, verdict=html.escape(self.verdict), contents=contents, steps=self._repr_html_())
+        return _PAGE.format(title=title, verdict=verdict, contents=contents, steps=self._repr_html_())
 
     def _document(self) -> str:
         return _DOCUMENT % (_tex(self.title), _tex(self.verdict), self.latex())
@@ -144,140 +140,29 @@ def derive(sde: DeclaredSDE) -> Derivation:
     """The derivation of all that follows from an SDE."""
     declaration, numbers = sde.declaration, sde.values.numbers
     if declaration.affine is not None:
-        kernel = sde.kernel
-        moments = _moments_of(kernel)
-        steps = linear_steps(declaration, moments, numbers, _measured(kernel) if _is_open(moments) else None)
-        steps.insert(-1, _cutoff(kernel))
+        steps = _affine_steps(sde.kernel, numbers)
+    elif (form := exact_form(declaration, numbers)) is None:
+        steps = general_steps(declaration, numbers)
     else:
-        change, diffusion = _reduction(declaration, numbers), _pearson(declaration, numbers)
-        if change is not None:
-            inner = _inner(declaration, change.a * x + change.b, change.map.c)
-            steps = reducible_steps(declaration, change, inner, _moments(inner, numbers), numbers)
-        elif diffusion is not None:
-            inner = _inner(declaration, diffusion.a * x, diffusion.c)
-            steps = pearson_steps(declaration, diffusion, inner, _moments(inner, numbers), numbers)
-        else:
-            steps = general_steps(declaration, numbers)
+        steps = (reducible_steps if isinstance(form, Reduction) else pearson_steps)(declaration, form, numbers)
     return Derivation(repr(sde), tuple(steps + equation_steps(declaration, numbers)))
 
 
-def explain(sde: DeclaredSDE) -> str:
-    """Which way serves this SDE, why no better one does, and what is available."""
-    declaration, numbers = sde.declaration, sde.values.numbers
-    if declaration.affine is not None:
-        way, why = _affine_way(declaration, sde.kernel, numbers)
-        return _told(way, why, "exact kernel (numbers to 1e-10), training, solvers, likelihood, priors matched to the data.")
-    obstacle = f"no Gaussian kernel, for {declaration.obstacle}"
-    change = _reduction(declaration, numbers)
-    if change is not None:
-        branches = ", both branches summed" if change.map.fold else ""
-        drift = change.a * sp.Symbol("y") + change.b
-        why = f"{obstacle}; but y = {change.map.to_line} has the drift {drift}, affine in y, and noise free of it"
-        return _told(
-            "Lamperti", why, f"exact kernel (pushed forward{branches}), training on its score, solvers, likelihood."
-        )
-    diffusion = _pearson(declaration, numbers)
-    if diffusion is not None:
-        shape = ", ".join(map(str, diffusion.shape))
-        why = f"{obstacle}, and no change of state makes it affine; but f is affine and g² quadratic in x: a "
-        why += f"{diffusion.kind} diffusion of shape {shape}"
-        return _told("Pearson", why, "exact kernel, moments and draws, training on its score, solvers, likelihood.")
-    why = f"{obstacle}; {_unreduced(declaration)}"
-    rest = "simulate(), and with a score solvers and likelihood, from a prior that is stationary, fitted or given."
-    if is_smooth(declaration):
-        return _told("local linearisation", why, f"training on simulated paths, by a Gaussian law over short times; {rest}")
-    needs = "noise free of the state" if declaration.state_dependent_noise else "a drift with a Jacobian everywhere"
-    return _told("simulation", f"{why}; local linearisation needs {needs}", f"training on simulated paths; {rest}")
-
-
-def _told(way: str, why: str, available: str) -> str:
-    return "\n".join(_wrapped(line) for line in (f"{way}: {why}.", f"Available: {available}"))
-
-
-def _affine_way(declaration: Declaration, kernel: Kernel, numbers: dict[sp.Symbol, float]) -> tuple[str, str]:
-    """The rung of an affine SDE, with the integral that keeps it from a closed form."""
-    if kernel.form == "closed":
-        return "closed form", "f is affine in the state, g free of it, and rules integrate every moment"
-    if declaration.coupled:
-        return "quadrature", "the kernel is Gaussian, but no rule gives Φ, the offset and the covariance in closed form"
-    (a, b), q, moments = declaration.affine, declaration.g**2, _moments(declaration, numbers)
-    if moments.closed:
-        return (
-            "quadrature",
-            "the kernel is Gaussian and has a closed form, whose digits cancel in float64 on this horizon",
-        )
-    if moments.log_alpha.has(sp.Integral):
-        integrand = a
-    elif moments.offset.has(sp.Integral):
-        integrand = b / moments.alpha
-    else:
-        integrand = q / moments.alpha**2
-    return "quadrature", f"the kernel is Gaussian, but no rule integrates {sp.powsimp(integrand)}"
-
-
-def _unreduced(declaration: Declaration) -> str:
-    """Why neither Lamperti nor Pearson serves."""
-    if declaration.coupled:
-        return "a change of state is only looked for in one dimension"
-    if declaration.P0:
-        return "with P0 > 0 a change of state has no Gaussian start"
-    if not declaration.state_dependent_noise:
-        return "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
-    return "no Lamperti coordinate y = ∫ dx/g has an affine drift on the whole line, and it is no Pearson diffusion"
-
-
-# -------------------------------------------------------------------- what the steps are made from
-
-
-def _reduction(declaration: Declaration, numbers: dict[sp.Symbol, float]) -> Reduction | None:
-    if declaration.coupled or declaration.P0:
-        return None
-    return reduce(declaration.f, declaration.g, numbers)
-
-
-def _pearson(declaration: Declaration, numbers: dict[sp.Symbol, float]) -> Pearson | None:
-    if declaration.coupled or declaration.P0:
-        return None
-    return classify(declaration.f, declaration.g, numbers)
-
-
-def _inner(declaration: Declaration, f: sp.Expr, g: sp.Expr) -> Declaration:
-    """An affine SDE behind another one."""
-    return Declaration(f, g, declaration.T, declaration.cutoff, parameters=declaration.parameters)
-
-
-def _moments(declaration: Declaration, numbers: dict[sp.Symbol, float]) -> Moments:
-    return derive_moments(declaration.affine, declaration.g, declaration.P0, declaration.T, numbers)
-
-
-def _moments_of(kernel: Kernel) -> Moments:
-    """The kernel's moments as it shows them, in exact numbers."""
-
-    def exact(value: sp.Expr | sp.ImmutableMatrix) -> sp.Expr | sp.ImmutableMatrix:
-        return value.applyfunc(rationalised) if isinstance(value, sp.MatrixBase) else rationalised(value)
-
-    alpha, offset, var = (exact(value) for value in (kernel.alpha, kernel.offset, kernel.var))
-    log_alpha = sp.Integer(0) if kernel.coupled else (exact(kernel.log_snr) + sp.log(var)) / 2
-    return Moments(log_alpha, alpha, offset, var, kernel.rules)
-
-
-def _is_open(moments: Moments) -> bool:
-    """Whether alpha is the matrix of undefined functions that stand for the solution of Φ' = F Φ."""
-    return bool(moments.alpha.atoms(AppliedUndef))
+def _affine_steps(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> list[Step]:
+    """The steps of an affine SDE from the moments as its kernel shows them, in exact numbers."""
+    alpha, offset, var = map(rationalised, (kernel.alpha, kernel.offset, kernel.var))
+    log_alpha = sp.Integer(0) if kernel.coupled else (rationalised(kernel.log_snr) + sp.log(var)) / 2
+    solved = not alpha.atoms(AppliedUndef)  # or the functions stand for the solution of Φ' = F Φ
+    moments = Moments(log_alpha, alpha, offset, var, kernel.rules)
+    steps = linear_steps(kernel.declaration, moments, numbers, None if solved else _measured(kernel))
+    return [*steps[:-1], _cutoff(kernel), steps[-1]]
 
 
 def _measured(kernel: Kernel) -> dict[str, float]:
     """How well the numbers of a coupled kernel solve its equations, by differentiating them in t."""
-    times = torch.tensor(check_times(kernel.T), dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        values = kernel.coefficients(times)
-        entries = torch.cat([value.flatten(1) for value in values], dim=1)
-        rates = [torch.autograd.grad(column.sum(), times, retain_graph=True)[0] for column in entries.unbind(1)]
-    sizes = [value[0].numel() for value in values]
-    rates = torch.stack(rates, dim=1).split(sizes, dim=1)
-    phi_t, root_t, offset_t = (rate.reshape(value.shape) for rate, value in zip(rates, values, strict=True))
-    phi, root, offset = (value.detach() for value in values)
-    times = times.detach()
+    times = torch.tensor(check_times(kernel.T), dtype=torch.float64)
+    values, rates = torch.autograd.functional.jvp(kernel.coefficients, times, torch.ones_like(times))
+    (phi, root, offset), (phi_t, root_t, offset_t) = values, rates
     F, b, Q = kernel.sde_coefficients(times)
     P, half = root @ root.mT, root_t @ root.mT
     pairs = {
@@ -290,29 +175,23 @@ def _measured(kernel: Kernel) -> dict[str, float]:
 
 def _cutoff(kernel: Kernel) -> Step:
     """Where training and solvers start."""
-    name = Notation("t (cutoff)", r"t_{\mathrm{cutoff}}")
-    at = sp.Eq(name, sp.Float(kernel.cutoff, 6), evaluate=False)
+    at = equals(Notation("t (cutoff)", r"t_{\mathrm{cutoff}}"), sp.Float(kernel.cutoff, 6))
     if kernel.declaration.cutoff is not None:
         return Step("The cutoff", "The first time that training and solvers visit was declared.", (at,), "declared")
     if all(kernel.declaration.initial_variances):
-        return Step(
-            "The cutoff", "The kernel has variance P0 > 0 at t = 0, so that training and solvers start there.", (at,)
-        )
-    ratio = sp.Eq(Notation("σ/α", r"\frac{\sigma}{\alpha}"), sp.Rational(str(_FIRST_NOISE)), evaluate=False)
-    alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.cutoff, dtype=torch.float64))
+        text = "The kernel has variance P0 > 0 at t = 0, so that training and solvers start there."
+        return Step("The cutoff", text, (at,))
     text = "σ = 0 at t = 0, where the kernel is a point. Training and solvers start where σ/α = 1/500"
-    check: tuple = ("", True)
+    text += " of the data component." if kernel.coupled else "."
+    alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.cutoff, dtype=torch.float64))
+    check, holds = "", True
     if not kernel.coupled and not alpha.ndim:
-        check = judged(max(abs(float(sigma / alpha) / _FIRST_NOISE - 1), 1e-16))
-        check = (check[0].replace(" at 5 times", ""), check[1])
-    return Step("The cutoff", f"{text}{' of the data component' if kernel.coupled else ''}.", (ratio, at), "", *check)
+        check, holds = judged(max(abs(float(sigma / alpha) / _FIRST_NOISE - 1), 1e-16))
+    ratio = equals("σ/α", sp.Rational(str(_FIRST_NOISE)))
+    return Step("The cutoff", text, (ratio, at), "", check.replace(" at 5 times", ""), holds)
 
 
 # -------------------------------------------------------------------- how they are written
-
-
-def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, _WIDTH, subsequent_indent="    "))
 
 
 def _pretty(equation: sp.Basic) -> str:
@@ -324,33 +203,26 @@ def _pretty(equation: sp.Basic) -> str:
     if text and max(map(len, text.splitlines())) <= _WIDTH - 3:
         return text
     sides = f"{equation.lhs} = {equation.rhs}" if isinstance(equation, sp.Eq) else str(equation)
-    return "\n".join(textwrap.wrap(sides, _WIDTH - 3, subsequent_indent="    "))
+    return textwrap.fill(sides, _WIDTH - 3, subsequent_indent="    ")
 
 
 def _aligned(equation: sp.Basic) -> str:
-    if isinstance(equation, sp.Eq):
-        return f"{sp.latex(equation.lhs)} &= {sp.latex(equation.rhs)}"
-    return sp.latex(equation)
+    sides = equation.args if isinstance(equation, sp.Eq) else [equation]
+    return " &= ".join(map(sp.latex, sides))
 
 
 _TEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"$<$", ">": r"$>$", "|": r"$|$",
-    "α": r"$\alpha$", "β": r"$\beta$", "δ": r"$\delta$", "ε": r"$\varepsilon$", "λ": r"$\lambda$", "σ": r"$\sigma$",
-    "τ": r"$\tau$", "χ": r"$\chi$", "Φ": r"$\Phi$", "∂": r"$\partial$", "∇": r"$\nabla$", "∫": r"$\int$",
-    "·": r"$\cdot$", "≤": r"$\le$", "½": r"$\frac12$", "²": "$^2$", "⁻": "$^{-}$", "¹": "$^1$", "ᵀ": r"$^\top$",
-    "₀": "$_0$", "w̄": r"$\bar{w}$", "ô": r"\^o", "π": r"$\pi$",
-    "√": r"$\sqrt{\ }$", "→": r"$\to$", "≥": r"$\ge$", "Σ": r"$\Sigma$",
+    **{sign: f"${tex}$" for sign, tex in SIGNS.items()}, "ô": r"\^o", "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$", "|": "$|$",
+    **{char: f"\\{char}" for char in "{}$&#%_"},
 }  # fmt: skip
+_SPECIAL = re.compile("|".join(map(re.escape, _TEX)))
 
 
 def _tex(text: str) -> str:
     """Plain text for LaTeX: everything special escaped, mathematical letters in math mode, nothing beyond ASCII."""
-    text = text.replace("w̄", "\0")
-    pieces = (_TEX["w̄"] if char == "\0" else _TEX.get(char, char) for char in text)
-    return "".join(
-        p if p.isascii() else unicodedata.normalize("NFKD", p).encode("ascii", "replace").decode() for p in pieces
-    )
+    text = _SPECIAL.sub(lambda found: _TEX[found[0]], text)
+    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
 
 
 _DOCUMENT = r"""\documentclass{article}

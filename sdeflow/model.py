@@ -6,14 +6,14 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import sympy as sp
 import torch
 from torch import Tensor, nn
 
 from sdeflow.compile import compile_expressions
-from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError
+from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
@@ -24,7 +24,11 @@ from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
 
-__all__ = ["Model", "Plan", "Prior", "make_plan"]
+if TYPE_CHECKING:
+    from sdeflow.pearson import PearsonKernel
+    from sdeflow.reducible import ReducibleKernel
+
+__all__ = ["Model", "Plan", "Prior", "fitted_moments", "make_plan"]
 
 _PROBES = 1024  # samples from which the prior is read off the score
 _DEFAULT_SDE_STEPS = 500
@@ -58,7 +62,8 @@ class Model:
         self, sde: DeclaredSDE, score: ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None, prior: Prior | None
     ) -> None:
         self.declaration, self.values = sde.declaration, sde.values
-        self.kernel: Kernel | None = sde.kernel if sde.declaration.affine is not None else None
+        exact = _kernel_of(sde)
+        self.kernel: Kernel | None = exact if isinstance(exact, Kernel) else None
         self.state = self.declaration.state
         self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
@@ -67,8 +72,8 @@ class Model:
         self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}
         self.T = self.declaration.T
-        if self.kernel is not None:
-            self.cutoff = self.kernel.cutoff
+        if exact is not None:
+            self.cutoff = exact.cutoff
         elif self.declaration.cutoff is not None:
             self.cutoff = self.declaration.cutoff
         else:
@@ -247,7 +252,7 @@ class Model:
             return known
         if self.kernel is None:
             if self._default_prior is not None:
-                self._prior = self._default_prior(self._score)
+                self._prior = self._default_prior(self._score, like)
             if self._prior is not None:
                 return self._prior
             raise MissingPriorError(
@@ -267,7 +272,7 @@ class Model:
         with torch.no_grad(), evaluating(self.score):
             gradient = kernel.to_basis(self.score(x_T, self.T).double())
         u = kernel.to_basis(x_T.double())
-        fitted = (_fitted_blocks if kernel.coupled else _fitted)(u, gradient, start)
+        fitted = (_fitted_blocks if kernel.coupled else fitted_moments)(u, gradient, start)
         if fitted is not None:
             mean, root = fitted
             return Gaussian(mean.cpu(), Linear(root.cpu(), kernel.coupled), kernel.basis)
@@ -323,7 +328,15 @@ class Model:
         return self.prior_for(like).sample(shape, seed=seed, dtype=dtype, device=device)
 
 
-def _fitted(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | None:
+    """The SDE's exact kernel, Gaussian or not, or None."""
+    try:
+        return sde.kernel
+    except NotAffineError:
+        return None
+
+
+def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
     centred = x - x.mean(0)
     slope = (centred * gradient).mean(0) / centred.square().mean(0)

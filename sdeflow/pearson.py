@@ -43,7 +43,6 @@ from sdeflow.kernel import Kernel, broadcast_to_event
 from sdeflow.noise import NoiseStream
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.pearson import Pearson, classify, decay, spread
-from sdeflow.symbolic.symbols import x as state_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
 
 __all__ = ["JacobiKernel", "PearsonKernel", "SquareRootKernel", "pearson_kernel"]
@@ -96,14 +95,7 @@ class PearsonKernel(ABC):
             raise DeclarationError(f"P0 = {declaration.P0:g} spreads x_0 beyond the domain; this SDE needs P0 = 0.")
         origin, scale, *shape = self._numbers(self.pearson.origin, self.pearson.scale, *self.pearson.shape)
         self._origin, self._scale, self.shape = origin, scale, tuple(shape)
-        affine = Declaration(
-            self.pearson.a * state_symbol,
-            self.pearson.c,
-            declaration.T,
-            declaration.cutoff,
-            parameters=declaration.parameters,
-        )
-        self.inner = Kernel(affine, self.values)
+        self.inner = Kernel(self.pearson.inner(declaration), self.values)
         self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
         arguments = (data_symbol, decay, spread)
         self._moments = compile_expressions((self.pearson.mean, self.pearson.var), arguments, self.values)

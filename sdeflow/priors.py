@@ -1,4 +1,7 @@
-r"""Priors p(x_T) of SDEs without a Gaussian kernel: the stationary law, and one fitted to simulated states.
+r"""Priors p(x_T) of SDEs without a Gaussian kernel: pushed forward, stationary, or fitted to simulated states.
+
+**Pushed forward.** Of an SDE that a change of the state y = H(x, t) makes affine, p(x_T) is that of X(y_T) with y_T
+Gaussian, whose moments are read off the score at T: s_y = s_x X' + X'' / X' is -(y - m) / v.
 
 **Stationary law.** In one dimension and with f and g free of t, the Fokker-Planck equation ∂_t p = -∂_x J has the
 flux J = f p - ½ ∂_x (g² p), and a law at rest without flux is
@@ -31,8 +34,11 @@ from torch import Tensor
 from sdeflow.batches import checked_data
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, PriorMismatchWarning
+from sdeflow.gaussian import Gaussian
+from sdeflow.model import evaluating, fitted_moments
 from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
+from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.scores import DeclaredSDE, ScoreFunction
 from sdeflow.simulation import simulate, start
 from sdeflow.symbolic.declaration import Declaration
@@ -46,6 +52,7 @@ _LEAST_FALL, _LEAST_RATE = 14.0, 0.1  # there, in nats and nats per unit of u: e
 _LOOK = 16  # nodes of the first table
 _NODES = 4097
 _GAUSS, _COARSE = np.polynomial.legendre.leggauss(6), np.polynomial.legendre.leggauss(3)
+_READ = 1024  # states from which a Gaussian is read off the score
 _MISMATCH = 0.05  # of total variation
 _CELLS, _TAIL = 400, 1e-4
 _STARTS = (0.0, 1.0, 0.5, -1.0, 0.1, 2.0, 10.0, -0.5, 100.0)
@@ -77,9 +84,16 @@ def stationary_law(sde: DeclaredSDE, near: float | None = None) -> StationaryLaw
     return None
 
 
-def default_prior(sde: DeclaredSDE, score: ScoreFunction) -> StationaryLaw | None:
-    """The stationary law, where there is one; a warning where p(x_T) has not reached it."""
+def default_prior(sde: DeclaredSDE, score: ScoreFunction, like: Tensor) -> PushForward | StationaryLaw | None:
+    """Of a reducible SDE a Gaussian pushed forward, else the stationary law; None where there is neither.
+
+    A warning says where p(x_T) has not reached the stationary law.
+    """
     moments = score.data_moments()
+    if isinstance(score.kernel, ReducibleKernel) and not score.kernel.reduction.map.fold:
+        pushed = _pushed_forward(score, like)
+        if pushed is not None:
+            return pushed
     law = stationary_law(sde, None if moments is None else float(moments[0].mean()))
     if law is None:
         return None
@@ -94,6 +108,26 @@ def default_prior(sde: DeclaredSDE, score: ScoreFunction) -> StationaryLaw | Non
             stacklevel=6,
         )
     return law
+
+
+def _pushed_forward(score: ScoreFunction, like: Tensor) -> PushForward | None:
+    """x_T = X(y_T) with y_T Gaussian, its moments read off the score at T; None where s_y is not that of a Gaussian."""
+    kernel, moments = score.kernel, score.data_moments()
+    centre, spread = (0.0, 1.0)
+    if moments is not None:
+        mean, std = (m.mean().reshape(1, 1) for m in moments)
+        try:
+            near = kernel.transport(torch.cat([mean - 0.5 * std, mean, mean + 0.5 * std]), 0.0)
+        except DataError:  # data of this mean and spread would leave the domain
+            near = kernel.transport(torch.cat([0.9 * mean, mean, 1.1 * mean]), 0.0)
+        centre, spread = float(near[1]), float((near[2] - near[0]).abs())
+    start = kernel.inner.marginal(centre, spread, kernel.T)
+    line = start.sample((_READ, *like.shape[1:]), seed=0, dtype=torch.float64, device=like.device)
+    x = kernel.restore(line, kernel.T).to(like.dtype)
+    with torch.no_grad(), evaluating(score):
+        line, gradient = kernel.line_score(x, score(x, kernel.T), kernel.T)
+    fitted = fitted_moments(line, gradient, start)
+    return None if fitted is None else PushForward(kernel, Gaussian(*(m.cpu() for m in fitted)), kernel.T)
 
 
 class _Coefficients:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
-from sdeflow.gaussian import normal_log_density
+from sdeflow.gaussian import Gaussian, normal_log_density
 from sdeflow.kernel import Kernel, broadcast_to_event
 from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
@@ -36,7 +36,7 @@ from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x as state_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
 
-__all__ = ["ReducibleKernel"]
+__all__ = ["PushForward", "ReducibleKernel"]
 
 # Trapezoids converge geometrically on a smooth function times a Gaussian, unlike Gauss-Hermite on a steep one.
 _STEP = 1.0 / 16.0
@@ -70,16 +70,7 @@ class ReducibleKernel:
         self.values = values if isinstance(values, Values) else Values(values or {})
         self.reduction = self._reduce()
         change = self.reduction.map
-        self.inner = Kernel(
-            Declaration(
-                self.reduction.a * state_symbol + self.reduction.b,
-                change.c,
-                declaration.T,
-                declaration.cutoff,
-                parameters=declaration.parameters,
-            ),
-            self.values,
-        )
+        self.inner = Kernel(self.reduction.inner(declaration), self.values)
         self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
         slope, curvature = sp.diff(change.to_state, y), sp.diff(change.log_slope, y)
         self._to_line = self._compile(change.to_line, state_symbol)
@@ -230,14 +221,24 @@ class ReducibleKernel:
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
-        mean, std = self._noisy_moments(x_0, t)
-        time = self._times(x_t, t)
-        line, inside = self._located(x_t.to(torch.float64), time)
+        return self.pushed_log_prob(x_t, *self._noisy_moments(x_0, t), t)
+
+    def pushed_log_prob(self, x: Tensor, mean: Tensor, std: Tensor, t: Tensor | float) -> Tensor:
+        """log p(x) in nats, (batch,) in float64, where y is N(mean, std²) at t, every branch counted."""
+        time = self._times(x, t)
+        line, inside = self._located(x.to(torch.float64), time)
         rest = -self._slopes(line, time)[1].expand_as(line)
         if self.reduction.map.fold:
             rest = rest + torch.nn.functional.softplus(-2.0 * line * mean / std.square())
         total = normal_log_density(line, mean, std) + rest.flatten(1).sum(1)
         return torch.where(inside.flatten(1).all(1), total, -math.inf)
+
+    def line_score(self, x: Tensor, score: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """y and the gradient of its log-density, from ∇ log p(x): s X' + X'' / X', both in float64."""
+        time = self._times(x, t)
+        line, _ = self._located(x.to(torch.float64), time)
+        slope, _, curvature = self._slopes(line, time)
+        return line, score.to(torch.float64) * slope + curvature
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
@@ -255,3 +256,34 @@ class ReducibleKernel:
         if std.device.type == "cpu" and not bool((std > 0).all()):
             raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
         return mean, std
+
+
+class PushForward:
+    """The law of x = X(y, t) where y is Gaussian: the prior of a reducible SDE.
+
+    Args:
+        kernel: the SDE's kernel, which brings the map.
+        law: of y, elementwise.
+        t: the time.
+    """
+
+    def __init__(self, kernel: ReducibleKernel, law: Gaussian, t: float) -> None:
+        self.kernel, self.law, self.t = kernel, law, t
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Samples of the given ``shape`` (batch, *event)."""
+        line = self.law.sample(shape, seed, torch.float64, device)
+        return self.kernel.restore(line, self.t).to(dtype or torch.get_default_dtype())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats, (batch,) in float64; -inf outside the domain."""
+        return self.kernel.pushed_log_prob(x, self.law.mean.to(x.device), self.law.std.to(x.device), self.t)
+
+    def __repr__(self) -> str:
+        return f"PushForward(x = {self.kernel.reduction.map.to_state}, y ~ {self.law})"

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import sympy as sp
 import torch
 
 from sdeflow.basis import Basis
 from sdeflow.bridge import Bridge
+from sdeflow.certificate import Certificate, certify
 from sdeflow.compile import compile_expressions
+from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
 from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
+from sdeflow.explanation import explain
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.model import Prior
 from sdeflow.parameters import Values
-from sdeflow.pearson import PearsonKernel, pearson_kernel
-from sdeflow.reducible import ReducibleKernel
-from sdeflow.scores import as_score
+from sdeflow.priors import FittedPrior, StationaryLaw, default_prior, fit_prior
+from sdeflow.reducible import PushForward, ReducibleKernel
+from sdeflow.scores import ScoreFunction, as_score
+from sdeflow.simulation import simulate
+from sdeflow.solvers import Solver
+from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward
 from sdeflow.symbolic.symbols import t
+
+if TYPE_CHECKING:
+    from sdeflow.pearson import PearsonKernel
 
 __all__ = ["SDE"]
 
@@ -85,6 +95,10 @@ class SDE:
         self._set_up(declare(f, g, T, cutoff, resolved, P0, calculus, state), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
+        if basis is not None and declaration.affine is None:
+            raise DeclarationError(
+                f"a basis needs an affine SDE, coefficient by coefficient, and here {declaration.obstacle}."
+            )
         self.declaration, self.values, self.basis = declaration, values, basis
         self._prior = prior
         self._score: AnyScore = None
@@ -101,6 +115,7 @@ class SDE:
         T: float = 1.0,
         cutoff: float | None = None,
         params: Mapping[sp.Symbol | str, float | torch.Tensor] | None = None,
+        basis: Basis | None = None,
     ) -> SDE:
         """The SDE of a declared Gaussian path x_t = alpha(t) x_0 + sigma(t) eps.
 
@@ -113,7 +128,31 @@ class SDE:
         """
         resolved = parameter_symbols(params or {}, alpha, sigma)
         sde = object.__new__(cls)
-        sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, None)
+        sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, basis)
+        return sde
+
+    def to_dict(self) -> dict:
+        """The declaration and its parameters' values as JSON-able data; :meth:`from_dict` is exactly the inverse.
+
+        Raises:
+            DeclarationError: for what has no such form: a prior of the user's own, a schedule that is a Python function.
+        """
+        if self._prior is not None:
+            raise DeclarationError(
+                "an SDE with prior= is not stored whole: pass the prior to reverse() and flow_ode()."
+            )
+        return to_dict(self.declaration, self.values, self.basis)
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> SDE:
+        """The SDE of which ``data`` is the :meth:`to_dict`; nothing in it is evaluated as text.
+
+        Raises:
+            UnsafeExpressionError: for data that holds anything but allowed nodes.
+        """
+        sde = object.__new__(cls)
+        declaration, values, basis = from_dict(data)
+        sde._set_up(declaration, values, None, basis)
         return sde
 
     def with_params(self, **values: float) -> SDE:
@@ -181,7 +220,11 @@ class SDE:
         try:
             return ReducibleKernel(declaration, self.values)
         except NotAffineError:
-            return pearson_kernel(declaration, self.values)
+            if self.values.tensors:
+                return None  # SciPy's special functions take numbers
+        from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
+
+        return pearson_kernel(declaration, self.values)
 
     @property
     def weighting(self) -> sp.Expr:
@@ -220,6 +263,31 @@ class SDE:
         self.declaration.require_affine("A bridge")
         return Bridge(self.kernel, x_T)
 
+    def simulate(
+        self, x_0: torch.Tensor, ts: Sequence[float] | torch.Tensor, solver: str | Solver = "euler",
+        steps: int | None = None, *, seed: int | torch.Generator | None = None, **options: object,
+    ) -> torch.Tensor:  # fmt: skip
+        """States of this SDE at the times ``ts``, (len(ts), batch, *event), from x_0 at t = 0.
+
+        For the options see :func:`sdeflow.simulation.simulate`.
+        """
+        return simulate(self, x_0, ts, solver, steps, seed=seed, **options)
+
+    def fit_prior(
+        self, data: torch.Tensor, n: int = 10_000, *, seed: int | torch.Generator | None = None, **options: object
+    ) -> FittedPrior:
+        """p(x_T) of ``data`` as a mixture of Gaussians fitted to n simulated states; see :mod:`sdeflow.priors`."""
+        return fit_prior(self, data, n, seed=seed, **options)
+
+    def default_prior(self, score: ScoreFunction, like: torch.Tensor) -> PushForward | StationaryLaw | None:
+        """The prior of an SDE without a Gaussian kernel where none was given, or None where none follows.
+
+        Args:
+            score: a score of this SDE.
+            like: a state (batch, *event).
+        """
+        return default_prior(self, score, like)
+
     def reverse(self, score: AnyScore = None, prior: Prior | None = None) -> ReverseSDE:
         """The reverse-time SDE; without a score, the equation itself."""
         return ReverseSDE(self, self._score if score is None else score, prior or self._prior)
@@ -227,6 +295,21 @@ class SDE:
     def flow_ode(self, score: AnyScore = None, prior: Prior | None = None) -> FlowODE:
         """The probability-flow ODE; without a score, the equation itself."""
         return FlowODE(self, self._score if score is None else score, prior or self._prior)
+
+    def verify(self) -> Certificate:
+        """Which identities the derived objects satisfy, symbolically or to which residual: :mod:`sdeflow.certificate`.
+
+        It tests the compiled numbers that solvers use, in about a second, and is true where every identity holds.
+        """
+        return certify(self)
+
+    def derivation(self) -> Derivation:
+        """Every step from f and g to the kernel, reverse SDE, flow and likelihood, each checked by substitution."""
+        return derive(self)
+
+    def explain(self) -> str:
+        """Which way serves this SDE (closed form, quadrature, Lamperti, Pearson, ...), why, and what is available."""
+        return explain(self)
 
     @property
     def equation(self) -> Equation:

@@ -162,7 +162,7 @@ def _value_in(value: object, name: str) -> float | Tensor:
 def _table(kind: type[Schedule]) -> list[list[float]]:
     if kind.table is None:
         raise DeclarationError(
-            f"the schedule {kind.__name__} is a Python function, which is not stored: make it of a table (times, values)."
+            f"the schedule {kind.__name__} is a Python function, which is not stored: make it of (times, values)."
         )
     return [part.tolist() for part in kind.table]
 

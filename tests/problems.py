@@ -75,13 +75,16 @@ COUPLED = {
     "noise matrix": lambda: _coupled(lambda x, v, t: [-x, -v], [[1, R(1, 2), 0], [R(1, 2), 1, t]]),
     "rotation": lambda: catalog.from_recipe([[2, 1], [1, 1]], [[0, -t], [t, 0]]),
     "not commuting": lambda: _coupled(
-        lambda x, v, t: [(1 + t) * v - t * x, -x - (2 + sp.sin(t)) * v + sp.cos(t)], [[R(1, 10), 0, t], [0, 1, R(1, 2)]], T=2
+        lambda x, v, t: [(1 + t) * v - t * x, -x - (2 + sp.sin(t)) * v + sp.cos(t)],
+        [[R(1, 10), 0, t], [0, 1, R(1, 2)]], T=2,
     ),
     "stiff": lambda: _coupled(lambda x, v, t: [100 * v, -100 * x - 1000 * v], [0, 40], P0=[0, 1]),
     "third order": lambda: catalog.from_recipe(
         sp.diag(0, 0, 6), [[0, -2, 0], [2, 0, -4], [0, 4, 0]], P0=[0, 1, 1], names="x v a"
     ),
-    "all components data": lambda: SDE(lambda a, b, c, t: [t * b - a, c - 2 * b, -c - a], [1, R(1, 2), 1], state=("a", "b", "c")),
+    "all components data": lambda: SDE(
+        lambda a, b, c, t: [t * b - a, c - 2 * b, -c - a], [1, R(1, 2), 1], state=("a", "b", "c")
+    ),
 }  # fmt: skip
 
 

@@ -287,7 +287,7 @@ def test_velocity_in_the_flow_is_the_equation():
 
 def test_declarations_that_mix_states_are_refused():
     x_, v = state("x v")
-    a, b, c = state("a b c")
+    a, *_ = state("a b c")
     cases = [
         (lambda: SDE(f=[v, -x], g=[0, 1]), "beside the state"),
         (lambda: SDE(f=[v, -a], g=[0, 1]), "mix"),

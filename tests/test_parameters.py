@@ -411,6 +411,9 @@ def test_what_cannot_be_stored_says_so():
         SDE(-x, 1, prior=sdeflow.Gaussian(0.0, 1.0)).to_dict()
 
 
+TENSOR = {"data": [1.0], "shape": [2], "dtype": "float32", "learned": False}  # of another shape
+
+
 def test_hostile_and_broken_dicts_are_refused(tmp_path):
     marker = tmp_path / "marker"
     good = catalog.CriticallyDampedLangevin().to_dict()
@@ -422,7 +425,7 @@ def test_hostile_and_broken_dicts_are_refused(tmp_path):
         {**good, "parameters": {hostile: {"assumptions": {}, "value": 1.0}}},
         {**good, "parameters": {"x": {"assumptions": {}, "value": 1.0}}},
         {**good, "parameters": {"k": {"assumptions": {hostile: True}, "value": 1.0}}},
-        {**good, "parameters": {"k": {"assumptions": {}, "value": {"data": [1.0], "shape": [2], "dtype": "float32", "learned": False}}}},
+        {**good, "parameters": {"k": {"assumptions": {}, "value": TENSOR}}},
         {**good, "basis": {"eval": 1}}, {**good, "schedules": {"b": [[0, 1], [hostile, 2]]}}, {**good, "cutoff": 2.0},
         {key: value for key, value in good.items() if key != "g"},
     ]  # fmt: skip

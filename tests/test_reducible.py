@@ -12,9 +12,9 @@ import sympy as sp
 import torch
 from scipy.stats import lognorm, ncx2
 
-from sdeflow import t, x, x_0
-from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
-from sdeflow.reducible import ReducibleKernel
+from sdeflow import SDE, t, x, x_0
+from sdeflow.errors import DataError, DeclarationError, MissingPriorError, NotAffineError, ScheduleError
+from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import reduce
 
@@ -321,3 +321,33 @@ def test_a_kernel_pickles():
     kernel, state = build("cosh"), torch.full((2, 1), 1.3)
     other = pickle.loads(pickle.dumps(kernel))
     assert torch.equal(kernel.log_prob(state, state, 0.5), other.log_prob(state, state, 0.5))
+
+
+def test_the_prior_of_a_reducible_sde_is_pushed_forward():
+    """Log-normal data under geometric Brownian motion: p(x_T) is log-normal, and so are log p(x) and the samples."""
+    sde = SDE(f=x / 10, g=sp.Rational(3, 10) * x)
+    mean, var = 0.2, 0.04
+
+    def score(u, time):
+        """∇ log p_t of exp(N(mean + (0.1 - 0.045) t, var + 0.09 t))."""
+        t_ = time.reshape(-1, *(1,) * (u.ndim - 1))
+        return -1.0 / u - (u.log() - mean - 0.055 * t_) / (var + 0.09 * t_) / u
+
+    flow = sde.flow_ode(score)
+    u = torch.exp(mean + 0.2 * torch.linspace(-2, 2, 9, dtype=torch.float64)).reshape(-1, 1)
+    found = flow.log_prob(u, rtol=1e-7, atol=1e-7)
+    assert isinstance(flow.prior, PushForward)
+    assert abs(float(flow.prior.law.mean) - 0.255) < 1e-6 and abs(float(flow.prior.law.std) - math.sqrt(0.13)) < 1e-6
+    spread = var + 0.09 * flow.model.cutoff
+    line = u.log() - mean - 0.055 * flow.model.cutoff
+    truth = -0.5 * line**2 / spread - 0.5 * math.log(2 * math.pi * spread) - u.log()
+    assert (found - truth[:, 0]).abs().max() < 1e-5
+    samples = sde.reverse(score).sample((4000, 1), steps=200, seed=0, dtype=torch.float64).log()
+    assert abs(float(samples.mean()) - mean) < 4 * math.sqrt(var / 4000) + 2e-3
+    assert abs(float(samples.var()) / var - 1) < 4 * math.sqrt(2 / 4000) + 0.02
+
+
+def test_a_prior_that_is_no_pushed_gaussian_is_not_invented():
+    sde = SDE(f=x / 10, g=sp.Rational(3, 10) * x)
+    with pytest.raises(MissingPriorError, match="fit_prior"):
+        sde.flow_ode(lambda u, time: torch.zeros_like(u)).log_prob(torch.ones(2, 1, dtype=torch.float64))

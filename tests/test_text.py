@@ -53,6 +53,7 @@ MEANINGS = [
     ("sqrt(1 - exp(-200*t))", sp.sqrt(1 - sp.exp(-200 * t))),
     ("0.01*(50/0.01)**t*sqrt(2*log(50/0.01))", 5000**t * sp.sqrt(2 * sp.log(5000)) / 100),
     ("exp(2*t*log(0.0123/50))", sp.exp(2 * t * sp.log(sp.Rational(123, 500000)))),
+    ("(1 + t)**0.12345", (1 + t) ** sp.Rational(2469, 20000)),
     ("E**t + E", sp.exp(t) + sp.E),
     ("cos(pi*t)", sp.cos(sp.pi * t)),
     ("ln(k) + abs(x) + Abs(t - 1)", sp.log(k) + sp.Abs(x) + sp.Abs(t - 1)),
@@ -220,6 +221,9 @@ ENDLESS = [
     "exp(2**40*log(2))",
     "exp(2**40*t*log(2))",
     "exp(2**40*(t + log(2)))",
+    "exp(64*t*log(2))**64",
+    "(2**(64*t))**64",
+    "((((exp(64*t*log(2))**64)**64)**64)**64)**(1/t)",
     "exp(2**40*t)**(log(2)/t)",
     "k**(2**40*log(2)/log(k))",
     "exp(exp(exp(30)))",
@@ -228,7 +232,19 @@ ENDLESS = [
     "floor(exp(exp(exp(9))))",
     "Max(exp(exp(exp(30))), 3)",
     "sin(exp(exp(exp(10))))",
-    "*".join(f"sqrt({2**63 - 25 - 2 * i})" for i in range(300)),
+    "63**(1000000005/1000000007)",
+    "12**(123456789*t/10**9)",
+    "(12**(t/9999))**(1/9999)",
+    "abs((1 + 2**(1/53))**2 - 1 - 2*2**(1/53) - 2**(2/53))",
+    "tanh(exp(10**18*beta))",
+    "tanh((beta + x + t)**60)",
+    "lowergamma(1000/64, -1/64)",
+    "acosh(lowergamma(40*log(2), cos(E)))",
+    "log(airybi(besselk(-64, 64)))",
+    "airybi(cos(E)*besselk(1, 2))",
+    "ceiling(csch(besselk(0, 8))**50)",
+    "sin(" * 15 + "+".join(f"sin({i})*exp(1/{i})" for i in range(1, 60)) + ")" * 15,
+    "*".join(f"sqrt({2**63 - 25 - 2 * i})" for i in range(100)),
     "+".join(f"1/{2**63 - 25 - 2 * i}" for i in range(300)),
     "+".join(f"x/{2**63 - 25 - 2 * i}" for i in range(300)),
     "Max(" + ",".join(f"x + t*sin({i}*t)" for i in range(100)) + ")",
@@ -256,16 +272,19 @@ HEAVY = [
     "Max((a + b + c + d)**64, (a + b + c + d)**64 + x, x*(a + b + c + d)**64)",
     "*".join(f"(x + {i})" for i in range(400)),
     "lowergamma(20, " * 10 + "x" + ")" * 10,
+    "Max(x + (1 + 2**(1/53))**2, x + 1 + 2*2**(1/53) + 2**(2/53))",
+    "besselk(8, 1/64)*uppergamma(1/3, 1/64)*Ei(1)",
+    "tanh(beta*x + t) + tanh(exp(1000*k))",
     "sqrt(" * 20 + "2" + "+1)" * 20,
 ]
 
 
 def timed(function, *args):
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else the machine does
     try:
         return function(*args)
     finally:
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(("text", "expected"), MEANINGS, ids=[text for text, _ in MEANINGS])
@@ -480,7 +499,8 @@ def test_functions_of_the_application():
 def test_every_function_that_the_compiler_computes_can_be_stored():
     compiled = {*compiler._UNARY, *compiler._BINARY, *compiler._special_functions()}
     compiled |= {kind for kinds, _ in compiler._RULES for kind in kinds if issubclass(kind, sp.Function)}
-    compiled -= {compiler._Expm1, sp.Piecewise}
+    compiled = {function for function in compiled if function.__module__.startswith("sympy.")} - {sp.Piecewise}
+    assert len(compiled) > 40
     assert compiled <= set(FUNCTIONS.values())
 
 
@@ -569,6 +589,29 @@ def test_an_unevaluated_tower_of_exponents_is_refused():
         timed(from_tree, {"op": "Pow", "args": [power, inverse]}, NAMES)
 
 
+def test_a_long_sum_of_fractions_is_refused():
+    terms = [{"rational": [1, 2**63 - 25 - 2 * i]} for i in range(1900)]
+    with pytest.raises(UnsafeExpressionError):
+        timed(from_tree, {"op": "Add", "args": terms}, NAMES)
+
+
+def test_an_inverse_counts_by_its_denominator():
+    inverse = {"op": "Pow", "args": [{"op": "Mul", "args": [{"rational": [1, 1024]}, {"symbol": "t"}]}, {"int": -1}]}
+    with pytest.raises(UnsafeExpressionError):
+        from_tree({"op": "Pow", "args": [{"int": 2}, {**inverse, "evaluate": False}]}, NAMES)
+
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, RecursionError, NotImplementedError])
+def test_whatever_sympy_raises_is_one_error(error):
+    class probe(sp.Function):
+        @classmethod
+        def eval(cls, *args):
+            raise error("no")
+
+    with pytest.raises(UnsafeExpressionError, match="probe"):
+        from_tree({"call": "probe", "args": [{"symbol": "x"}]}, NAMES, {"probe": probe})
+
+
 def test_nothing_is_built_of_a_tree_that_is_wrong_further_on():
     built = []
 
@@ -616,7 +659,7 @@ def random_expression(rng, depth):
 
 def test_random_expressions_come_back_exactly():
     rng, stored = random.Random(1), 0
-    for _ in range(400):
+    for _ in range(150):
         try:
             expr = random_expression(rng, rng.randint(1, 4))
             tree = to_tree(expr)
@@ -626,7 +669,7 @@ def test_random_expressions_come_back_exactly():
         again = from_tree(json.loads(json.dumps(tree)), NAMES)
         assert again == expr
         assert sp.srepr(again) == sp.srepr(expr)
-    assert stored > 250
+    assert stored > 90
 
 
 def mutate(rng, tree):
@@ -680,4 +723,4 @@ def test_mutated_trees_are_expressions_or_refused():
                 break
         with contextlib.suppress(DeclarationError):
             valid += isinstance(timed(from_tree, tree, NAMES), sp.Basic)
-    assert valid > 200
+    assert valid > 100

@@ -2,7 +2,8 @@
 
 No solver sees a network or the SDE's time. It sees :class:`Problem`, with states (batch, n), or rows
 (batch · n / k, k) where a k x m noise matrix mixes the components of a coupled state, an increasing
-variable r, and a drift that counts its calls, keeps within a budget, stays inside [cutoff, T] and finds the first sample and time at which something is not finite.
+variable r, and a drift that counts its calls, keeps within a budget, stays inside [cutoff, T] and finds
+the first sample and time at which something is not finite.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ def _offset(
     if F.det() != 0:
         level = [constant_ratio(entry) for entry in -(F.inv() * b)]
         if None not in level:
-            return sp.ImmutableMatrix((sp.eye(len(b)) - phi) * sp.Matrix(level)), "offset: mean reversion to mu with F mu = -b"
+            return sp.ImmutableMatrix(
+                (sp.eye(len(b)) - phi) * sp.Matrix(level)
+            ), "offset: mean reversion to mu with F mu = -b"
     integrals = [definite(entry, t, midpoint) for entry in (phi.inv() * b).applyfunc(sp.expand)]
     if None not in integrals:
         return sp.ImmutableMatrix((phi * sp.Matrix(integrals)).applyfunc(tidy)), "offset: antiderivative of Φ⁻¹ b"

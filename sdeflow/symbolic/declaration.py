@@ -24,7 +24,15 @@ from sdeflow.symbolic.patience import within
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
 
-__all__ = ["AffineDrift", "Coefficient", "Declaration", "declare", "declare_path", "parameter_symbols", "stratonovich_correction"]
+__all__ = [
+    "AffineDrift",
+    "Coefficient",
+    "Declaration",
+    "declare",
+    "declare_path",
+    "parameter_symbols",
+    "stratonovich_correction",
+]
 
 Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coefficient"] | sp.MatrixBase
 AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
@@ -298,8 +306,8 @@ def _components(f: object, g: object, names: Sequence[str] | None) -> tuple[sp.S
     if any(x in e.free_symbols for e in _expressions([f, g])):
         name, value = next((n, v) for n, v in (("f", f), ("g", g)) if isinstance(v, list | tuple | sp.MatrixBase))
         raise DeclarationError(
-            f"{name} is a {type(value).__name__}, so of a coupled state, and sdeflow.x is none of its components: declare "
-            'them by x, v = sdeflow.state("x v").'
+            f"{name} is a {type(value).__name__}, so of a coupled state, and sdeflow.x is none of its components: "
+            'declare them by x, v = sdeflow.state("x v").'
         )
     return state([f"x{i + 1}" for i in range(size)])
 

@@ -35,14 +35,15 @@ sqrt(w² - (x - m)²), which has two ends. No integration by SymPy is involved, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.symbols import t, x
 
-__all__ = ["Map", "Reduction", "exact", "line_mean", "line_var", "rationals", "reduce", "sign_at", "y"]
+__all__ = ["Map", "Reduction", "line_mean", "line_var", "rationals", "reduce", "sign_at", "y"]
 
 y = sp.Dummy("y", real=True)  # a Dummy: no parameter can be the same symbol
 """The state on the line, where the SDE is affine."""
@@ -99,6 +100,10 @@ class Reduction:
     b: sp.Expr
     at_values: bool = False
 
+    def inner(self, declaration: Declaration) -> Declaration:
+        """The affine SDE of y, its state written x."""
+        return replace(declaration, f=self.a * x + self.b, g=self.map.c)
+
 
 def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
     """The reduction of dx = f dt + g dw (Itô), or None where no map of the table makes it affine.
@@ -110,16 +115,11 @@ def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = No
         g: the diffusion, likewise.
         values: numbers of the parameters; they also tell signs, such as that of u = 1 - x.
     """
-    f, g, numbers = exact(f), exact(g), rationals(values)
+    f, g, numbers = rationalised(f), rationalised(g), rationals(values)
     found = _reduce(f, g, numbers)
     if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
     return _reduce(f.subs(numbers), g.subs(numbers), {}, at_values=True)
-
-
-def exact(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with its floats as the rationals they are printed as: 0.1 as 1/10, for SymPy cancels no floats."""
-    return expr.xreplace({number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)})
 
 
 def rationals(values: Mapping[sp.Symbol, float] | None) -> dict[sp.Symbol, sp.Rational]:

@@ -20,10 +20,18 @@ import sympy as sp
 from sympy.core.function import AppliedUndef
 
 from sdeflow.symbolic.antiderivative import definite
-from sdeflow.symbolic.declaration import AffineDrift
+from sdeflow.symbolic.declaration import AffineDrift, Declaration
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["Moments", "constant_ratio", "derive_moments", "integral_moments", "rationalised", "square_root"]
+__all__ = [
+    "Moments",
+    "constant_ratio",
+    "derive_moments",
+    "integral_moments",
+    "moments_of",
+    "rationalised",
+    "square_root",
+]
 
 _SIZE_LIMIT = 400  # operations; above it even polynomial-time simplification takes seconds
 
@@ -77,6 +85,11 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         fallback.var if var is None else var,
         ("log alpha: antiderivative of a", offset_rule, var_rule),
     )
+
+
+def moments_of(declaration: Declaration, values: dict[sp.Symbol, float]) -> Moments:
+    """The moments by rule of an affine declaration."""
+    return derive_moments(declaration.affine, declaration.g, declaration.P0, declaration.T, values)
 
 
 def integral_moments(drift: AffineDrift, q: sp.Expr, P0: sp.Expr) -> Moments:

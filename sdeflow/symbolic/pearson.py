@@ -35,16 +35,17 @@ outside them, have spectra with a continuous part, and are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.lamperti import exact, rationals, sign_at
+from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, sign_at
+from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.symbols import t, x, x_0
 
-__all__ = ["Pearson", "classify", "decay", "spread"]
+__all__ = ["Pearson", "classify", "decay", "exact_form", "spread"]
 
 decay = sp.Dummy("alpha", positive=True)  # a Dummy: no parameter can be the same symbol
 """alpha of the affine SDE behind a Pearson diffusion."""
@@ -77,6 +78,10 @@ class Pearson:
     mean: sp.Expr
     var: sp.Expr
 
+    def inner(self, declaration: Declaration) -> Declaration:
+        """The affine SDE that gives alpha and sigma²."""
+        return replace(declaration, f=self.a * x, g=self.c)
+
 
 def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
     """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None where it is neither of the two families.
@@ -86,11 +91,19 @@ def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = 
         g: the diffusion, likewise.
         values: numbers of the parameters, which decide the signs of delta, A and B.
     """
-    f, g, numbers = exact(f), exact(g), rationals(values)
+    f, g, numbers = rationalised(f), rationalised(g), rationals(values)
     found = _classify(f, g, numbers)
     if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
     return _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
+
+
+def exact_form(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> Reduction | Pearson | None:
+    """What gives an SDE that is not affine an exact kernel: a change of state, the Pearson class, or None."""
+    if declaration.coupled or declaration.P0:
+        return None
+    coefficients = declaration.f, declaration.g, values
+    return reduce(*coefficients) or classify(*coefficients)
 
 
 def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | None:

@@ -37,7 +37,7 @@ MAX_EXPONENT = 64
 # A constant beyond these would carry SymPy's numerical evaluation, e.g. of exp(exp(exp(9))), out of any memory.
 _LARGEST, _SMALLEST = 1e300, 1e-300
 _MAX_CONSTANT = 250
-_TINY = 1e-9
+_MAX_OF_TWO = 8
 # SymPy compares the arguments of Max and Min in pairs.
 _MAX_EXTREMUM = 16
 _MAX_ROOT_BITS = 14
@@ -61,6 +61,7 @@ _ELEMENTARY = (
 )  # fmt: skip
 
 _ROUNDING = (sp.floor, sp.ceiling, sp.frac, sp.Mod)
+_HYPERBOLIC = (sp.sinh, sp.cosh, sp.tanh, sp.coth, sp.sech, sp.csch)
 
 FUNCTIONS: dict[str, type[sp.Basic]] = {function.__name__: function for function in _ELEMENTARY + _SPECIAL}
 """The functions that trees and text may hold: those that the compiler can compute."""
@@ -322,32 +323,36 @@ class _Builder:
                 raise UnsafeExpressionError(f"Max and Min take at most {_MAX_EXTREMUM} arguments.")
         elif function in _SPECIAL:
             for number in (a for a in args if a.is_number):
-                if not (number == 0 or _TINY < _size(number) <= MAX_EXPONENT):
+                # Two numbers are evaluated by series of which SymPy does not watch the length.
+                limit = _MAX_OF_TWO if len(args) > 1 and all(a.is_number for a in args) else MAX_EXPONENT
+                moderate = number == 0 or 1 / limit**2 <= _size(number) <= limit
+                if not moderate or number.has(*_SPECIAL) or (limit == _MAX_OF_TWO and number.is_negative):
                     raise UnsafeExpressionError(
-                        f"{function.__name__} takes numbers of {_TINY} to {MAX_EXPONENT} in magnitude, not {number}."
+                        f"{function.__name__} of the number {number}: too large, small or hard."
                     )
-            # For numerical evaluation, of which each further level takes more digits.
-            if all(a.is_number for a in args) and any(a.has(*_SPECIAL) for a in args):
-                raise UnsafeExpressionError(f"{function.__name__} of a special function's constant is not allowed.")
+        elif function in _HYPERBOLIC and not (args[0].is_extended_real or _is_simple(args[0])):
+            raise UnsafeExpressionError(
+                f"{function.__name__}({args[0]}): the argument is not known to be real; declare its symbols real=True."
+            )
         elif function in _ROUNDING:
             for number in (a for a in args if a.is_number and _size(a) >= MAX_INTEGER):
                 raise UnsafeExpressionError(f"{number} is too large to be rounded to an integer.")
 
     def _after(self, result: sp.Basic) -> None:
-        size = self._size(result)
-        if size > MAX_NODES:
+        fresh: list[sp.Basic] = []
+        if self._size(result, fresh) > MAX_NODES:
             raise UnsafeExpressionError(f"SymPy expands the expression to more than {MAX_NODES} nodes.")
         constant = isinstance(result, sp.Expr) and result.is_number and not result.is_Rational
         if constant and not (self._functions and result.has(*self._functions.values())):
-            value = result.evalf(15) if size <= _MAX_CONSTANT else sp.nan
-            if not (value.is_Number and (value == 0 or _SMALLEST < abs(value) < _LARGEST)):
-                raise UnsafeExpressionError(f"{result} is not a real number of reasonable size.")
+            _require_moderate(result, self._sizes[result])
+        for node in fresh:
+            _require_finite(node)
 
-    def _size(self, node: sp.Basic) -> int:
+    def _size(self, node: sp.Basic, fresh: list[sp.Basic]) -> int:
         """The nodes of ``node``, copies counted: tan(acos(u)) is two of u, and so on in a chain of them."""
         if node not in self._sizes:
-            _require_finite(node)
-            self._sizes[node] = 1 + sum(self._size(argument) for argument in node.args)
+            self._sizes[node] = 1 + sum(self._size(argument, fresh) for argument in node.args)
+            fresh.append(node)
         return self._sizes[node]
 
 
@@ -357,10 +362,29 @@ def _construct(function: type[sp.Basic], args: Sequence[sp.Basic], evaluate: boo
         # SymPy solves compound conditions for their symbol, which may take forever.
         evaluate = evaluate and all(isinstance(c, Relational | BooleanAtom) for c in conditions)
         args = tuple(zip(args[::2], conditions, strict=True))
-    elif function in (sp.Mod, sp.lowergamma, sp.uppergamma):
-        # SymPy expands what Mod is given for a common divisor, and unrolls the others at integers.
+    elif function in (sp.Mod, sp.lowergamma, sp.uppergamma, sp.digamma):
+        # SymPy expands what Mod is given for a common divisor, unrolls gamma functions at integers,
+        # and writes digamma as a polygamma, which the compiler does not know.
         evaluate = evaluate and all(a.is_Rational for a in args)
     return function(*args) if evaluate else function(*args, evaluate=False)
+
+
+def _require_moderate(constant: sp.Expr, size: int) -> None:
+    """Refuses constants that are complex, enormous or long, or 0 in disguise, which SymPy would try to prove."""
+    if size > _MAX_CONSTANT:
+        raise UnsafeExpressionError(f"a constant that is not a fraction has at most {_MAX_CONSTANT} nodes, not {size}.")
+    value = constant.evalf(15)
+    if not (value.is_Number and (value == 0 or _SMALLEST < abs(value) < _LARGEST)):
+        raise UnsafeExpressionError(f"{constant} is not a real number of reasonable size.")
+    if constant.is_Add and (value == 0 or value._prec == 1):
+        raise UnsafeExpressionError(f"{constant} cancels to 0, or nearly so: write 0.")
+
+
+def _is_simple(expr: sp.Expr) -> bool:
+    """Whether SymPy, asked if the complex ``expr`` is real, has but little to expand."""
+    nodes = list(sp.preorder_traversal(expr))
+    exponents = [node.args[-1] for node in nodes if isinstance(node, sp.Pow | sp.exp)]
+    return len(nodes) <= 32 and all(max(abs(n.p), n.q) <= 4 for e in exponents for n in e.atoms(sp.Rational))
 
 
 def _require_short(number: sp.Rational) -> None:
@@ -375,6 +399,8 @@ def _require_finite(node: sp.Basic) -> None:
         _require_short(node)
     elif node in _NOT_REAL:
         raise UnsafeExpressionError(f"a part of the expression is {node}, which is not a finite real number.")
+    elif isinstance(node, sp.exp):
+        _require_tame_power(sp.E, node.args[0])
     elif isinstance(node, sp.Pow):
         _require_tame_power(node.base, node.exp)
         # Complex, and SymPy expands the squared magnitude of what is complex.
@@ -397,7 +423,7 @@ def _require_tame_power(base: sp.Expr, exponent: sp.Expr) -> None:
     if exponent.is_number and base is not sp.E and _size(exponent) > MAX_EXPONENT:
         raise UnsafeExpressionError(f"a power of {exponent} was asked for: at most {MAX_EXPONENT} is allowed.")
     critical: list[sp.Basic] = []
-    if base.has(sp.log) or any(abs(number) != 1 for number in base.atoms(sp.Number)):
+    if (base.is_number and base is not sp.E) or any(abs(n) != 1 for n in base.atoms(sp.Number)):
         critical += [exponent]
     if exponent.has(sp.log):
         critical += [term for term in sp.Add.make_args(exponent) if term.has(sp.log)]

@@ -1,0 +1,93 @@
+"""What a derivation is written in: steps, equations, and notation for what is no expression, such as dσ²/dt."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from xml.dom.minidom import Element
+
+import sympy as sp
+from sympy.printing.pretty.stringpict import prettyForm
+
+__all__ = ["SIGNS", "N", "Notation", "Step", "dt", "dw", "equals", "vector"]
+
+SIGNS = {
+    "w̄": r"\bar{w}", "⁻¹": "^{-1}", "⁻ᵀ": r"^{-\top}", "²": "^2", "ᵀ": r"^\top", "₀": "_0", "½": r"\frac12",
+    "α": r"\alpha", "β": r"\beta", "δ": r"\delta", "ε": r"\varepsilon", "λ": r"\lambda", "π": r"\pi", "σ": r"\sigma",
+    "τ": r"\tau", "χ": r"\chi", "Σ": r"\Sigma", "Φ": r"\Phi", "∂": r"\partial", "∇": r"\nabla", "∫": r"\int",
+    "·": r"\cdot", "√": r"\sqrt{\ }", "→": r"\to", "≤": r"\le", "≥": r"\ge",
+}  # fmt: skip
+"""LaTeX, in math mode, of the signs that texts are written with."""
+
+_WORDS = {
+    "log ": r"\log ", " | ": r" \mid ", "E[": r"\mathbb{E}[", "Var[": r"\mathrm{Var}[", "offset": r"\mathrm{offset}",
+}  # fmt: skip
+_KNOWN = re.compile("|".join(map(re.escape, (*SIGNS, *_WORDS))))
+_FRACTION = re.compile(r"(\w+)/(\w+)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a derivation.
+
+    Attributes:
+        title: what is derived.
+        text: how, in a sentence or two.
+        equations: the results.
+        rule: the rule that gave them; empty where there is no choice.
+        check: what substituting the result gave; empty where there is nothing to substitute.
+        holds: whether the check was passed.
+    """
+
+    title: str
+    text: str
+    equations: tuple[sp.Basic, ...] = ()
+    rule: str = ""
+    check: str = ""
+    holds: bool = True
+
+
+class Notation(sp.Symbol):
+    """A symbol with a LaTeX of its own, by default that of its signs; products keep their order."""
+
+    __slots__ = ("tex",)
+
+    def __new__(cls, text: str, tex: str | None = None) -> Notation:
+        symbol = sp.Symbol.__xnew__(cls, text, commutative=False)
+        symbol.tex = _in_latex(text) if tex is None else tex
+        return symbol
+
+    def _hashable_content(self) -> tuple:
+        return (*super()._hashable_content(), self.tex)
+
+    def _latex(self, printer: object) -> str:
+        return self.tex
+
+    def _pretty(self, printer: object) -> prettyForm:
+        return prettyForm(self.name)
+
+    def _mathml_presentation(self, printer: object) -> Element:
+        fraction = printer.dom.createElement("mfrac")
+        for name in self.name.split("/") if _FRACTION.fullmatch(self.name) else [self.name]:
+            part = fraction.appendChild(printer.dom.createElement("mi"))
+            part.appendChild(printer.dom.createTextNode(name))
+        return fraction if len(fraction.childNodes) == 2 else part
+
+
+def vector(name: str) -> Notation:
+    """A column's name, whose first letter LaTeX sets in bold."""
+    return Notation(name, rf"\mathbf{{{name[0]}}}{_in_latex(name[1:])}")
+
+
+def equals(left: sp.Basic | str, right: object) -> sp.Eq:
+    """An equation as it stands; a text on its left is notation."""
+    return sp.Eq(Notation(left) if isinstance(left, str) else left, right, evaluate=False)
+
+
+def _in_latex(text: str) -> str:
+    tex = _KNOWN.sub(lambda found: {**SIGNS, **_WORDS}[found[0]], text)
+    return r"\frac{" + tex.replace("/", "}{") + "}" if _FRACTION.fullmatch(text) else tex
+
+
+dt, dw = Notation("dt"), Notation("dw")
+N = sp.Function("N")  # the normal law

@@ -1,0 +1,133 @@
+r"""Whether two expressions are equal, by substitution.
+
+:func:`verify` first expands the difference of both sides, and where that is not 0 evaluates them in 30 digits at five
+times and points. There, integrals, schedules and undefined functions stand for arbitrary numbers: after derivatives
+are taken and constants pulled out of integrals, what is left must hold whatever their values. A derivation is only as
+good as these checks, which know nothing of the rules by which a formula was found.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import sympy as sp
+from sympy.core.function import AppliedUndef
+
+from sdeflow.symbolic.lamperti import rationals
+from sdeflow.symbolic.moments import rationalised
+from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.symbols import t
+
+__all__ = ["Identity", "Numbers", "check_times", "initial_value", "judged", "verify"]
+
+Identity = tuple[sp.Expr | sp.MatrixBase, sp.Expr | sp.MatrixBase]
+Numbers = Mapping[sp.Symbol, float]
+
+_TIMES = tuple(sp.Rational(k, 97) for k in (7, 29, 47, 71, 96))  # of the horizon
+_STANDING = (sp.Integral, sp.Derivative, AppliedUndef, Schedule)
+_TOLERANCE = 1e-10
+_FLOOR = 1e-29  # what 30 digits can tell
+_EXPANDABLE = 400  # operations
+
+
+def verify(identities: Iterable[Identity], numbers: Numbers, T: float) -> tuple[str, bool]:
+    """How well both sides of each identity agree, in words, and whether they do.
+
+    Args:
+        identities: pairs of expressions or matrices; symbols without a number are arbitrary.
+        numbers: values of the parameters.
+        T: the horizon.
+    """
+    pairs = [pair for sides in identities for pair in zip(*map(_entries, sides), strict=True)]
+    differences = [left - right for left, right in pairs]
+    if all(d == 0 or (d.count_ops() < _EXPANDABLE and sp.expand(d) == 0) for d in differences):
+        return "0, by substitution", True
+    try:
+        return judged(
+            max(_defect(at(left), at(right)) for at in _evaluators(pairs, numbers, T) for left, right in pairs)
+        )
+    except (TypeError, ValueError, ArithmeticError):  # no number, so no proof
+        return "FAILED: it could not be evaluated", False
+
+
+def judged(worst: float, tolerance: float = _TOLERANCE) -> tuple[str, bool]:
+    """The check of a step whose largest relative residual is ``worst``."""
+    if worst <= tolerance:
+        return f"≤ {max(worst, _FLOOR):.0e} at {len(_TIMES)} times", True
+    return f"FAILED: off by {worst:.1g} of its size", False
+
+
+def initial_value(value: sp.Expr, rate: sp.Expr, start: sp.Expr, time: sp.Symbol = t) -> list[Identity]:
+    """What ``value`` satisfies as the solution of value' = rate, value(0) = start."""
+    return [(sp.diff(value, time), rate), (value.subs(time, 0), start)]
+
+
+def check_times(T: float) -> list[float]:
+    """The times at which identities are evaluated."""
+    return [float(fraction * T) for fraction in _TIMES]
+
+
+def _entries(side: sp.Expr | sp.MatrixBase) -> list[sp.Expr]:
+    return [_settled(rationalised(entry)) for entry in (side if isinstance(side, sp.MatrixBase) else [sp.S(side)])]
+
+
+def _settled(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with constant factors before its integrals, and without integrals over nothing."""
+
+    def pull(function: sp.Expr, *limits: sp.Tuple) -> sp.Expr:
+        variable, *ends = limits[0]
+        if len(ends) == 2 and ends[0] == ends[1]:
+            return sp.Integer(0)
+        if isinstance(function, sp.Piecewise) and function.args[0][0] != 0:  # the first branch sets the scale
+            constant, function = _scaled(function, variable)
+        else:
+            constant, function = function.as_independent(variable, as_Add=False)
+        return constant * sp.Integral(function, *limits)
+
+    return expr.replace(sp.Integral, pull) if expr.has(sp.Integral) else expr
+
+
+def _scaled(function: sp.Piecewise, variable: sp.Symbol) -> tuple[sp.Expr, sp.Piecewise]:
+    """The factor of the first branch that does not hold ``variable``, and the function divided by it."""
+    factors = [value.as_independent(variable, as_Add=False) for value, _ in function.args]
+    constant = factors[0][0]
+    inside = {atom for own, _ in factors for atom in own.atoms(sp.Piecewise)}
+    standing = {atom: sp.Dummy() for atom in inside}  # SymPy inverts a Piecewise branch by branch, and so cancels none
+    back = {dummy: atom for atom, dummy in standing.items()}
+    scales = [(own.xreplace(standing) / constant.xreplace(standing)).xreplace(back) for own, _ in factors]
+    branches = zip(scales, factors, function.args, strict=True)
+    return constant, sp.Piecewise(*((scale * rest, when) for scale, (_, rest), (_, when) in branches))
+
+
+def _evaluators(
+    pairs: Sequence[tuple[sp.Expr, sp.Expr]], numbers: Numbers, T: float
+) -> Iterator[Callable[[sp.Expr], sp.Expr]]:
+    """Functions that put numbers into an expression, one for each time."""
+    sides = [side for pair in pairs for side in pair]
+    atoms = sorted(set().union(*map(_outermost, sides)), key=sp.default_sort_key)
+    dummies = {atom: sp.Dummy(f"c{i}") for i, atom in enumerate(atoms)}
+    known = rationals(numbers)
+    symbols = set().union(*(side.free_symbols for side in sides)) - {t, *known}
+    free = [*sorted(symbols, key=lambda symbol: (symbol.name, sp.default_sort_key(symbol))), *dummies.values()]
+    for j, fraction in enumerate(_TIMES):
+        generator = random.Random(j)
+        drawn = {symbol: sp.Float(0.3 + 0.6 * generator.random(), 40) for symbol in free}
+        at = {**drawn, **known, t: sp.Float(fraction * sp.Rational(str(T)), 40)}
+        yield lambda expr, at=at: expr.xreplace(dummies).subs(at).evalf(30)
+
+
+def _outermost(expr: sp.Basic) -> set[sp.Basic]:
+    """The integrals, derivatives and undefined functions in ``expr`` that stand in no other."""
+    if isinstance(expr, _STANDING):
+        return {expr}
+    return {atom for part in expr.args for atom in _outermost(part)}
+
+
+def _defect(left: sp.Expr, right: sp.Expr) -> float:
+    """The difference of two numbers, relative to their size."""
+    size = float(abs(left) + abs(right))
+    if not math.isfinite(size):
+        raise ValueError(f"{left} and {right} are no numbers")
+    return float(abs(left - right)) / size if size > 1e-25 else 0.0
