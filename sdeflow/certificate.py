@@ -434,7 +434,10 @@ class _Examination:
             shown = self.sde.weighting
             entries = list(shown) if isinstance(shown, sp.MatrixBase) else [shown]
             weight = np.array([number_at(e, self.values.numbers, at) for e in entries]).reshape(self.k, self.k)
-            residual.append(score @ weight @ score.T - np.eye(self.k))  # whitened: score = -sigma⁻¹
+            # Whitened: score = -sigma⁻¹, which magnifies the rounding of a nearly singular covariance.
+            scale = np.sqrt(np.diag(weight))
+            magnified = max(1.0, 1e-7 * np.linalg.cond(weight / np.outer(scale, scale)))
+            residual.append((score @ weight @ score.T - np.eye(self.k)) / magnified)
         self.note("weighting", "lambda E[∇ log p ∇ log pᵀ] = 1", np.array(residual), 1e-8, times)
 
     def marginal(self) -> None:
@@ -711,7 +714,7 @@ class _Examination:
         """The compiled noise squared, (n, k, k)."""
         event = self._event(small=True)
         state = self._as_state(x, event)
-        noise = self.model.noise(event)
+        noise = self.model.noise(reverse_time(self.declaration), event)
         value = noise["diffusion"](state.flatten(1), torch.tensor(at, dtype=torch.float64))
         if "components" in noise:
             return (value @ value.mT).numpy()

@@ -149,7 +149,7 @@ class ReverseSDE(_Bound):
             self._field(tuple(x.shape[1:]), x.dtype),
             model.clock(grid),
             noise=NoiseStream(seed, "path"),
-            **model.noise(tuple(x.shape[1:])),
+            **model.noise(self.equation, tuple(x.shape[1:])),
         )
         x = self._solve(x, make_problem, plan, backward=True, progress=progress)
         return self._denoised(x) if denoise else x

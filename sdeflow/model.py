@@ -178,16 +178,15 @@ class Model:
 
         return coupled
 
-    def noise(self, event: tuple[int, ...]) -> dict[str, object]:
+    def noise(self, equation: Equation, event: tuple[int, ...]) -> dict[str, object]:
         """What a :class:`~sdeflow.solvers.Problem` needs to know of the noise, for flattened states of ``event``."""
-        declaration = self.declaration
-        g = declaration.g if declaration.coupled else sp.ImmutableMatrix([[declaration.g]])
+        g = equation.noise_matrix
         k, m = g.shape
         correction = stratonovich_correction(g, self.state)
         given: dict[str, object] = {}
         if not correction.is_zero_matrix:
             given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
-        if declaration.diagonal:
+        if self.declaration.diagonal:
             own = [g[i, i] if g[i, i].has(*self.state) else sp.Abs(g[i, i]) for i in range(k)]  # g(t): no sign
             given["diffusion"] = _flat(self.function_of_state(own), event)
             return given

@@ -135,7 +135,7 @@ class SDE:
         """The declaration and its parameters' values as JSON-able data; :meth:`from_dict` is exactly the inverse.
 
         Raises:
-            DeclarationError: for what has no such form: a prior of the user's own, a schedule that is a Python function.
+            DeclarationError: for what has no such form: a prior of one's own, a schedule that is a Python function.
         """
         if self._prior is not None:
             raise DeclarationError(

@@ -56,6 +56,7 @@ from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, Problem, Solver, resolve
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["LocalLaw", "SimulatedPairs", "simulate", "start"]
@@ -127,7 +128,7 @@ class _Path:
         self.plan, self.seed, self.event = plan, seed, event
         self.noise = NoiseStream(seed, "simulation")
         self._drift = model.function_of_state(model.declaration.drifts)
-        self._diffusion = model.noise(event)
+        self._diffusion = model.noise(forward(model.declaration), event)
         self._stretch = 0
 
     def advance(self, y: Tensor, first: float, last: float, end: float, on_call: Callable[[], object] | None) -> Tensor:

@@ -205,7 +205,8 @@ def test_wrong_equations_are_found(monkeypatch, name, equation, share):
     from sdeflow.symbolic.equations import Equation, _drift
 
     def wrong(declaration):
-        return Equation(_drift(declaration, sp.sympify(share)), sp.Integer(0), "w", declaration.state)
+        diffusion = declaration.g if equation == "reverse_time" else sp.Integer(0)
+        return Equation(_drift(declaration, sp.sympify(share)), diffusion, "w̄", declaration.state)
 
     sde = build(name)
     monkeypatch.setattr(f"sdeflow.certificate.{equation}", wrong)
@@ -234,8 +235,8 @@ def test_wrong_noise_for_the_solvers_is_found(monkeypatch):
     for name in ("VP", "coupled noise matrix", "CIR"):
         sde, right = build(name), Model.noise
 
-        def wrong(self, event, right=right):
-            given = right(self, event)
+        def wrong(self, equation, event, right=right):
+            given = right(self, equation, event)
             return {**given, "diffusion": lambda y, time: given["diffusion"](y, time) * (1 + 1e-6)}
 
         with monkeypatch.context() as patch:

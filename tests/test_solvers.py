@@ -41,7 +41,7 @@ def propagated_variance(reverse, steps, method="euler"):
         model.clock(None),
         backward=True,
         noise=OneAtATime(),
-        **model.noise((1,)),
+        **model.noise(reverse.equation, (1,)),
     )
     start = torch.zeros(n, 1, dtype=torch.float64)
     start[0] = 1.0

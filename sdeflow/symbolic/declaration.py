@@ -402,6 +402,8 @@ def _coefficient(
         )
     if value.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
         raise ScheduleError(f"{name} = {value} is not finite.")
+    # A float of fewer digits than a double would spoil every number that it meets.
+    value = value.xreplace({number: sp.Float(float(number)) for number in value.atoms(sp.Float) if number._prec < 53})
     for symbol in sorted(value.free_symbols, key=str):
         twin = known.get(symbol.name)
         require_plain(symbol.name)

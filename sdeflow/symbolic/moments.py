@@ -33,6 +33,7 @@ __all__ = [
     "square_root",
 ]
 
+_LARGEST_ROOT = 10**6
 _SIZE_LIMIT = 400  # operations; above it even polynomial-time simplification takes seconds
 
 
@@ -73,7 +74,7 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         return fallback
     midpoint = {**values, t: T / 2}
     log_alpha = definite(a, t, midpoint)
-    if log_alpha is None:
+    if log_alpha is None or _is_a_power_too_far(log_alpha):
         return fallback
     alpha = sp.powsimp(sp.exp(sp.expand_log(log_alpha, force=False)))
     offset, offset_rule = _offset(a, b, alpha, midpoint)
@@ -184,6 +185,11 @@ def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> s
     step = 2 if (k / 2).is_Integer else 1  # a polynomial in alpha^2 or alpha, which factors; else as it stands
     polynomial = c0 * (1 - w ** (2 // step)) - 2 * c1 * (w ** (k / step) - w ** (2 // step)) / (k - 2)
     return (sp.factor(polynomial) if k.is_Integer else polynomial).subs(w, alpha**step)
+
+
+def _is_a_power_too_far(log_alpha: sp.Expr) -> bool:
+    """Whether exp(log alpha) would raise numbers to rational powers of many digits, which SymPy does not survive."""
+    return log_alpha.has(sp.log) and any(number.q > _LARGEST_ROOT for number in log_alpha.atoms(sp.Rational))
 
 
 def constant_ratio(ratio: sp.Expr) -> sp.Expr | None:
