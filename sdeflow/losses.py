@@ -6,8 +6,7 @@ whose minimiser is ∇ log p_t whatever w > 0. Since ∇ log p(x_t | x_0) = -sig
 error of eps, in which nothing is large near t = 0. Two weightings are derived:
 
     "score"        w = 1 / E|∇ log p(x_t | x_0)|² per coordinate = sigma²; for a coupled state ‖sigmaᵀ (s - ∇ log p)‖²
-    "likelihood"   w = g²,  ‖gᵀ (s - ∇ log p)‖² in general, under which ½ ∫ L dt bounds the KL divergence
-                   (arXiv:2101.09258)
+    "likelihood"   w = g², ‖gᵀ (s - ∇ log p)‖² in general: ½ ∫ L dt bounds the KL divergence (arXiv:2101.09258)
 
 An SDE without a Gaussian kernel gives pairs (x_t, target), the target with the score as its mean given x_t: the score
 of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated path (:mod:`sdeflow.simulation`). Then

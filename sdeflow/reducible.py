@@ -3,7 +3,7 @@ r"""The transition kernel of a reducible SDE: that of an affine one, seen throug
 Where y = H(x, t) obeys dy = (a y + b) dt + c dw (``sdeflow.symbolic.lamperti``), y_t given y_0 is N(m, v) with
 m = alpha y_0 + offset and v = sigma^2, and for x_t = X(y_t, t)
 
-    log p(x_t | x_0) = log N(y_t; m, v) - log |X'(y_t)|
+    log p(x_t | x_0) = log N(y_t; m, v) - log abs X'(y_t)
     ∇ log p(x_t | x_0) = [ (m - y_t) / v - X'' / X' ] / X'.
 
 Where the map folds, both y_t and -y_t are sent to x_t, and the Gaussian becomes N(y; m, v) + N(-y; m, v): its

@@ -1,4 +1,4 @@
-"""Text such as "-beta*x/2" to a SymPy expression, by a grammar that can say nothing else.
+"""Text such as "-beta*x/2" to a SymPy expression, by a grammar that can say nothing else::
 
     expression := prefix (operator expression)*       by binding power, as in Python; ^ is **
     prefix     := number | name | function "(" expression ("," expression)* ")" | "(" expression ")"
@@ -58,7 +58,8 @@ def parse(text: str, names: Mapping[str, sp.Basic]) -> sp.Expr:
         DeclarationError: for a name that is not in ``names``.
         UnsafeExpressionError: for all that the grammar does not hold, and beyond the limits.
 
-    >>> from sdeflow.symbolic.symbols import t, x
+    >>> from sdeflow import t, x
+    >>> from sdeflow.symbolic.grammar import parse
     >>> parse("-(0.1 + 19.9*t)*x/2", {"x": x, "t": t})
     x*(-199*t/10 - 1/10)/2
     """
