@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs zoo bench readme clean
+.PHONY: demo double-well test lint docs zoo bench readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
+
+double-well: $(VENV)/ready
+	$(BIN)/python examples/double_well.py $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2

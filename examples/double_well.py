@@ -152,7 +152,7 @@ def draw(
     for t, colour, paths in zip(TIMES, COLOURS, simulated, strict=True):
         p, exact = truth.density(t), truth.score(t)
         shown = p > 1e-3 * p.max()
-        forward.hist(paths, 90, (-2.4, 2.4), density=True, color=colour, alpha=0.25)
+        forward.hist(paths, 90, range=(-2.4, 2.4), density=True, color=colour, alpha=0.25)
         forward.plot(truth.x, p, color=colour, lw=1.5, label=f"t = {t:g}")
         with torch.no_grad():
             learned = score(torch.as_tensor(truth.x, dtype=torch.float32)[:, None], t)[:, 0].numpy()
@@ -166,7 +166,7 @@ def draw(
     scores.set(xlim=(-2.4, 2.4), ylim=(-14, 14), xlabel="x", title="the score ∇ log p(x, t), where p > 10⁻³ max p")
     scores.legend(frameon=False)
     for values, colour, name in zip(samples, (COLOURS[1], COLOURS[3]), ("reverse SDE", "flow"), strict=True):
-        back.hist(values, 70, (-0.7, 1.3), density=True, color=colour, alpha=0.4, label=f"samples, {name}")
+        back.hist(values, 70, range=(-0.7, 1.3), density=True, color=colour, alpha=0.4, label=f"samples, {name}")
     back.plot(truth.x, truth.density(cutoff), color="black", lw=1.5, label=f"exact, t = {cutoff:g}")
     back.plot(likelihood[0], np.exp(likelihood[1]), "o", ms=3, color=COLOURS[4], label="exp(flow.log_prob)")
     back.set(xlim=(-0.7, 1.3), ylim=(0, 3.1), xlabel="x", title="back from t = T to the data")
