@@ -34,7 +34,9 @@ def escape_docstring(app, what, name, obj, options, lines):
     """Docstrings are written for reading in Python: (batch, *event) and |dt/dr| mean themselves there, not markup."""
     for i, line in enumerate(lines):
         line = re.sub(
-            r"(?<![\w*`\\])\*(?=(?:event|size|new size|t\.shape|shape|parameters|leading|batch|points|last)\b)", r"\\*", line
+            r"(?<![\w*`\\])\*(?=(?:event|size|new size|t\.shape|shape|parameters|leading|batch|points|last)\b)",
+            r"\\*",
+            line,
         )
         lines[i] = re.sub(r"(?<!\S)\|(?=[\w/]+\|)([\w/]+)\|", r"\\|\1\\|", line)
 

@@ -126,6 +126,8 @@ def from_recipe(
 
 def _root(D: sp.Matrix) -> sp.Matrix:
     """A square root of a symmetric matrix that is not negative: G Gᵀ = D."""
+    if any(D[i, i].is_negative for i in range(D.shape[0])):
+        raise DeclarationError(f"D must not be negative: {D.tolist()}.")
     if D.is_diagonal():
         return sp.diag(*(sp.sqrt(D[i, i]) for i in range(D.shape[0])))
     k, L = D.shape[0], sp.zeros(*D.shape)

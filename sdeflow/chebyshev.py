@@ -21,7 +21,7 @@ __all__ = ["PiecewiseChebyshev", "evaluate", "fit_values", "geometric_edges", "n
 
 NODES = 24
 _TOLERANCE = 2e-13
-_MAX_PANELS = 4000
+_MAX_PANELS = 20_000
 _NEGLIGIBLE = 1e-20
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -108,8 +108,8 @@ class PiecewiseChebyshev:
             left, right = np.concatenate([left[~keep], middle]), np.concatenate([middle, right[~keep]])
             if finished + left.size > _MAX_PANELS:
                 raise ScheduleError(
-                    f"{name} oscillates too fast or is singular near {float(left.min()):.6g}: "
-                    f"more than {_MAX_PANELS} panels are needed to resolve it."
+                    f"{name} is too stiff, oscillates too fast or is singular near {float(left.min()):.6g}: more than "
+                    f"{_MAX_PANELS} panels are needed to resolve it."
                 )
         left = np.concatenate([part[0] for part in done])
         order = np.argsort(left)

@@ -364,7 +364,23 @@ class Compiled:
 
     def _schedule(self, expr: Schedule) -> int:
         """A schedule that is no formula, or a derivative of one, as an interpolant over [0, horizon]."""
-        return self._table(expr, type(expr).values, type(expr).breakpoints, type(expr).order)
+        kind = type(expr)
+
+        def values(points: np.ndarray) -> np.ndarray:
+            try:
+                return kind.values(points)
+            except DeclarationError:  # perhaps a function of tensors alone
+                if kind.source is None:
+                    raise
+                try:
+                    with torch.no_grad():
+                        out = kind.source(torch.as_tensor(points))
+                    return torch.as_tensor(out).double().expand(points.shape).numpy()
+                except Exception:
+                    out = None
+                raise
+
+        return self._table(expr, values, kind.breakpoints, kind.order)
 
     def _table(
         self, expr: sp.Function, function: Callable[..., np.ndarray], breaks: Sequence[float] = (), order: int = 0

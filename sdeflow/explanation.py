@@ -34,7 +34,7 @@ def explain(sde: DeclaredSDE) -> str:
     if declaration.affine is not None:
         way, why, available = *_affine_way(sde.kernel, numbers), _EXACT
     else:
-        way, why, available = _other_way(declaration, numbers)
+        way, why, available = _other_way(declaration, numbers, list(sde.values.tensors))
     lines = (f"{way}: {why}.", f"Available: {available}.")
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
 
@@ -60,9 +60,14 @@ def _affine_way(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> tuple[str, s
     return "quadrature", f"the kernel is Gaussian, but no rule integrates {sp.powsimp(integrand)}"
 
 
-def _other_way(declaration: Declaration, numbers: dict[sp.Symbol, float]) -> tuple[str, str, str]:
+def _other_way(
+    declaration: Declaration, numbers: dict[sp.Symbol, float], tensors: list[sp.Symbol]
+) -> tuple[str, str, str]:
     """The way of an SDE that is not affine, why, and what is available."""
     form, obstacle = exact_form(declaration, numbers), f"no Gaussian kernel, for {declaration.obstacle}"
+    if tensors and form is not None and (not isinstance(form, Reduction) or form.at_values):
+        obstacle += f"; its exact kernel takes numbers, and {', '.join(map(str, tensors))} is a tensor"
+        return "local linearisation", obstacle, _BY_SIMULATION.format(", by a Gaussian law over short times")
     if isinstance(form, Reduction):
         drift = form.a * sp.Symbol("y") + form.b
         why = f"{obstacle}; but y = {form.map.to_line} has the drift {drift}, affine in y, and noise free of it"
@@ -75,7 +80,7 @@ def _other_way(declaration: Declaration, numbers: dict[sp.Symbol, float]) -> tup
     why = f"{obstacle}; {_unreduced(declaration)}"
     if is_smooth(declaration):
         return "local linearisation", why, _BY_SIMULATION.format(", by a Gaussian law over short times")
-    needs = "noise free of the state" if declaration.state_dependent_noise else "a drift with a Jacobian everywhere"
+    needs = "a drift with a Jacobian everywhere"
     return "simulation", f"{why}; local linearisation needs {needs}", _BY_SIMULATION.format("")
 
 

@@ -211,8 +211,8 @@ class Kernel:
         """log(alpha² / sigma²); log of the Fisher information of x_0 for a coupled state."""
         if self.coupled:
             first = self.numbers.data[0]
-            information = self.alpha.T * self.var.inv() * self.alpha
-            return sp.log(information[first, first])
+            column = self.alpha[:, first]
+            return sp.log((column.T * self.var.adjugate() * column)[0] / self.var.det())
         return 2 * self._shown.log_alpha - sp.log(self.var)
 
     @property
@@ -286,10 +286,7 @@ class Kernel:
         std = std.to(device=x.device, dtype=torch.float64)
         if not self.coupled:
             return Linear(std)
-        if std.ndim == 0:
-            std = torch.stack(
-                [torch.zeros_like(std) if i in self.declaration.auxiliary else std for i in range(self.components)]
-            )
+        std = std if std.ndim else self.of_state(std)
         return Linear.scaling(std.reshape(*std.shape, *(1,) * (x.ndim - 1 - std.ndim))[None].movedim(1, 0), True)
 
     def data_level(self, mean: Tensor, x: Tensor) -> Tensor | None:
@@ -297,7 +294,7 @@ class Kernel:
         if not mean.ndim and not float(mean):
             return None
         mean = mean.to(device=x.device, dtype=x.dtype)
-        mean = self._of_components(mean) if self.coupled else mean
+        mean = self.of_state(mean) if self.coupled and not mean.ndim else mean
         if self.coupled and mean.ndim < x.ndim - 1:
             mean = mean.reshape(*mean.shape, *(1,) * (x.ndim - 1 - mean.ndim))
         level = mean.expand(x.shape[1:])[None]
@@ -321,7 +318,9 @@ class Kernel:
         if not self.coupled:
             return mean, path.sigma.values.to(x_0.dtype)
         covariance = path.sigma.gram.values.to(x_0.dtype)
-        return mean, covariance.movedim((-2, -1), (1, 2)) if covariance.ndim > 2 else covariance
+        if covariance.ndim == 2:
+            covariance = covariance.reshape(1, *(1,) * (x_0.ndim - 2), *covariance.shape)
+        return mean, covariance.movedim((-2, -1), (1, 2))
 
     def sample(
         self, x_0: Tensor, t: Tensor | float, seed: int | torch.Generator | None = None, noise: Tensor | None = None
@@ -366,7 +365,9 @@ class Kernel:
         """
         mean, std = (torch.as_tensor(m, dtype=torch.float64).detach().cpu() for m in (mean, std))
         if self.coupled:
-            mean, std = (self._of_components(m) for m in (mean, std))
+            mean, std = (self.of_state(m) for m in (mean, std))
+            sides = max(mean.ndim, std.ndim)
+            mean, std = (m.reshape(*m.shape, *(1,) * (sides - m.ndim)) for m in (mean, std))
         event = tuple(torch.broadcast_shapes(mean.shape, std.shape, self.values.shape))
         centre = mean.expand(event)[None]
         with torch.no_grad():
@@ -474,11 +475,14 @@ class Kernel:
         own = values.shape[1:]
         return values.reshape(len(values), *(1,) * (x.ndim - 1 - len(own)), *own)
 
-    def _of_components(self, value: Tensor) -> Tensor:
-        """A moment of the data as one of the state: a number belongs to the data's components."""
-        if value.ndim:
-            return value
-        return torch.stack([value * (i not in self.declaration.auxiliary) for i in range(self.components)])
+    def of_state(self, moment: Tensor) -> Tensor:
+        """A moment of the data, a number or (*event), as one of a coupled state, (k, ...): 0 for auxiliary components.
+
+        What has the state's components along its first of several sides, or where all are data, is one already.
+        """
+        if moment.ndim and (not self.declaration.auxiliary or (moment.ndim > 1 and len(moment) == self.components)):
+            return moment
+        return torch.stack([moment * (i in self.numbers.data) for i in range(self.components)])
 
     def _require_noise(self, sigma: Linear) -> None:
         values = sigma.values.diagonal(dim1=-2, dim2=-1) if self.coupled else sigma.values

@@ -161,7 +161,7 @@ def data_log_prob(
     noise = NoiseStream(seed, "auxiliary").normal((len(x), samples, *level.shape[1:]), torch.float64, x.device)
     noise = noise.transpose(0, 1).flatten(0, 1)
     states[:, auxiliary] = level + root(noise)
-    joint = log_prob(model, equation, states.to(x.dtype), seed=seed, full=True, **options)
+    joint = log_prob(model.repeated(samples), equation, states.to(x.dtype), seed=seed, full=True, **options)
     normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
     draws = (joint.value + 0.5 * noise.square().flatten(1).sum(1) + normaliser).reshape(samples, len(x))
     if not full:
@@ -176,6 +176,7 @@ def bits_per_dim(
 ) -> Tensor | LogProb:  # fmt: skip
     """Bits per dimension of integer images by uniform dequantisation, an upper bound on the discrete code length.
 
+    Of a coupled SDE with auxiliary components it is that of :func:`data_log_prob`, again an upper bound.
     Integer k in 0 .. levels - 1 stands for x = low + (high - low) (k + u) / levels, u ~ U(0, 1), and
 
         bits = -(log p(x) / d + log((high - low) / levels)) / log 2.
@@ -210,7 +211,8 @@ def bits_per_dim(
     x = low + (high - low) * (images + uniform) / levels
     d = math.prod(images.shape[1:])
     options.setdefault("warn_above", _NOISY_BITS * d * math.log(2.0))
-    result = log_prob(model, equation, x, seed=seed, full=full, **options)
+    measure = data_log_prob if model.declaration.auxiliary else log_prob
+    result = measure(model, equation, x, seed=seed, full=full, **options)
     value = result.value if full else result
     bits = -(value / d + math.log((high - low) / levels)) / math.log(2.0)
     if not full:

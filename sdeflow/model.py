@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,14 @@ class Model:
             self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
         self._warn_of_mismatch()
 
+    def repeated(self, times: int) -> Model:
+        """The same model of batches repeated ``times`` times: labels that were fixed for a batch are repeated too."""
+        if not isinstance(self._score, Conditional) or not self._score.y.ndim:
+            return self
+        other = copy.copy(self)
+        other._score = Conditional(self._score.score, self._score.y.repeat(times))
+        return other
+
     @property
     def score(self) -> ScoreFunction:
         """The score, or a ScoreError where there is none."""
@@ -110,7 +119,7 @@ class Model:
             return self._linear_drift(numbers)
 
         def elementwise(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
-            a, c = (float(v) for v in numbers(time))
+            a, c = (float(v.detach()) for v in numbers(time))
             return torch.add(u * a, score, alpha=c) if a else score * c
 
         return elementwise
@@ -183,7 +192,7 @@ class Model:
         g = equation.noise_matrix
         k, m = g.shape
         correction = stratonovich_correction(g, self.state)
-        given: dict[str, object] = {}
+        given: dict[str, object] = {"hint": self.declaration.domain_hint}
         if not correction.is_zero_matrix:
             given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
         if self.declaration.diagonal:
@@ -235,7 +244,8 @@ class Model:
         if self._prior is not None:
             return self._prior
         moments = None if self._score is None else self._score.data_moments()
-        if moments is not None and self.kernel is not None:
+        spread = self.kernel is not None and self.kernel.basis is not None  # a mean over a basis needs the event
+        if moments is not None and self.kernel is not None and not spread:
             return self.kernel.marginal(*moments, self.T)
         return next(iter(self._read_off.values()), None)
 
@@ -260,6 +270,10 @@ class Model:
                 "sample(shape, seed, dtype, device) and log_prob(x)."
             )
         self.kernel.require_event(event)
+        moments = self._score.data_moments()
+        if moments is not None:
+            self._read_off[event] = self.kernel.marginal(moments[0].expand(event), moments[1], self.T)
+            return self._read_off[event]
         self._read_off[event] = self._read_prior(like)
         return self._read_off[event]
 

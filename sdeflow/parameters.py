@@ -123,6 +123,7 @@ def _same(ours: float | Tensor, theirs: float | Tensor) -> bool:
 def _shown(value: float | Tensor) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    value = value.detach()
     if value.numel() == 1:
         return f"{float(value):.6g}"
     return f"<{tuple(value.shape)}, {float(value.min()):.4g} to {float(value.max()):.4g}>"

@@ -68,6 +68,7 @@ class ScoreFunction(nn.Module):
         self.declaration = sde.declaration
         self.schedule = nn.ParameterDict(sde.values.learned)  # so that score.parameters() holds a learned schedule
         self.values = sde.values
+        self.basis = getattr(sde, "basis", None)
         try:
             self.kernel = sde.kernel
         except NotAffineError:
@@ -97,9 +98,9 @@ class ScoreFunction(nn.Module):
         """The data's mean and standard deviation (each () or *event) where they are known, else None."""
         return None
 
-    def same_sde(self, declaration: Declaration, values: Values) -> bool:
-        """Whether this score belongs to that declaration."""
-        return self.declaration == declaration and self.values == values
+    def same_sde(self, sde: DeclaredSDE) -> bool:
+        """Whether this score belongs to that SDE: declaration, values of the parameters and basis."""
+        return (self.declaration, self.values, self.basis) == (sde.declaration, sde.values, getattr(sde, "basis", None))
 
     def _path(self, x: Tensor, t: Tensor | float) -> tuple[Kernel, Path]:
         """The Gaussian kernel, and its alpha, sigma and offset ready for x."""
@@ -121,7 +122,7 @@ class Score(ScoreFunction):
         predicts: what the network's output means; see the table above.
         data_mean: the data's mean, a number or a tensor that broadcasts to an event. ``fit`` measures
             it, and data_std, where they are None.
-        data_std: the data's standard deviation, likewise.
+        data_std: the data's standard deviation, likewise; with a basis, of the coefficients.
         time: what the network gets as its time: "log_snr" (log alpha²/sigma²), "t", or a function of t.
 
     Raises:
@@ -157,6 +158,10 @@ class Score(ScoreFunction):
         self.time = time
         self.register_buffer("data_mean", _exact_tensor(0.0 if data_mean is None else data_mean))
         self.register_buffer("data_std", _exact_tensor(1.0 if data_std is None else data_std))
+        if self.declaration.coupled and self.gaussian is not None:
+            for name in ("data_mean", "data_std"):
+                moment = getattr(self, name)
+                setattr(self, name, self.gaussian.of_state(moment) if moment.ndim else moment)
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
         positive = bool(
@@ -328,7 +333,7 @@ class GaussianMixture(ScoreFunction):
     Args:
         sde: the SDE.
         means: (n, *event); of a coupled state (n, k, *event), or (n, *event) where one component is data and the
-            others start as noise.
+            others start as noise. What has k along the first of several sides of an event is taken as whole states.
         covariances: variances (n,) for isotropic components, shaped as ``means`` for diagonal ones, and with
             ``full=True`` matrices (n, d, d) over the flattened event; not negative.
         weights: (n,), positive, normalised here; equal by default.
@@ -489,7 +494,7 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
         ValueError: if it belongs to another declaration.
     """
     if isinstance(score, ScoreFunction):
-        if not score.same_sde(sde.declaration, sde.values):
+        if not score.same_sde(sde):
             raise ValueError(
                 f"this score belongs to another SDE, dx = ({score.declaration.f}) dt + ({score.declaration.g}) dw with "
                 f"T = {score.declaration.T:g}, than dx = ({sde.declaration.f}) dt + ({sde.declaration.g}) dw with "

@@ -15,7 +15,7 @@ from sdeflow.certificate import Certificate, certify
 from sdeflow.compile import compile_expressions
 from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
-from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
+from sdeflow.errors import DeclarationError, MissingPriorError, NotAffineError, ScheduleError
 from sdeflow.explanation import explain
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
@@ -221,14 +221,18 @@ class SDE:
             return ReducibleKernel(declaration, self.values)
         except NotAffineError:
             if self.values.tensors:
-                return None  # SciPy's special functions take numbers
+                return None  # SciPy's special functions take numbers; explain() says so
         from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
 
         return pearson_kernel(declaration, self.values)
 
     @property
     def weighting(self) -> sp.Expr:
-        """lambda(t) = 1 / E|∇ log p(x_t | x_0)|² per coordinate, which is sigma(t)²."""
+        """lambda(t) = 1 / E|∇ log p(x_t | x_0)|² per coordinate, which is sigma(t)², of a Gaussian kernel.
+
+        For a coupled state the matrix with lambda E[∇ log p ∇ log pᵀ] = 1, the covariance.
+        """
+        self.declaration.require_affine("The weighting")
         return self.kernel.var
 
     @property
@@ -241,11 +245,20 @@ class SDE:
     @property
     def prior(self) -> Gaussian:
         """p(x_T | x_0 = 0) = N(offset(T), sigma(T)²); :meth:`prior_for` matches the data as well."""
+        self._require_gaussian_prior()
         return self.kernel.marginal(0.0, 0.0, self.T)
 
     def prior_for(self, mean: torch.Tensor | float, std: torch.Tensor | float) -> Gaussian:
         """p(x_T) for data with this mean and standard deviation: N(alpha m + offset, alpha² c² + sigma²) at T."""
+        self._require_gaussian_prior()
         return self.kernel.marginal(mean, std, self.T)
+
+    def _require_gaussian_prior(self) -> None:
+        if self.declaration.affine is None:
+            raise MissingPriorError(
+                f"p(x_T) of this SDE is not Gaussian, for {self.declaration.obstacle}: fit_prior(data) fits it, and "
+                "reverse() and flow_ode() find a stationary or pushed-forward one where there is one."
+            )
 
     def lift(self, data: torch.Tensor, seed: int | torch.Generator | None = None) -> torch.Tensor:
         """States (batch, k, *event) from data (batch, *event): the auxiliary components are drawn from P0.

@@ -25,12 +25,21 @@ from sdeflow.symbolic.schedule import Schedule, schedule
 from sdeflow.symbolic.symbols import require_plain, state, t, x
 from sdeflow.symbolic.tree import from_tree, to_tree
 
-__all__ = ["from_dict", "to_dict"]
+__all__ = ["from_dict", "tables_of", "to_dict"]
 
 _FORMAT = 1
 _ASSUMPTIONS = ("real", "positive", "negative", "nonnegative", "nonpositive", "nonzero", "integer", "finite")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST_TENSOR = 2**24
+
+
+def tables_of(declaration: Declaration) -> dict[str, list | str]:
+    """The tables behind a declaration's schedules, by name; a Python function is only named."""
+    expressions = [*declaration.drifts, *declaration.diffusions, *(declaration.path or ())]
+    kinds = {type(call) for e in expressions for call in e.atoms(Schedule)}
+    return {
+        kind.__name__: "a function" if kind.table is None else [part.tolist() for part in kind.table] for kind in kinds
+    }
 
 
 def to_dict(declaration: Declaration, values: Values, basis: Basis | None) -> dict:

@@ -45,6 +45,7 @@ from sdeflow.model import Model
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
 from sdeflow.simulation import SimulatedPairs, start
+from sdeflow.storage import tables_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -449,7 +450,7 @@ def _prepare_score(score: Score, objective: _Denoising | _Matching, batches: Bat
                 *(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0)))
             )
         else:
-            score.set_data_moments(seen.mean() if kernel is None or kernel.basis is None else 0.0, std)
+            score.set_data_moments(seen.mean(), std)
     labels = batches.first_labels
     x, y = (
         objective.states(batches.first[:2]).to(accelerator.device),
@@ -531,7 +532,9 @@ def _identity(score: Score, weighting: Weighting) -> dict:
         "g": str(declaration.g),
         "T": declaration.T,
         "cutoff": declaration.cutoff,
-        "P0": declaration.P0,
+        "P0": list(map(float, declaration.P0)) if declaration.coupled else declaration.P0,
+        "basis": None if score.basis is None else repr(score.basis),
+        "schedules": tables_of(declaration),
         "parameters": score.values.fixed,
         "predicts": score.predicts,
         "time": score.time if isinstance(score.time, str) else "a function",

@@ -353,3 +353,41 @@ def test_a_mistake_in_the_kernel_is_seen_by_the_moment_ode():
     wrong = SDE(f=[16 * v, -16 * v - sp.Float(4.02) * x_], g=[0, sp.sqrt(8)], P0=[0, 0.01])
     phi, _, _ = wrong.kernel.coefficients(torch.tensor(0.5, dtype=torch.float64))
     assert np.abs(phi.numpy() - moment_ode(sde, 0.5)[0]).max() > 1e-4
+
+
+def test_coupled_runs_are_stored_and_resumed(tmp_path):
+    data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for steps in ((6,), (3, 6)):
+        for done, until in enumerate(steps):
+            torch.manual_seed(0)
+            score = sdeflow.Score(MLP(4, 8), catalog.CriticallyDampedLangevin())
+            folder = tmp_path / str(len(steps))
+            sdeflow.fit(
+                score, data, until, 16, seed=0, out=folder, resume=done > 0, schedule="constant", checkpoint_every=3
+            )
+        weights.append(torch.cat([p.flatten() for p in score.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("event", [(2,), (3,), (1, 4, 4)])
+def test_moments_of_the_data_broadcast_to_the_data_s_event(event):
+    sde = catalog.CriticallyDampedLangevin(T=2)
+    mean = torch.linspace(-2, 2, event[-1]).expand(event) if len(event) == 1 else torch.ones(event)
+    score = sdeflow.Score(lambda z, time: torch.zeros_like(z), sde, data_mean=mean, data_std=0.5)
+    samples = sde.flow_ode(score).sample((2000, 2, *event), seed=0)
+    assert (samples[:, 0].mean(0) - mean).abs().max() < 4 * 0.5 / math.sqrt(2000) + 1e-2
+    assert sde.prior_for(mean, torch.full(event, 0.5)).mean.shape == (2, *event)
+
+
+def test_labels_and_bits_of_the_data_component():
+    sde = catalog.CriticallyDampedLangevin()
+    net = sdeflow.nets.UNet(2, width=8, classes=3)
+    score = sdeflow.Score(net, sde, data_mean=0.0, data_std=0.5)
+    data = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"samples": 2, "steps": 6, "probes": 2, "seed": 0, "warn_above": 1e9}
+    flow = sde.flow_ode(score.given(torch.tensor([0, 1])))
+    assert flow.data_log_prob(data, **options).shape == (2,)
+    images = torch.randint(0, 16, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    bits = flow.bits_per_dim(images, levels=16, low=-1.0, high=1.0, **options)
+    assert bits.shape == (2,) and torch.isfinite(bits).all()

@@ -437,3 +437,79 @@ def test_hostile_and_broken_dicts_are_refused(tmp_path):
     assert not marker.exists()
     with pytest.raises(UnsafeExpressionError):
         SDE.from_dict({**good, "f": {"op": "__import__", "args": []}})
+
+
+# ------------------------------------------------------------------ everything downstream of a learned schedule
+
+
+@pytest.mark.parametrize("name", ["OU", "by quadrature", "coupled"])
+def test_a_learned_schedule_samples_encodes_and_scores(name):
+    make, start = LEARNED[name]
+    sde = make(*(parameter(v) for v in start))
+    shape = (3, 2, 2) if sde.declaration.coupled else (3, 2)
+    score = sdeflow.Score(lambda z, time: torch.zeros_like(z), sde, data_mean=0.0, data_std=0.5)
+    flow = sde.flow_ode(score)
+    assert torch.isfinite(sde.reverse(score).sample(shape, steps=5, seed=0)).all()
+    x_c = flow.sample(shape, seed=0)
+    assert torch.allclose(flow.decode(flow.encode(x_c)), x_c, atol=1e-3)
+    assert torch.isfinite(flow.log_prob(x_c)).all()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (catalog.Blurring((8, 8)), (1, 8, 8)),
+    lambda: (SDE(f=-k * x / 2, g=sp.sqrt(k), T=2, params={k: torch.tensor([0.01, 50.0])}), (2,)),
+], ids=["blurring", "spread rates"])  # fmt: skip
+def test_euler_samples_of_spread_schedules_have_the_variance(make):
+    sde, event = make()
+    exact = GaussianMixture(sde, torch.zeros(1, *event), torch.tensor([0.25]))
+    samples = sde.reverse(exact).sample((2000, *event), steps=300, seed=0)
+    truth = 0.25 + float(sde.kernel.coefficients(torch.tensor(sde.cutoff))[1].square().mean())
+    assert abs(float(samples.var()) / truth - 1) < 4 * math.sqrt(2 / samples.numel()) + 0.03
+
+
+def test_data_with_a_mean_is_learned_in_a_basis():
+    basis, w = DCT(2), sp.Symbol("w", nonnegative=True)
+    sde = SDE(-2 * t * w * x, sp.Rational(1, 10), P0=1e-4, params={w: basis.frequencies((4, 4))}, basis=basis)
+    score = sdeflow.Score(lambda z, time: torch.zeros_like(z), sde, data_mean=0.5, data_std=0.05)
+    flow = sde.flow_ode(score)
+    samples = flow.sample((500, 1, 4, 4), seed=0)
+    assert abs(float(samples.mean()) - 0.5) < 0.01
+    truth = GaussianMixture(sde, torch.full((1, 1, 4, 4), 0.5), torch.tensor([0.0025]))
+    assert torch.allclose(flow.log_prob(samples.double()), truth.log_prob(samples, sde.cutoff), atol=0.05)
+
+
+def test_a_score_of_another_basis_or_table_is_another_score(tmp_path):
+    w, values = sp.Symbol("w", nonnegative=True), DCT(2).frequencies((4, 4))
+    one, other = (SDE(-t * w * x, 1, params={w: values}, basis=basis) for basis in (DCT(2), None))
+    with pytest.raises(ValueError, match="another SDE"):
+        other.flow_ode(GaussianMixture(one, torch.zeros(1, 1, 4, 4), torch.tensor([0.1])))
+    data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+
+    def train(table, resume):
+        rate = sdeflow.schedule(table, name="rate")
+        torch.manual_seed(0)
+        sdeflow.fit(sdeflow.Score(MLP(2, 8), SDE(-rate(t) * x, 1)), data, 2, 16, out=tmp_path, resume=resume)
+
+    train(([0, 1], [1, 3]), resume=False)
+    with pytest.raises(sdeflow.errors.CheckpointMismatch, match="schedules"):
+        train(([0, 1], [5, 30]), resume=True)
+
+
+def test_schedules_of_tensor_functions_and_pickles():
+    import pickle
+
+    decay = sdeflow.schedule(lambda s: torch.exp(-s))
+    alpha = SDE(-decay(t) * x, 1).kernel.coefficients(torch.tensor(1.0, dtype=torch.float64))[0]
+    assert abs(float(alpha) - math.exp(-(1 - math.exp(-1)))) < 1e-7
+    sde = SDE(-BETA(t) * x / 2, sp.sqrt(BETA(t) + sp.diff(BETA(t), t) ** 2))
+    assert pickle.loads(pickle.dumps(sde.declaration)) == sde.declaration
+
+
+def test_stiff_drifts_are_integrated():
+    sde = SDE(f=-1000 * x, g=1, T=5)
+    assert abs(float(sde.kernel.coefficients(torch.tensor(5.0, dtype=torch.float64))[1]) - math.sqrt(1 / 2000)) < 1e-12
+    a, b = state("a b")
+    kernel = SDE(f=[200 * (b - a), -a - b], g=[1, 1], T=5).kernel
+    _, root, _ = kernel.coefficients(torch.tensor(5.0, dtype=torch.float64))
+    F, P = torch.tensor([[-200.0, 200.0], [-1.0, -1.0]], dtype=torch.float64), root @ root.T
+    assert (F @ P + P @ F.T + torch.eye(2)).abs().max() < 1e-2 * 1e-3  # stationary up to e^{-2 · 2 · 5}

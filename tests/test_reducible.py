@@ -13,7 +13,14 @@ import torch
 from scipy.stats import lognorm, ncx2
 
 from sdeflow import SDE, t, x, x_0
-from sdeflow.errors import DataError, DeclarationError, MissingPriorError, NotAffineError, ScheduleError
+from sdeflow.errors import (
+    DataError,
+    DeclarationError,
+    MissingPriorError,
+    NonFiniteStateError,
+    NotAffineError,
+    ScheduleError,
+)
 from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import reduce
@@ -351,3 +358,14 @@ def test_a_prior_that_is_no_pushed_gaussian_is_not_invented():
     sde = SDE(f=x / 10, g=sp.Rational(3, 10) * x)
     with pytest.raises(MissingPriorError, match="fit_prior"):
         sde.flow_ode(lambda u, time: torch.zeros_like(u)).log_prob(torch.ones(2, 1, dtype=torch.float64))
+
+
+def test_what_only_gaussian_kernels_have_is_refused_elsewhere():
+    sde = SDE(f=x / 10, g=sp.Rational(3, 10) * x)
+    with pytest.raises(MissingPriorError, match="fit_prior"):
+        sde.prior  # noqa: B018
+    with pytest.raises(NotAffineError, match="weighting"):
+        sde.weighting  # noqa: B018
+    root = SDE(f=2 * (sp.Rational(1, 2) - x), g=sp.sqrt(x), T=2)
+    with pytest.raises(NonFiniteStateError, match="left the states where"):
+        root.simulate(torch.full((1000, 1), 0.01), [0, 2], steps=20, seed=0)

@@ -6,7 +6,7 @@ A method's steps are uniform in its own variable, so that variable matters as mu
     dx/du = drift(x, t(u)) dt/du,    and for noise  diffusion · √(dt/du).
 
     "angle"    phi = atan2(sigma, alpha c), c the data's scale: spreads the work evenly (the default)
-    "log_snr"  -log(alpha / sigma) (the default of coupled SDEs, whose auxiliary components have scales of their own)
+    "log_snr"  -log(alpha / sigma) (the default of SDEs of many scales: coupled ones, and schedules per coordinate)
     "t"        t itself
     a tensor   times from cutoff to T, joined by a monotone cubic, so that uniform steps in u visit them
 
@@ -66,7 +66,7 @@ class Clock:
 
 
 def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale: float = 1.0) -> Clock:
-    """The clock for ``grid``; None takes the angle, log_snr for a coupled SDE, and t where the SDE has neither.
+    """The clock for ``grid``; None takes the angle, log_snr for an SDE of many scales, and t without a kernel.
 
     Args:
         grid: a name, a tensor of times, or None.
@@ -86,12 +86,13 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         return Clock(cutoff, T)
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
-    by_log_snr = grid == "log_snr" or (grid is None and kernel.coupled)
-    function = (_log_snr if by_log_snr else _angle)(kernel, scale)
+    many_scales = kernel.coupled or kernel.values.shape
+    by_log_snr = grid == "log_snr" or (grid is None and many_scales)
     try:
-        return Clock(
-            cutoff, T, PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name=f"grid {grid or 'angle'}")
-        )
+        with torch.no_grad():
+            function = (_log_snr if by_log_snr else _angle)(kernel, scale)
+            table = PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name=f"grid {grid or 'angle'}")
+        return Clock(cutoff, T, table)
     except ScheduleError as error:
         if grid is None:  # g vanishes somewhere, the log-SNR stands still, and t runs through it as an infinite rate
             return Clock(cutoff, T)

@@ -35,6 +35,7 @@ class Problem:
         backward: whether t runs from T down to cutoff.
         diffusion: (y, t) -> what broadcasts to (batch, n); None for an ODE.
         correction: (y, t) -> ½ Σ g ∂g/∂x, where the noise depends on the state; else None.
+        hint: a sentence for the message of a state that is not finite.
         components: k where the diffusion is a matrix: it is then (batch · n / k, k, motions).
         motions: m, the number of Brownian motions of each coordinate then.
         noise: where the Brownian increments come from.
@@ -51,6 +52,7 @@ class Problem:
         backward: bool,
         diffusion: Coefficient | None = None,
         correction: Coefficient | None = None,
+        hint: str = "",
         components: int | None = None,
         motions: int | None = None,
         noise: NoiseStream | None = None,
@@ -61,6 +63,7 @@ class Problem:
         self._drift = drift
         self._diffusion = diffusion
         self._correction = correction
+        self.hint = hint
         self.components, self.motions = components, motions
         self.clock = clock
         self.backward = backward
@@ -184,7 +187,7 @@ class Problem:
         rows = _rows(bad | exploded)
         raise NonFiniteStateError(
             f"{what} at t = {t:.6g}, call {call}, in {len(rows)} of {len(y)} samples: {rows[:8]}"
-            f"{' ...' if len(rows) > 8 else ''}.",
+            f"{' ...' if len(rows) > 8 else ''}.{self.hint}",
             t=t, nfe=self.nfe, bad_rows=rows, partial=y.detach(),
         )  # fmt: skip
 

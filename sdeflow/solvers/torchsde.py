@@ -69,7 +69,7 @@ class Torchsde:
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if stratonovich else "ito")
         if system.noise_type == "general" and self.method in ("milstein", "srk", "log_ode"):
-            raise ValueError(f"{self} needs each component to have a noise of its own; euler and heun do not.")
+            raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
         size = (len(y), problem.motions or y.shape[1])
         ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
         if self.adaptive:

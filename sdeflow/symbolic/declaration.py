@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 
+import numpy as np
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
@@ -99,6 +100,13 @@ class Declaration:
     def initial_variances(self) -> tuple[float, ...]:
         """The kernel's variance of each component at t = 0."""
         return tuple(float(self.P0[i, i]) for i in range(len(self.state))) if self.coupled else (self.P0,)
+
+    @property
+    def domain_hint(self) -> str:
+        """What to say where a state has left the domain of coefficients such as √x; empty where that cannot be."""
+        if not self.state_dependent_noise:
+            return ""
+        return " A step may have left the states where f and g are real, as x < 0 for √x: take more steps, or the flow."
 
     @property
     def auxiliary(self) -> tuple[int, ...]:
@@ -313,7 +321,7 @@ def _components(f: object, g: object, names: Sequence[str] | None) -> tuple[sp.S
 
 
 def _as_list(value: object) -> list:
-    if isinstance(value, sp.MatrixBase):
+    if isinstance(value, sp.MatrixBase | np.ndarray):
         return value.tolist()
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -330,7 +338,7 @@ def _column(value: object, components: tuple[sp.Symbol, ...]) -> list:
 def _matrix(value: object, components: tuple[sp.Symbol, ...]) -> list[list]:
     """g as a matrix with one row for each component: a list is its diagonal."""
     rows, k = _as_list(value), len(components)
-    if not isinstance(value, list | tuple | sp.MatrixBase) or len(rows) != k:
+    if not isinstance(value, list | tuple | sp.MatrixBase | np.ndarray) or len(rows) != k:
         raise DeclarationError(
             f"g must be a list of {k} coefficients or a matrix of {k} rows ({_listed(components)}), not {value!r}."
         )
@@ -363,7 +371,7 @@ def _variance(value: object) -> float:
 def _covariance(value: object, k: int) -> sp.ImmutableMatrix:
     """P0 of a coupled state: a matrix, a list of variances, or one variance for all."""
     rows = _as_list(value)
-    if not isinstance(value, list | tuple | sp.MatrixBase):
+    if not isinstance(value, list | tuple | sp.MatrixBase | np.ndarray):
         rows = [value] * k
     if not any(isinstance(row, list | tuple) for row in rows):
         rows = [[row if i == j else 0 for j in range(len(rows))] for i, row in enumerate(rows)]

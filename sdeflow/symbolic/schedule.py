@@ -31,6 +31,7 @@ class Schedule(sp.Function):
         breakpoints: times at which it is not smooth.
         order: which derivative of ``values`` it is.
         table: the (times, values) that made it, or None.
+        source: the function that made it, or None.
     """
 
     nargs = 1
@@ -39,6 +40,7 @@ class Schedule(sp.Function):
     breakpoints: tuple[float, ...] = ()
     order: int = 0
     table: tuple[np.ndarray, np.ndarray] | None = None
+    source: Callable | None = None
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         """The derivative, itself a schedule."""
@@ -49,6 +51,12 @@ class Schedule(sp.Function):
         if self.order or not self.args[0].is_number:
             return None
         return sp.Float(float(self.values(np.array([float(self.args[0])]))[0]))
+
+    def __reduce__(self) -> tuple:
+        """By its table or function: the class itself has no importable name."""
+        cls = type(self)
+        name = cls.__name__.removesuffix("_t" * cls.order)
+        return _restored, (cls.source if cls.table is None else cls.table, name, cls.order, self.args)
 
     @classmethod
     def derivative(cls) -> type[Schedule]:
@@ -80,7 +88,8 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     name = name or f"schedule{next(_unnamed)}"
     require_plain(name)
     if callable(source):
-        return type(name, (Schedule,), {"values": staticmethod(_vectorised(source, name))})
+        members = {"values": staticmethod(_vectorised(source, name)), "source": staticmethod(source)}
+        return type(name, (Schedule,), members)
     times, values = table_of(source, name)
     identity = (name, times.tobytes(), values.tobytes())
     if identity in _tables:  # equal tables are one function, so that equal declarations are equal
@@ -101,6 +110,13 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     members = {"values": staticmethod(within), "breakpoints": tuple(times.tolist()), "table": (times, values)}
     _tables[identity] = made = type(name, (Schedule,), members)
     return made
+
+
+def _restored(source: Callable | tuple, name: str, order: int, args: tuple) -> Schedule:
+    kind = schedule(source, name)
+    for _ in range(order):
+        kind = kind.derivative()
+    return kind(*args)
 
 
 def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -88,9 +88,8 @@ def equation_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
 
 
 def is_smooth(declaration: Declaration) -> bool:
-    """Whether the drift has a Jacobian everywhere, and the noise does not hold the state."""
-    smooth = all(kink_in_state(f, declaration.state) is None for f in declaration.drifts)
-    return smooth and not declaration.state_dependent_noise
+    """Whether the drift has a Jacobian everywhere."""
+    return all(kink_in_state(f, declaration.state) is None for f in declaration.drifts)
 
 
 def general_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
