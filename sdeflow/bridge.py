@@ -24,7 +24,7 @@ from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
-from sdeflow.symbolic.equations import Equation
+from sdeflow.symbolic.equations import Equation, forward
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Bridge"]
@@ -61,11 +61,12 @@ class Bridge:
         phi, P, m = matrix(kernel.alpha), matrix(kernel.var), matrix(kernel.offset)
         T = sp.nsimplify(kernel.T, rational=True)
         phi_T, P_T, m_T = (e.subs(time_symbol, T) for e in (phi, P, m))
-        across = phi_T * phi.inv()
+        across = phi_T * phi.adjugate() / phi.det()
         rest = P_T - across * P * across.T
+        inverse = rest.adjugate() / rest.det()
         x = sp.Matrix(declaration.state)
         y = sp.Matrix([sp.Symbol(f"{component.name}_T", real=True) for component in declaration.state])
-        pull = declaration.gram * across.T * rest.inv() * (y - m_T - across * (x - m))
+        pull = declaration.gram * across.T * inverse * (y - m_T - across * (x - m))
         drift = sp.Matrix(declaration.drifts) + pull
         return sp.ImmutableMatrix(drift) if kernel.coupled else drift[0]
 
@@ -103,21 +104,23 @@ class Bridge:
         times = [float(t) for t in ts]
         if any(b <= a for a, b in zip([-1.0, *times], times, strict=False)) or not times or times[0] < 0:
             raise ScheduleError(f"the times of a path must increase within [0, T] = [0, {self.T:g}], not {times}.")
-        noise, s, x, out = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, []
+        noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
         for t in times:
-            if t > s:
-                x = self._draw(x, s, t, noise)
-            s = t
+            x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
+            s, exactly = t, True
             out.append(x)
         return torch.stack(out)
 
-    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
-        mean, root = self._law(x, s, t)
+    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
+        mean, root = self._law(x, s, t, exactly)
         eps = noise.normal(tuple(x.shape), torch.float64, x.device)
         return self.kernel.from_basis(mean + root(eps)).to(x.dtype)
 
-    def _law(self, x: Tensor, s: float, t: Tensor | float) -> tuple[Tensor, Linear]:
-        """Mean and a root of the covariance, in the basis, of x_t given x at s and x_T."""
+    def _law(self, x: Tensor, s: float, t: Tensor | float, exactly: bool = False) -> tuple[Tensor, Linear]:
+        """Mean and a root of the covariance, in the basis, of x_t given x at s and x_T.
+
+        At s = 0, x is the kernel's x_0, with P0 still to come, unless it is the state ``exactly``.
+        """
         if not x.is_floating_point():
             raise DataError(f"x must be floating, not {x.dtype}.")
         t = float(t)
@@ -126,10 +129,10 @@ class Bridge:
         kernel, state = self.kernel, x.to(torch.float64)
         start = kernel.to_basis(state)
         end = kernel.to_basis(self.x_T.to(x.device).expand(x.shape))
-        now = kernel.transition(state, s, t)
-        onward, whole = kernel.transition(state, t, self.T), kernel.transition(state, s, self.T)
-        if s == 0.0 and not any(kernel.declaration.initial_variances) and t == 0.0:
-            return start, now.sigma
+        now, whole = kernel.transition(state, s, t, exactly), kernel.transition(state, s, self.T, exactly)
+        if t == s and (exactly or not any(kernel.declaration.initial_variances)):
+            return start, now.sigma.scaled(0.0)
+        onward = kernel.transition(state, t, self.T, exactly=True)
         # K = P_t Φ_Ttᵀ P_T⁻¹, in whitened form: W = sigma_T⁻¹ Φ_Tt sigma_t, 1 - Wᵀ W is what is left of the covariance.
         W = whole.sigma.inverse @ onward.alpha @ now.sigma
         surprise = whole.sigma.inverse(end - whole.alpha(start) - whole.offset)
@@ -141,7 +144,4 @@ class Bridge:
         return mean, now.sigma @ V.T.root_of_one_plus_gram.T.inverse
 
     def __repr__(self) -> str:
-        return f"Bridge({self.equation}, x_T of shape {tuple(self.x_T.shape)})"
-
-    def _repr_latex_(self) -> str:
-        return self.equation._repr_latex_()
+        return f"Bridge({forward(self.kernel.declaration)} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"

@@ -90,6 +90,13 @@ class Check:
         return self.residual <= self.tolerance
 
 
+def _excess(check: Check) -> float:
+    """A residual in units of its tolerance."""
+    if check.tolerance:
+        return check.residual / check.tolerance
+    return math.inf if check.residual else 0.0
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What was checked of an SDE, and what was not.
@@ -117,12 +124,12 @@ class Certificate:
     @property
     def largest(self) -> Check:
         """The check whose residual is largest for its tolerance."""
-        return max(self.checks, key=lambda check: check.residual / check.tolerance if check.tolerance else 0.0)
+        return max(self.checks, key=_excess)
 
     @property
     def largest_residual(self) -> float:
-        """The residual of :attr:`largest`."""
-        return self.largest.residual
+        """The largest residual of all checks, whatever their tolerances; infinite where one could not be computed."""
+        return max(check.residual for check in self.checks)
 
     def __bool__(self) -> bool:
         return self.ok

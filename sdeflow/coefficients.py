@@ -280,6 +280,8 @@ class Coefficients:
         # Dense enough for 4 Newton steps to end at rounding; the nodes alone, and 8 steps, for many schedules.
         per_node = 1 if self.values.shape or self.coupled else 8
         fine = np.arange((len(nodes) - 1) * per_node + 1) / float(per_node)
+        if math.prod(self.values.shape) > _REPRESENTATIVES:  # each time costs a schedule for every coordinate
+            fine = np.union1d(fine[::8], fine[-1:])
         times = torch.as_tensor(np.interp(fine, np.arange(len(nodes)), nodes))
         with torch.no_grad():
             if self.coupled:

@@ -92,4 +92,4 @@ def _unreduced(declaration: Declaration) -> str:
         return "with P0 > 0 a change of state has no Gaussian start"
     if not declaration.state_dependent_noise:
         return "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
-    return "no Lamperti coordinate y = ∫ dx/g has an affine drift on the whole line, and it is no Pearson diffusion"
+    return "none of the changes of state tried makes it affine, and it is no square root or Jacobi diffusion"

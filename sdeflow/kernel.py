@@ -246,13 +246,13 @@ class Kernel:
         alpha, sigma, offset = self.coefficients(t if t.device == x.device else t.to(x.device))
         return Path(self._as_map(alpha, x, t.ndim), self._as_map(sigma, x, t.ndim), self._as_level(offset, x, t.ndim))
 
-    def transition(self, x: Tensor, s: float, t: float) -> Path:
+    def transition(self, x: Tensor, s: float, t: float, exactly: bool = False) -> Path:
         """x_t = alpha x_s + offset + sigma eps given x_s, as maps of states like ``x``, for s <= t.
 
         alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ, elementwise sigma_t² (1 - SNR_t / SNR_s). From
-        s = 0 it is the kernel itself, P0 included.
+        s = 0 it is the kernel itself, P0 included, unless x_0 is known ``exactly``.
         """
-        if s == 0.0:
+        if s == 0.0 and not (exactly and any(self.declaration.initial_variances)):
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
             return self._coupled_transition(x, s, t)

@@ -147,7 +147,9 @@ def data_log_prob(
         DataError, ValueError, SolverError: as :func:`log_prob`.
     """
     kernel = model.kernel
-    if kernel is None or not model.declaration.auxiliary:
+    if kernel is None and model.declaration.auxiliary:
+        model.declaration.require_affine("The likelihood bound of the data component")
+    if not model.declaration.auxiliary:
         return log_prob(model, equation, x, seed=seed, full=full, **options)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer, not {samples!r}.")

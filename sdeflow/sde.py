@@ -20,11 +20,12 @@ from sdeflow.explanation import explain
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.model import Prior
+from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
 from sdeflow.priors import FittedPrior, StationaryLaw, default_prior, fit_prior
 from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.scores import ScoreFunction, as_score
-from sdeflow.simulation import simulate
+from sdeflow.simulation import simulate, start
 from sdeflow.solvers import Solver
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
@@ -265,7 +266,9 @@ class SDE:
 
         Where there are none, the data itself.
         """
-        return self.kernel.lift(data, seed) if self.declaration.affine is not None else data
+        if self.declaration.affine is not None:
+            return self.kernel.lift(data, seed)
+        return start(self.declaration, data, NoiseStream(seed, "lift"))
 
     def bridge(self, x_T: torch.Tensor | float) -> Bridge:
         """This SDE conditioned on x_T, for every linear SDE; see :mod:`sdeflow.bridge`.

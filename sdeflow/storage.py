@@ -28,6 +28,7 @@ from sdeflow.symbolic.tree import from_tree, to_tree
 __all__ = ["from_dict", "tables_of", "to_dict"]
 
 _FORMAT = 1
+_KEYS = {"format", "f", "g", "T", "cutoff", "P0", "state", "path", "parameters", "schedules", "basis"}
 _ASSUMPTIONS = ("real", "positive", "negative", "nonnegative", "nonpositive", "nonzero", "integer", "finite")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST_TENSOR = 2**24
@@ -76,9 +77,12 @@ def from_dict(data: Mapping) -> tuple[Declaration, Values, Basis | None]:
         UnsafeExpressionError: for data that this version does not understand; nothing is built of it then.
         DeclarationError: for a declaration that makes no sense.
     """
-    if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+    if not isinstance(data, Mapping) or type(data.get("format")) is not int or data["format"] != _FORMAT:
         given = data.get("format") if isinstance(data, Mapping) else type(data).__name__
         raise UnsafeExpressionError(f"a declaration of format {_FORMAT} is expected, not {given!r}.")
+    unknown = set(data) - _KEYS
+    if unknown:
+        raise UnsafeExpressionError(f"a stored declaration has no {', '.join(sorted(map(repr, unknown)))}.")
     try:
         names = data["state"]
         components = (x,) if names is None else state(list(names))
@@ -108,6 +112,11 @@ def _checked(declaration: Declaration) -> Declaration:
     matrices = [e for e in (declaration.f, declaration.g) if isinstance(e, sp.MatrixBase)]
     if len(matrices) != (2 if declaration.coupled else 0):
         raise UnsafeExpressionError("f and g must be matrices for a coupled state, and expressions otherwise.")
+    entries = [*declaration.drifts, *declaration.diffusions, *(declaration.path or ())]
+    if not all(isinstance(entry, sp.Expr) for entry in entries):
+        raise UnsafeExpressionError("f, g and path must be values, not conditions.")
+    if declaration.path is not None and (len(declaration.path) != 2 or any(e.has(x) for e in declaration.path)):
+        raise UnsafeExpressionError("a path is alpha and sigma, functions of t.")
     if declaration.coupled and (
         declaration.f.shape != (k, 1) or declaration.g.shape[0] != k or declaration.P0.shape != (k, k)
     ):
@@ -128,6 +137,12 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UnsafeExpressionError(f"a finite number is expected, not {value!r}.")
     return float(value)
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int:
+        raise UnsafeExpressionError(f"an integer is expected, not {value!r}.")
+    return value
 
 
 def _assumptions(symbol: sp.Symbol) -> dict[str, bool]:
@@ -158,7 +173,7 @@ def _value_out(value: float | Tensor) -> float | dict:
 def _value_in(value: object, name: str) -> float | Tensor:
     if not isinstance(value, Mapping):
         return _number(value)
-    shape = [int(_number(side)) for side in value["shape"]]
+    shape = [_integer(side) for side in value["shape"]]
     if value["dtype"] not in _DTYPES or not isinstance(value["learned"], bool) or any(side < 0 for side in shape):
         raise UnsafeExpressionError(f"the parameter {name} is no stored tensor.")
     if math.prod(shape) != len(value["data"]) or math.prod(shape) > _LARGEST_TENSOR:
@@ -202,7 +217,7 @@ def _basis_in(data: object) -> Basis | None:
         return None
     ((kind, value),) = data.items()
     if kind == "DCT":
-        return DCT(int(_number(value)))
+        return DCT(_integer(value))
     if kind == "Orthogonal":
         return Orthogonal(torch.tensor([[_number(v) for v in row] for row in value], dtype=torch.float64))
     raise UnsafeExpressionError(f"unknown basis {kind!r}.")

@@ -229,7 +229,10 @@ def _objective(
 ) -> _Denoising | _Matching:
     """What this SDE is trained on."""
     if score.kernel is None:
-        gap, simulation_steps = _GAP if gap is None else gap, simulation_steps or _SIMULATION_STEPS
+        gap, simulation_steps = (
+            _GAP if gap is None else gap,
+            _SIMULATION_STEPS if simulation_steps is None else simulation_steps,
+        )
         pairs = SimulatedPairs(score, weighting, gap, simulation_steps)
         return _Matching(score, pairs, {"gap": gap, "simulation_steps": simulation_steps}, _BLOCK)
     if gap is not None or simulation_steps is not None:

@@ -1,6 +1,7 @@
 """Certificates: every SDE of the tests is certified, and every planted mistake is found."""
 
 import functools
+import math
 import time
 from dataclasses import replace
 
@@ -301,3 +302,10 @@ def test_a_basis_that_is_not_orthogonal_is_found():
     sde = SPECIAL["rotated"]()
     sde.basis.matrix = sde.basis.matrix * (1 + 1e-5)
     assert "basis" in failed(sde)
+
+
+def test_the_largest_residual_is_that_of_all_checks():
+    good = sdeflow.certificate.Check("a", "x", "numeric", 1e-12, 1e-9)
+    broken = sdeflow.certificate.Check("b", "can be computed", "numeric", math.inf, 0.0)
+    certificate = sdeflow.certificate.Certificate("s", (good, broken))
+    assert not certificate.ok and certificate.largest_residual == math.inf and certificate.largest is broken

@@ -578,14 +578,17 @@ def test_06_07_nonlinear_drift_declares_but_has_no_kernel(f):
     assert sde.reverse().drift == f - s
     assert sde.flow_ode().drift == f - s / 2
     for ask in (
-        lambda: sde.kernel, lambda: sde.prior, lambda: sde.weighting, lambda: sde.prior_for(0.0, 1.0),
-        lambda: sde.likelihood_weighting, lambda: Score(Net(), sde, predicts="noise"),
+        lambda: sde.kernel, lambda: sde.weighting, lambda: sde.likelihood_weighting,
+        lambda: Score(Net(), sde, predicts="noise"),
         lambda: GaussianMixture(sde, states(2), torch.ones(2)),
     ):  # fmt: skip
         with pytest.raises(NotAffineError, match="Still available") as caught:
             ask()
         assert str(f) in str(caught.value)
         assert "sample()" in str(caught.value) and "log_prob()" in str(caught.value)
+    for ask in (lambda: sde.prior, lambda: sde.prior_for(0.0, 1.0)):
+        with pytest.raises(MissingPriorError, match="fit_prior"):
+            ask()
 
 
 def test_06_nonlinear_drift_can_be_solved_with_a_score_and_a_prior():

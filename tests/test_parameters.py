@@ -513,3 +513,23 @@ def test_stiff_drifts_are_integrated():
     _, root, _ = kernel.coefficients(torch.tensor(5.0, dtype=torch.float64))
     F, P = torch.tensor([[-200.0, 200.0], [-1.0, -1.0]], dtype=torch.float64), root @ root.T
     assert (F @ P + P @ F.T + torch.eye(2)).abs().max() < 1e-2 * 1e-3  # stationary up to e^{-2 · 2 · 5}
+
+
+def test_a_bridge_from_noise_is_one_law_at_all_times():
+    """With P0 > 0 the state at 0 is random; paths, moments and the limit t -> 0 agree."""
+    bridge = SDE(f=-x, g=1, P0=0.3).bridge(1.0)
+    start = torch.zeros(20_000, 1, dtype=torch.float64)
+    paths = bridge.paths(start, [0.0, 0.5, 1.0], seed=0)
+    for path, at in zip(paths, (0.0, 0.5), strict=False):
+        mean, std = bridge.moments(start[:1], at)
+        assert abs(float(path.mean() - mean)) < 4 * float(std) / math.sqrt(20_000)
+        assert abs(float(path.std() / std) - 1) < 4 * math.sqrt(0.5 / 20_000)
+    assert float(paths[2].std()) < 1e-12
+    sde = SDE(f=[V + 1, -X - V], g=[0, 1], P0=[0, 0.5])
+    coupled = sde.bridge(torch.tensor([[1.0], [0.4]]))
+    data = torch.tensor([[[0.7], [-0.2]]], dtype=torch.float64)
+    for one, other in zip(coupled.moments(data, 0.0), coupled.moments(data, 1e-9), strict=True):
+        assert torch.allclose(one, other, atol=1e-7)
+    began = time.perf_counter()
+    repr(SDE(f="-x*exp(-t**2)", g=1).bridge(1.0))
+    assert time.perf_counter() - began < 5.0

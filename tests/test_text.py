@@ -724,3 +724,25 @@ def test_mutated_trees_are_expressions_or_refused():
         with contextlib.suppress(DeclarationError):
             valid += isinstance(timed(from_tree, tree, NAMES), sp.Basic)
     assert valid > 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "exp(exp(exp(9*x)))", "gamma(gamma(gamma(5+t)))*x", "floor(exp(exp(exp(4*t))))*x", "Mod(exp(exp(20*t)),7)*x",
+        "-x*uppergamma(63,t)", "-x*exp(exp(exp(9-9*t)))", "besselj(x,t)", "besselj(x,1)", "zeta(x)", "erfinv(x)",
+    ],
+)  # fmt: skip
+def test_towers_and_functions_of_the_state_that_nothing_computes_are_refused(text):
+    from sdeflow import SDE
+
+    began = time.process_time()
+    with pytest.raises(DeclarationError):
+        SDE(f=text, g="1")
+    assert time.process_time() - began < 1.0
+
+
+def test_gompertz_is_no_tower():
+    from sdeflow import SDE
+
+    assert SDE(f="-exp(-exp(-t))*x", g="1").kind == SDE(f="-x*besselj(0, 5*t)", g="1").kind == "affine"

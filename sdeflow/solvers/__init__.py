@@ -34,5 +34,5 @@ def resolve(solver: str | Solver, kind: str) -> Solver:
             return _FAMILIES[kind](solver)
     elif getattr(solver, "kind", None) == kind:
         return solver
-    what = "a reverse-time SDE" if kind == "sde" else "the probability-flow ODE"
+    what = "an SDE" if kind == "sde" else "the probability-flow ODE"
     raise ValueError(f"{solver!r} does not solve {what}; those that do: {', '.join(names_for(kind))}.")

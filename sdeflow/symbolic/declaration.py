@@ -24,6 +24,7 @@ from sdeflow.symbolic.grammar import parse
 from sdeflow.symbolic.patience import within
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
+from sdeflow.symbolic.tree import OF_TIME_ALONE
 
 __all__ = [
     "AffineDrift",
@@ -426,6 +427,9 @@ def _coefficient(
                 if symbol.name in ("x", "t")
                 else f"{name} holds a different Symbol({symbol.name!r}) than params: use the same Symbol in both."
             )
+    for call in value.atoms(*OF_TIME_ALONE):
+        if call.has(*components):
+            raise DeclarationError(f"{name} holds {call}: {type(call).__name__} is computed as a function of t alone.")
     for call in value.atoms(AppliedUndef):
         require_plain(call.func.__name__)
         raise DeclarationError(

@@ -27,7 +27,16 @@ from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from sdeflow.errors import DeclarationError, UnsafeExpressionError
 
-__all__ = ["FUNCTIONS", "MAX_DEPTH", "MAX_EXPONENT", "MAX_INTEGER", "MAX_NODES", "from_tree", "to_tree"]
+__all__ = [
+    "FUNCTIONS",
+    "MAX_DEPTH",
+    "MAX_EXPONENT",
+    "MAX_INTEGER",
+    "MAX_NODES",
+    "OF_TIME_ALONE",
+    "from_tree",
+    "to_tree",
+]
 
 MAX_NODES = 2000
 MAX_DEPTH = 64
@@ -37,6 +46,8 @@ MAX_EXPONENT = 64
 # A constant beyond these would carry SymPy's numerical evaluation, e.g. of exp(exp(exp(9))), out of any memory.
 _LARGEST, _SMALLEST = 1e300, 1e-300
 _MAX_CONSTANT = 250
+# Functions of two arguments are expanded order by order.
+_LARGEST_ORDER = 20
 _MAX_OF_TWO = 8
 # SymPy compares the arguments of Max and Min in pairs.
 _MAX_EXTREMUM = 16
@@ -61,10 +72,14 @@ _ELEMENTARY = (
 )  # fmt: skip
 
 _ROUNDING = (sp.floor, sp.ceiling, sp.frac, sp.Mod)
+_EXPONENTIAL = (sp.exp, sp.sinh, sp.cosh, sp.gamma, sp.erfi)
 _HYPERBOLIC = (sp.sinh, sp.cosh, sp.tanh, sp.coth, sp.sech, sp.csch)
 
 FUNCTIONS: dict[str, type[sp.Basic]] = {function.__name__: function for function in _ELEMENTARY + _SPECIAL}
 """The functions that trees and text may hold: those that the compiler can compute."""
+
+OF_TIME_ALONE = tuple(function for function in _SPECIAL if function not in (sp.gamma, sp.loggamma))
+"""The functions that torch lacks: their arguments may not hold the state."""
 
 _RELATIONS = {"<": sp.Lt, "<=": sp.Le, ">": sp.Gt, ">=": sp.Ge, "==": sp.Eq, "!=": sp.Ne}
 _LOGIC = {"And": sp.And, "Or": sp.Or, "Not": sp.Not}
@@ -116,7 +131,9 @@ def from_tree(
     checker = _Checker(names, functions)
     if not (type(tree) is dict and set(tree) == {"matrix"}):
         checker.check(tree, 1)
-        return _build(tree, names, functions, _Builder(functions))
+        built = _build(tree, names, functions, _Builder(functions))
+        _require_low_tower(built)
+        return built
     rows = tree["matrix"]
     if not (type(rows) is list and rows and all(type(row) is list and row for row in rows)):
         raise _malformed(tree, "a matrix is a list of rows")
@@ -126,7 +143,10 @@ def from_tree(
         if checker.check(entry, 2) is not sp.Expr:
             raise _malformed(entry, "an entry of a matrix is a value, not a condition")
     builder = _Builder(functions)
-    return sp.ImmutableMatrix([[_build(entry, names, functions, builder) for entry in row] for row in rows])
+    built = sp.ImmutableMatrix([[_build(entry, names, functions, builder) for entry in row] for row in rows])
+    for entry in built:
+        _require_low_tower(entry)
+    return built
 
 
 def _malformed(tree: object, reason: str) -> UnsafeExpressionError:
@@ -406,6 +426,25 @@ def _require_finite(node: sp.Basic) -> None:
         # Complex, and SymPy expands the squared magnitude of what is complex.
         if node.base.is_negative and node.base.is_number and not node.exp.is_integer:
             raise UnsafeExpressionError(f"{node}: a negative number has no real powers.")
+
+
+def _require_low_tower(expr: sp.Basic) -> None:
+    """Refuses towers such as exp(exp(exp(t))): at some time a number would come of it that fills any memory."""
+    heights: dict[sp.Basic, int] = {}
+    for node in sp.postorder_traversal(expr):
+        inner = max((heights.get(argument, 0) for argument in node.args), default=0)
+        grows = isinstance(node, _EXPONENTIAL) or (node.is_Pow and not node.exp.is_number)
+        if isinstance(node, sp.Pow) and node.base is sp.E:
+            grows = True
+        if isinstance(node, sp.log):
+            inner -= 1
+        limit = 1 if isinstance(node, (sp.gamma, *_ROUNDING)) else 2
+        if (grows and inner >= limit) or (isinstance(node, _ROUNDING) and inner > limit):
+            raise UnsafeExpressionError(f"{type(node).__name__} of a tower of exponentials grows beyond any number.")
+        heights[node] = max(inner, 0) + grows
+        order = [argument for argument in node.args if isinstance(node, _SPECIAL) and argument.is_number]
+        if len(node.args) == 2 and any(_size(number) > _LARGEST_ORDER for number in order):
+            raise UnsafeExpressionError(f"{node}: an order above {_LARGEST_ORDER} is expanded without end.")
 
 
 def _size(number: sp.Expr) -> float:
