@@ -203,7 +203,7 @@ class _Examination:
             parts += [("the composition", self.composition), ("the log-SNR", self.log_snr)]
             parts += [("the closed form", self.closed_form), ("the prior", self.marginal)]
         elif self.kernel is not None:
-            parts += [("the kernel's mass and moments", self.mass)]
+            parts += [("the kernel's mass and moments", self.mass), ("the kernel's draws", self.draws)]
         parts += [("the basis", self.basis)] if getattr(self.kernel, "basis", None) is not None else []
         parts += [("the drifts", self.drifts), ("the laws", self.laws)]
         for name, part in parts:
@@ -370,11 +370,29 @@ class _Examination:
         told = alpha.abs().flatten(1).amin(1) > _SMALLEST if alpha.ndim > 1 else alpha > _SMALLEST
         told = told if not self.coupled else torch.isfinite(expected)
         self.note("half_log_snr", "= log(alpha / sigma)", (value - expected)[told], 10 * _EXACT, times[told].numpy())
+        self._rate(float(times[0]))
         self.note("half_log_snr", "falls", value.diff().clamp_min(0.0), _EXACT, times[1:].numpy())
         back = kernel.time_of(value)
         # Where it is flat any time will do, so the time's error counts by what it does to the log-SNR.
         error = (back - times).abs() * kernel.half_log_snr_rate(times).abs() + (kernel.half_log_snr(back) - value).abs()
         self.note("time_of", "time_of(half_log_snr(t)) = t, in units of log-SNR", error, _INTEGRATED, times.numpy())
+
+    def _rate(self, first: float) -> None:
+        """The rate of the log-SNR, integrated over each panel, against its change."""
+        edges = self._table.edges.numpy()
+        edges = edges[edges >= first]
+        if len(edges) < 2:
+            return
+        _, points, weights = _panels(edges)
+        rise = self.kernel.half_log_snr(torch.as_tensor(edges)).diff()
+        rate = self.kernel.half_log_snr_rate(torch.as_tensor(points)).reshape(weights.shape)
+        error = ((rate * torch.as_tensor(weights)).sum(1) - rise) / (1.0 + rise.abs())
+        known = torch.isfinite(error)
+        if not bool(known.any()):
+            raise UnknownValue("the log-SNR is finite nowhere.")
+        self.note(
+            "half_log_snr_rate", "= d half_log_snr / dt, integrated", error[known], 1e-6, edges[1:][known.numpy()]
+        )
 
     def closed_form(self) -> None:
         """The closed form against quadrature, and its differential equations by SymPy."""
@@ -659,6 +677,24 @@ class _Examination:
             first = (p * (x - mean)).sum() / std
             second = (p * (x - mean) ** 2).sum() / std**2 - 1
             self.note("kernel.moments", "mean and variance of p", np.array([first, second]), 10 * tolerance, at)
+
+    def draws(self) -> None:
+        """A kernel that is not Gaussian: its draws x(z) have its density, p(x) |dx/dz| = φ(z) for monotone x(z)."""
+        kernel, start = self.kernel, torch.as_tensor(self._start())
+        reduction = getattr(kernel, "reduction", None)
+        if reduction is not None and reduction.map.fold:
+            self.unchecked.append("draws of a kernel whose map folds, two of which lead to one state")
+            return
+        h, z = 0.05, torch.tensor([-1.0, -0.3, 0.4, 1.2], dtype=torch.float64)[:, None]
+        start = start.expand(len(z), 1)
+        for at in (0.25 * self.T, self.T):
+            ahead, behind, ahead2, behind2 = (kernel.sample(start, at, noise=z + o * h) for o in (1, -1, 2, -2))
+            slope = (8.0 * (ahead - behind) - (ahead2 - behind2)) / (12.0 * h)
+            log_p = kernel.log_prob(kernel.sample(start, at, noise=z), start, at)
+            log_normal = -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi)
+            # Quantiles of a Jacobi diffusion are found to 1e-6 in probability, which the difference divides by h.
+            residual = (log_p + slope.abs().log()[:, 0] - log_normal).numpy()
+            self.note("kernel.sample", "p(x(z)) |dx/dz| = φ(z)", residual, 1e-3, at)
 
     # ---------------------------------------------------------------- the compiled side, as arrays
 

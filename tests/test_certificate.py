@@ -309,3 +309,16 @@ def test_the_largest_residual_is_that_of_all_checks():
     broken = sdeflow.certificate.Check("b", "can be computed", "numeric", math.inf, 0.0)
     certificate = sdeflow.certificate.Certificate("s", (good, broken))
     assert not certificate.ok and certificate.largest_residual == math.inf and certificate.largest is broken
+
+
+def test_wrong_draws_and_a_wrong_rate_of_the_log_snr_are_found():
+    from sdeflow import SDE, x
+
+    for sde in (SDE(f=x / 10, g=x / 2), SDE(f=2 * (1 - x), g=sp.sqrt(x) / 2)):
+        right = sde.kernel.sample
+        sde.kernel.sample = lambda *args, right=right, **options: 1.01 * right(*args, **options)
+        assert "kernel.sample" in failed(sde)
+    sde = sdeflow.catalog.VP()
+    rate = sde.kernel.half_log_snr_rate
+    sde.kernel.half_log_snr_rate = lambda times: (1 + 1e-4) * rate(times)
+    assert "half_log_snr_rate" in failed(sde)
