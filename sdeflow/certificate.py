@@ -197,6 +197,7 @@ class _Examination:
         self.rng = np.random.default_rng(0)
 
     def certificate(self) -> Certificate:
+        """Every part that this kind of SDE has, one after the other; a part that fails to compute fails."""
         parts = [("f and g", self.coefficients)] if self.affine else []
         if self.affine:
             parts += [("the moments", self.moments), ("the kernel's density", self.density)]

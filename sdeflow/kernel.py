@@ -30,7 +30,7 @@ from sdeflow.coefficients import Coefficients
 from sdeflow.errors import DataError, DeclarationError, ScheduleError
 from sdeflow.gaussian import Gaussian
 from sdeflow.linear import Linear
-from sdeflow.noise import NoiseStream
+from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.quadrature import integrate_coupled
 from sdeflow.symbolic.coupled import derive_coupled, symbolic_cholesky
@@ -336,10 +336,7 @@ class Kernel:
         if not x_0.is_floating_point():
             raise DataError(f"x_0 must be floating, not {x_0.dtype}.")
         path = self.path(self._state(x_0), self.times_for(x_0, t))
-        if noise is None and seed is None:
-            noise = torch.randn_like(x_0)
-        elif noise is None:
-            noise = NoiseStream(seed, "kernel").normal(tuple(x_0.shape), x_0.dtype, x_0.device)
+        noise = kernel_noise(x_0, seed) if noise is None else noise
         mean = self._mean(path, self.to_basis(x_0))
         if self.coupled or self.basis is not None:
             return self.from_basis(mean + path.sigma(self.to_basis(noise)))

@@ -141,7 +141,7 @@ class Model:
         if self.kernel is None or not self.kernel.has_offset:
             return 0.0
         level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
-        return float(level) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
+        return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
 
     def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
         """The state as solvers carry it: its coefficients in the kernel's basis, centred."""

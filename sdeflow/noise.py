@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "NoiseStream", "resolve_seed"]
+__all__ = ["BLOCK", "NoiseStream", "kernel_noise", "resolve_seed"]
 
 BLOCK = 1024
 _STRIDE = 0x9E3779B1  # odd, so that k -> k * stride is a bijection modulo 2^32
@@ -102,3 +102,10 @@ class NoiseStream:
             fill(part, generator=self._generator)
         self._draws += 1
         return flat[: shape[0] * row].reshape(shape).to(device=device, dtype=dtype)
+
+
+def kernel_noise(like: Tensor, seed: int | torch.Generator | None) -> Tensor:
+    """The standard normal numbers of a kernel's draw, shaped as ``like``; without a seed the global generator's."""
+    if seed is None:
+        return torch.randn_like(like)
+    return NoiseStream(seed, "kernel").normal(tuple(like.shape), like.dtype, like.device)

@@ -28,7 +28,7 @@ from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian, normal_log_density
 from sdeflow.kernel import Kernel, broadcast_to_event
-from sdeflow.noise import NoiseStream
+from sdeflow.noise import kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
@@ -213,10 +213,7 @@ class ReducibleKernel:
             noise: the standard normal noise itself, shaped as x_0, instead of a seed.
         """
         mean, std = self.line_moments(x_0, t)
-        if noise is None and seed is None:
-            noise = torch.randn_like(x_0)
-        elif noise is None:
-            noise = NoiseStream(seed, "kernel").normal(tuple(x_0.shape), x_0.dtype, x_0.device)
+        noise = kernel_noise(x_0, seed) if noise is None else noise
         return self._to_state(mean + std * noise, self._times(x_0, t)).to(x_0.dtype)
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:

@@ -110,8 +110,6 @@ def test_with_params_derives_nothing_anew(monkeypatch):
     monkeypatch.setattr(type(sde.declaration), "affine", property(lambda self: self.__dict__["affine"]))
     other = sde.with_params(k=0.2, c=5.0)
     assert other.kernel.form == "closed" and other.kernel.alpha == sde.kernel.alpha
-    fresh = SDE(-(0.2 + 5.0 * t) * x / 2, sp.sqrt(0.2 + 5.0 * t), T=1) if False else None
-    assert fresh is None
     at = torch.tensor(0.7, dtype=torch.float64)
     assert abs(float(other.kernel.coefficients(at)[0]) - math.exp(-(0.2 * 0.7 + 2.5 * 0.49) / 2)) < 1e-14
 

@@ -273,6 +273,7 @@ class _Writer:
         return self.write(expr, 1)
 
     def write(self, expr: sp.Basic, depth: int) -> dict:
+        """The tree of one expression that stands ``depth`` levels deep."""
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
             raise UnsafeExpressionError(f"an expression has at most {MAX_NODES} nodes, nested {MAX_DEPTH} deep.")
