@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
-from sdeflow.model import Model, Plan, Prior, checked_state, evaluating, make_plan
+from sdeflow.model import Model, Prior, checked_state, evaluating
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import DeclaredSDE, ScoreFunction
 from sdeflow.solvers import Problem, Solver
 from sdeflow.solvers.clock import Grid
@@ -82,8 +83,9 @@ class _Bound:
         bar = tqdm(total=plan.expected_calls, desc="solving", disable=hidden, leave=False)
         with bar, torch.no_grad(), evaluating(model.score):
             problem = make_problem(
-                backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update
-            )
+                backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update,
+                kernel=model.kernel, event=tuple(x.shape[1:]), score=partial(model.solver_score, dtype=x.dtype),
+            )  # fmt: skip
             y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
         return model.from_solver(y.reshape(x.shape), end).to(x.dtype)
 

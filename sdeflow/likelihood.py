@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from sdeflow.errors import DataError, ScoreError, TraceErrorWarning
 from sdeflow.linear import Linear
-from sdeflow.model import Model, Plan, checked_state, evaluating, make_plan
+from sdeflow.model import Model, checked_state, evaluating
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.plan import Plan, make_plan
 from sdeflow.solvers import Problem, Solver
 from sdeflow.solvers.clock import Clock, Grid
 from sdeflow.symbolic.equations import Equation

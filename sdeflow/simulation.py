@@ -51,8 +51,9 @@ from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
 from sdeflow.kernel import broadcast_to_event
 from sdeflow.linear import Linear
 from sdeflow.losses import Pairs, Weighting, require_weighting
-from sdeflow.model import Model, Plan, checked_state, make_plan
+from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, Problem, Solver, resolve
 from sdeflow.symbolic.declaration import Declaration

@@ -16,7 +16,7 @@ LAYERS = {
     "gaussian": 2, "coefficients": 2, "kernel": 2, "reducible": 2, "pearson": 2,
     "scores": 3,
     "solvers": 4, "losses": 4, "batches": 4, "checkpoint": 4,
-    "model": 5, "bridge": 5, "simulation": 5, "priors": 5, "likelihood": 5, "dynamics": 5, "training": 5,
+    "model": 5, "plan": 5, "bridge": 5, "simulation": 5, "priors": 5, "likelihood": 5, "dynamics": 5, "training": 5,
     "storage": 5, "derivation": 5, "explanation": 5, "certificate": 5,
     "sde": 6, "catalog": 6,
     "__init__": 7,

@@ -1,9 +1,14 @@
-"""What a solver is given: an initial value problem in the clock's variable, guarded.
+"""What a solver is given: an initial value problem, guarded.
 
-No solver sees a network or the SDE's time. It sees :class:`Problem`, with states (batch, n), or rows
-(batch · n / k, k) where a k x m noise matrix mixes the components of a coupled state, an increasing
-variable r, and a drift that counts its calls, keeps within a budget, stays inside [cutoff, T] and finds
-the first sample and time at which something is not finite.
+A :class:`Problem` counts the calls of the score, keeps within a budget, stays inside [cutoff, T] and finds the
+first sample and time at which something is not finite. It has two faces:
+
+  - for methods of any equation, a drift and a diffusion of flattened states (batch, n) in the clock's increasing
+    variable r (or of rows (batch · n / k, k) where a k x m noise matrix mixes the components of a coupled state);
+  - for methods that know the perturbation kernel, the kernel itself and the score of states (batch, *event) at
+    times of the SDE, which run from T down to the cutoff, or up when the flow encodes.
+
+Either way states are as the model carries them: centred, in the kernel's basis.
 """
 
 from __future__ import annotations
@@ -11,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.errors import MaxStepsError, NonFiniteStateError
+from sdeflow.kernel import Kernel
 from sdeflow.noise import NoiseStream
 from sdeflow.solvers.clock import Clock
 
@@ -42,6 +49,10 @@ class Problem:
         row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
         max_calls: the budget of calls of the drift.
         on_call: called at each call of the drift, for a progress bar.
+        kernel: the perturbation kernel where it is Gaussian, else None.
+        event: the shape of one state.
+        score: (u, t) -> ∇ log p_t of states (batch, *event), for t () or (batch,) in float64.
+        on_step: called as (step, t, y) after each step, for trajectories and callbacks.
     """
 
     def __init__(
@@ -59,6 +70,10 @@ class Problem:
         row_norm: Callable[[Tensor], Tensor] | None = None,
         max_calls: int = 10_000,
         on_call: Callable[[], object] | None = None,
+        kernel: Kernel | None = None,
+        event: tuple[int, ...] = (),
+        score: Coefficient | None = None,
+        on_step: Callable[[int, float, Tensor], object] | None = None,
     ) -> None:
         self._drift = drift
         self._diffusion = diffusion
@@ -71,6 +86,9 @@ class Problem:
         self.row_norm = row_norm or (lambda error: error.square().mean(1).sqrt())
         self.max_calls = max_calls
         self.on_call = on_call
+        self.kernel, self.event = kernel, event
+        self._score = score
+        self.on_step = on_step
         self.nfe = 0
         self.eager_checks = False
         self._end = 1.0
@@ -99,6 +117,11 @@ class Problem:
         batch = len(self._bad_since)
         return rows.reshape(batch, -1, self.components).mT.reshape(batch, -1) if self.components else rows
 
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The next standard normal numbers, for states or rows of them: those of a sample are drawn together."""
+        batch = len(self._bad_since)
+        return self.noise.normal((batch, math.prod(shape) // max(batch, 1)), dtype, device).reshape(shape)
+
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
         u = float(r) / self._end
@@ -112,18 +135,9 @@ class Problem:
             return self._last[2]  # torchsde asks for the first drift twice
         rows, y = y, self.from_rows(y)
         t, rate = self.time(r)
-        if self.nfe >= self.max_calls:
-            raise MaxStepsError(
-                f"the budget of {self.max_calls} calls was used up at t = {float(t):.6g}: loosen rtol and atol, take "
-                "fixed steps, or raise max_calls. A score that draws its own randomness never lets an adaptive "
-                "method converge.",
-                t=float(t), nfe=self.nfe, partial=y.detach(),
-            )  # fmt: skip
+        self._require_budget(y, float(t))
         value = self._drift(y, t)
-        self.nfe += 1
-        if self.on_call is not None:
-            self.on_call()
-        self._watch(y, value, float(t))
+        self._count(y, value, float(t))
         value = self.to_rows(value * (-rate if self.backward else rate))
         self._last = (r, rows, value)
         return value
@@ -142,6 +156,47 @@ class Problem:
             return value
         t, rate = self.time(r)
         return value - self.to_rows(rate * self._correction(self.from_rows(y), t).expand_as(self.from_rows(y)))
+
+    # ---------------------------------------------------------------- for methods that know the kernel
+
+    def times(self, steps: int) -> np.ndarray:
+        """The times of a solve in ``steps`` steps, uniform in the clock, from its start to its end, (steps + 1,)."""
+        u = np.linspace(0.0, 1.0, steps + 1)
+        return np.array([self.clock(v)[0] for v in (1.0 - u if self.backward else u)])
+
+    def score(self, u: Tensor, t: Tensor | float) -> Tensor:
+        """∇ log p_t of states (batch, *event), at one time or (batch,); one call."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        last = float(t.max()) if t.ndim else float(t)
+        self._require_budget(u, last)
+        value = self._score(u, t)
+        self._count(u.flatten(1), value.flatten(1), last)
+        return value
+
+    def denoise(self, u: Tensor, t: Tensor | float) -> Tensor:
+        """E[x_0 | u] of states (batch, *event); one call."""
+        alpha, sigma, _ = self.kernel.path(u, torch.as_tensor(t, dtype=torch.float64))
+        return alpha.inverse(u + sigma.gram(self.score(u, t)))
+
+    def observe(self, step: int, t: float, y: Tensor) -> None:
+        """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""
+        if self.on_step is not None:
+            self.on_step(step, t, y)
+
+    def _require_budget(self, y: Tensor, t: float) -> None:
+        if self.nfe >= self.max_calls:
+            raise MaxStepsError(
+                f"the budget of {self.max_calls} calls was used up at t = {t:.6g}: loosen rtol and atol, take "
+                "fixed steps, or raise max_calls. A score that draws its own randomness never lets an adaptive "
+                "method converge.",
+                t=t, nfe=self.nfe, partial=y.detach(),
+            )  # fmt: skip
+
+    def _count(self, y: Tensor, value: Tensor, t: float) -> None:
+        self.nfe += 1
+        if self.on_call is not None:
+            self.on_call()
+        self._watch(y, value, t)
 
     @property
     def last_time(self) -> float:

@@ -37,7 +37,10 @@ class Torchdiffeq:
     method: str = "dopri5"
     scipy: str = "RK45"
 
-    kind = "ode"
+    kinds = ("ode",)
+    needs_kernel = False
+    stochastic = False
+    default_grid = None
     methods = _ADAPTIVE + _FIXED
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import StepUnderflowError
-from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.noise import resolve_seed
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["Torchsde"]
@@ -47,7 +47,10 @@ class Torchsde:
     adaptive: bool = False
     initial_steps: int = 100
 
-    kind = "sde"
+    kinds = ("sde",)
+    needs_kernel = False
+    stochastic = True
+    default_grid = None
     methods = _ITO + _STRATONOVICH
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class Torchsde:
                 entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
             )  # fmt: skip
         else:
-            brownian = _Increments(problem.noise, size, y, _levy_area(self.method))
+            brownian = _Increments(problem, size, y, _levy_area(self.method))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Hitting minimum allowed step size")
             if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
@@ -116,10 +119,10 @@ class _Increments:
     U = h (W / 2 + H), H ~ N(0, h / 12) independent of W. Memory does not grow with the steps.
     """
 
-    def __init__(self, noise: NoiseStream, size: tuple[int, int], like: Tensor, levy_area_approximation: str) -> None:
+    def __init__(self, problem: Problem, size: tuple[int, int], like: Tensor, levy_area_approximation: str) -> None:
         self.levy_area_approximation = levy_area_approximation
         self.shape, self.dtype, self.device = size, like.dtype, like.device
-        self._noise = noise
+        self._problem = problem
         self._step: tuple[float, float] | None = None
 
     def size(self) -> tuple[int, ...]:
@@ -131,12 +134,12 @@ class _Increments:
         if step != self._step:
             h = step[1] - step[0]
             self._step, self._length = step, h
-            self._w = self._noise.normal(self.shape, self.dtype, self.device) * math.sqrt(h)
+            self._w = self._problem.normal(self.shape, self.dtype, self.device) * math.sqrt(h)
             self._h: Tensor | None = None
         out = [self._w]
         if return_U:
             if self._h is None:
-                self._h = self._noise.normal(self.shape, self.dtype, self.device) * math.sqrt(self._length / 12.0)
+                self._h = self._problem.normal(self.shape, self.dtype, self.device) * math.sqrt(self._length / 12.0)
             out.append(self._length * (0.5 * self._w + self._h))
         if return_A:
             out.append(torch.zeros((), dtype=self.dtype, device=self.device))  # diagonal noise commutes
