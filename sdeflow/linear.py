@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Linear"]
+__all__ = ["Factor", "Linear", "add_multiple", "multiplied", "rows"]
 
 
 class Linear:
@@ -88,3 +88,31 @@ class Linear:
         lead = entries.shape[: max(0, entries.ndim - len(sides))]
         full = entries.expand(*lead, *sides) if sides else entries
         return full.flatten(len(lead)).sum(-1) if sides else full
+
+
+Factor = float | Tensor | Linear
+"""A linear map at one time, as cheap as it can be: a number, numbers for each coordinate, or matrices."""
+
+
+def rows(of_times: Linear, like: Tensor) -> list[Factor]:
+    """The maps at each of n times, ready for states like ``like`` (batch, *event), from ``values`` (n, ...)."""
+    values = of_times.values.detach()
+    if of_times.coupled:
+        values = values.to(dtype=like.dtype, device=like.device)
+        k = values.shape[-1]
+        return [Linear(v.reshape(k, k) if v.numel() == k * k else v[None], True) for v in values]
+    if values.numel() == len(values):
+        return values.reshape(-1).tolist()
+    return list(values.to(dtype=like.dtype, device=like.device))
+
+
+def multiplied(factor: Factor, x: Tensor) -> Tensor:
+    """A map applied to states (batch, *event)."""
+    return factor(x) if isinstance(factor, Linear) else x * factor
+
+
+def add_multiple(total: Tensor, factor: Factor, x: Tensor) -> Tensor:
+    """``total`` plus a map applied to ``x``, in place."""
+    if isinstance(factor, float):
+        return total.add_(x, alpha=factor)
+    return total.add_(factor(x)) if isinstance(factor, Linear) else total.addcmul_(factor, x)

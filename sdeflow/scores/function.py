@@ -1,0 +1,165 @@
+"""What every score is: a function of (x, t) bound to a declared SDE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdeflow.errors import DataError, NotAffineError, ScoreError
+from sdeflow.kernel import Kernel, Path
+from sdeflow.linear import Linear, rows
+from sdeflow.parameters import Values
+from sdeflow.scores.readout import GridScore, Readout
+from sdeflow.symbolic.declaration import Declaration
+
+__all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "as_score"]
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class DeclaredSDE(Protocol):
+    """What a score needs of an SDE: its declaration, and its kernel where there is one."""
+
+    declaration: Declaration
+    values: Values
+
+    @property
+    def kernel(self) -> Kernel: ...
+
+
+class ScoreFunction(nn.Module):
+    """A score of a declared SDE: ``score(x, t)`` -> ∇ log p_t(x). Abstract; see its subclasses.
+
+    Attributes:
+        declaration: the SDE it belongs to.
+        kernel: its perturbation kernel, or None where the SDE has none.
+    """
+
+    def __init__(self, sde: DeclaredSDE) -> None:
+        super().__init__()
+        self.declaration = sde.declaration
+        self.schedule = nn.ParameterDict(sde.values.learned)  # so that score.parameters() holds a learned schedule
+        self.values = sde.values
+        self.basis = getattr(sde, "basis", None)
+        try:
+            self.kernel = sde.kernel
+        except NotAffineError:
+            self.kernel = None
+
+    @property
+    def gaussian(self) -> Kernel | None:
+        """The kernel, where it is Gaussian."""
+        return self.kernel if isinstance(self.kernel, Kernel) else None
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """∇ log p_t(x), shaped as x, for x (batch, *event) and t a number, () or (batch,)."""
+        raise TypeError(f"{type(self).__name__} does not define forward(x, t)")
+
+    def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """E[eps | x_t] = -sigmaᵀ s, shaped as x."""
+        kernel, path = self._path(x, t)
+        return kernel.from_basis(-path.sigma.T(kernel.to_basis(self(x, t))))
+
+    def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """E[x_0 | x_t] = alpha⁻¹ (x - offset + sigma sigmaᵀ s) (Tweedie), shaped as x."""
+        kernel, path = self._path(x, t)
+        centred = kernel.to_basis(x) - path.offset.to(x.dtype)
+        return kernel.from_basis(path.alpha.inverse(centred + path.sigma.gram(kernel.to_basis(self(x, t)))))
+
+    def data_moments(self) -> tuple[Tensor, Tensor] | None:
+        """The data's mean and standard deviation (each () or *event) where they are known, else None."""
+        return None
+
+    def same_sde(self, sde: DeclaredSDE) -> bool:
+        """Whether this score belongs to that SDE: declaration, values of the parameters and basis."""
+        return (self.declaration, self.values, self.basis) == (sde.declaration, sde.values, getattr(sde, "basis", None))
+
+    def readout(self, path: Path, like: Tensor, time: Tensor) -> Readout:
+        """How eps follows from what is called: here from the score, eps = -sigmaᵀ s."""
+        return Readout(path.sigma.T.scaled(-1.0))
+
+    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
+        """The score at fixed ``times`` (n,), for solver states like ``like`` (batch, *event), called in ``dtype``."""
+        kernel = self.gaussian
+        path = kernel.path(like, times)
+        offset = rows(Linear(path.offset), like) if kernel.has_offset else None
+
+        def call(i: int, u: Tensor) -> Tensor:
+            x = kernel.from_basis(u if offset is None else u + offset[i]).to(dtype)
+            return kernel.to_basis(self(x, times[i])).to(u.dtype)
+
+        return GridScore(ScoreFunction.readout(self, path, like, times), call)
+
+    def _path(self, x: Tensor, t: Tensor | float) -> tuple[Kernel, Path]:
+        """The Gaussian kernel, and its alpha, sigma and offset ready for x."""
+        self._require_kernel("noise and denoise")
+        return self.gaussian, self.gaussian.path(x, as_time(x, t))
+
+    def _require_kernel(self, purpose: str) -> None:
+        if self.gaussian is None:
+            self.declaration.require_affine(purpose)
+
+
+class CallableScore(ScoreFunction):
+    """Any function (x, t) -> ∇ log p_t(x) as a score. It sees x (batch, *event) and t (batch,)."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], sde: DeclaredSDE) -> None:
+        super().__init__(sde)
+        self.function = function
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        time = as_time(x, t)
+        if self.gaussian is not None:
+            self.gaussian.require_times(time)
+        return checked(self.function(x.clone(), network_time(time, x)), x, "the score")
+
+
+def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: DeclaredSDE) -> ScoreFunction:
+    """``score`` as a score of ``sde``.
+
+    Raises:
+        ScoreError: if it is not callable.
+        ValueError: if it belongs to another declaration.
+    """
+    if isinstance(score, ScoreFunction):
+        if not score.same_sde(sde):
+            raise ValueError(
+                f"this score belongs to another SDE, dx = ({score.declaration.f}) dt + ({score.declaration.g}) dw with "
+                f"T = {score.declaration.T:g}, than dx = ({sde.declaration.f}) dt + ({sde.declaration.g}) dw with "
+                f"T = {sde.declaration.T:g}."
+            )
+        return score
+    if not callable(score):
+        raise ScoreError(f"a score must be callable as score(x, t), not {score!r}.")
+    return CallableScore(score, sde)
+
+
+def as_time(x: Tensor, t: Tensor | float) -> Tensor:
+    """t as float64, () or (batch,)."""
+    if isinstance(t, Tensor) and t.ndim == 0 and t.dtype == torch.float64:
+        return t  # as solvers give it
+    t = torch.as_tensor(t, dtype=torch.float64)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
+        raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
+    return t.to(x.device) if t.ndim else t
+
+
+def network_time(t: Tensor, x: Tensor) -> Tensor:
+    """t as a network gets it: a tensor of its own, (batch,), in the dtype of x (float32 under half precision)."""
+    dtype = torch.float32 if x.dtype in _LOW_PRECISION else x.dtype
+    return t.to(device=x.device, dtype=dtype).expand(len(x)).clone()
+
+
+def checked(output: object, x: Tensor, who: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ScoreError(f"{who} must return a tensor, not {type(output).__name__}.")
+    if output.shape != x.shape:
+        raise ScoreError(f"{who} returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}.")
+    if output.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ScoreError(f"{who} returned {output.dtype} for a state of {x.dtype}.")
+    if output.device != x.device:
+        raise ScoreError(f"{who} returned a tensor on {output.device} for a state on {x.device}.")
+    return output.to(x.dtype)

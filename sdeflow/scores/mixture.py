@@ -1,0 +1,177 @@
+"""The exact score of a mixture of Gaussians: the truth for tests and teaching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError, ScheduleError
+from sdeflow.noise import NoiseStream
+from sdeflow.scores.function import DeclaredSDE, ScoreFunction
+
+__all__ = ["GaussianMixture"]
+
+
+class GaussianMixture(ScoreFunction):
+    r"""The exact score of data from a mixture of Gaussians, diffused by any affine SDE: the truth for tests.
+
+    p_t(x) = Σ_k w_k N(x; alpha m_k + offset, alpha C_k alphaᵀ + sigma sigmaᵀ). In float64, whatever the state's dtype.
+
+    Args:
+        sde: the SDE.
+        means: (n, *event); of a coupled state (n, k, *event), or (n, *event) where one component is data and the
+            others start as noise. What has k along the first of several sides of an event is taken as whole states.
+        covariances: variances (n,) for isotropic components, shaped as ``means`` for diagonal ones, and with
+            ``full=True`` matrices (n, d, d) over the flattened event; not negative.
+        weights: (n,), positive, normalised here; equal by default.
+        full: whether ``covariances`` are matrices.
+    """
+
+    def __init__(
+        self,
+        sde: DeclaredSDE,
+        means: Tensor,
+        covariances: Tensor,
+        weights: Tensor | None = None,
+        full: bool = False,
+    ) -> None:
+        super().__init__(sde)
+        self._require_kernel("the exact score of a diffused mixture")
+        means, covariances = (torch.as_tensor(v, dtype=torch.float64) for v in (means, covariances))
+        if means.ndim < 2:
+            raise DataError(f"means must be of shape (n, *event), not {tuple(means.shape)}.")
+        n, d = len(means), means[0].numel()
+        allowed = {(n, d, d)} if full else {(n,), tuple(means.shape)}
+        if tuple(covariances.shape) not in allowed:
+            wanted = " or ".join(map(str, sorted(allowed)))
+            raise DataError(f"covariances must be of shape {wanted}, not {tuple(covariances.shape)}.")
+        weights = torch.ones(n) if weights is None else torch.as_tensor(weights)
+        if weights.shape != (n,) or not bool((weights > 0).all()):
+            raise DataError(f"weights must be {n} positive numbers, not {weights}.")
+        weights = weights.to(torch.float64) / weights.to(torch.float64).sum()
+        if full:
+            variances, rotations = torch.linalg.eigh(0.5 * (covariances + covariances.mT))
+            marginal = covariances.diagonal(dim1=1, dim2=2)
+        else:
+            variances = covariances.flatten(1) if covariances.ndim > 1 else covariances[:, None].expand(n, d)
+            rotations, marginal = None, variances
+        if not bool((variances >= -1e-12).all()):
+            raise DataError("covariances must not be negative.")
+        variances, marginal = variances.clamp_min(0), marginal.clamp_min(0)
+        isotropic = not full and covariances.ndim == 1
+        self._dense = self.kernel.coupled or not (self.kernel.basis is None or isotropic)
+        self._dense |= bool(full and self.kernel.values.shape)
+        if self._dense:  # a square root of each component's covariance, over the whole state
+            root = torch.diag_embed(variances.sqrt()) if rotations is None else rotations * variances.sqrt()[:, None]
+            means, root, marginal = self._lifted(means, root, marginal)
+            rotations, variances = root, marginal
+        self.event = tuple(means.shape[1:])
+        flat = means.flatten(1)
+        mean = (weights[:, None] * flat).sum(0)
+        std = ((weights[:, None] * (marginal + flat.square())).sum(0) - mean.square()).clamp_min(0).sqrt()
+        for name, value in (
+            ("means", flat), ("variances", variances), ("rotations", rotations), ("weights", weights),
+            ("data_mean", mean.reshape(self.event)), ("data_std", std.reshape(self.event)),
+        ):  # fmt: skip
+            self.register_buffer(name, value)
+
+    def _lifted(self, means: Tensor, root: Tensor, marginal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and square roots of covariances over the whole state, the auxiliary components at zero."""
+        kernel = self.kernel
+        joint = means.ndim > 2 and means.shape[1] == kernel.components
+        if joint or not kernel.declaration.auxiliary:
+            kernel.require_event(tuple(means.shape[1:]))
+            return means, root, marginal
+        states = kernel.lift(means, noisy=False)
+        kernel.require_event(tuple(states.shape[1:]))
+        n, d = len(means), means[0].numel()
+        columns = root.mT.reshape(n * d, *means.shape[1:])
+        root = kernel.lift(columns, noisy=False).reshape(n, d, -1).mT
+        return states, root, kernel.lift(marginal.reshape(means.shape), noisy=False).flatten(1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GaussianMixture:
+        """Moves to a device, but stays in float64: this is the truth."""
+        return super()._apply(lambda v: v.to(fn(torch.empty(0, device=v.device)).device), recurse)
+
+    def data_moments(self) -> tuple[Tensor, Tensor] | None:
+        return self.data_mean, self.data_std
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        log_joint, gradient = self._components(x, t)
+        responsibility = torch.softmax(log_joint, dim=1)
+        total = (responsibility[..., None] * gradient).sum(1).reshape(x.shape)
+        return self.kernel.from_basis(total).to(x.dtype)
+
+    def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
+        """log p_t(x) in nats, (batch,) in float64; t = 0 is the data's own density."""
+        return torch.logsumexp(self._components(x, t)[0], dim=1)
+
+    def sample(self, n: int, seed: int | torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Samples of the data, (n, *event); the auxiliary components of a coupled state are zero (see ``sde.lift``)."""
+        stream = NoiseStream(seed, "mixture")
+        cumulative = self.weights.cumsum(0)[:-1].cpu()
+        k = torch.searchsorted(cumulative, stream.uniform((n,), torch.float64))
+        if self._dense:
+            root = self.rotations.cpu()
+            deviation = torch.einsum("bde,be->bd", root[k], stream.normal((n, root.shape[-1]), torch.float64))
+        else:
+            deviation = stream.normal((n, self.means.shape[1]), torch.float64) * self.variances.cpu()[k].sqrt()
+            if self.rotations is not None:
+                deviation = torch.einsum("be,bde->bd", deviation, self.rotations.cpu()[k])
+        return (self.means.cpu()[k] + deviation).reshape(n, *self.event).to(dtype or torch.get_default_dtype())
+
+    def _components(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """log w_k N_k (batch, n), and each component's gradient (batch, n, d), in the kernel's basis."""
+        if tuple(x.shape[1:]) != self.event:
+            raise DataError(f"x must be of shape (batch, {', '.join(map(str, self.event))}), not {tuple(x.shape)}.")
+        time = self.kernel.times_for(x, t)
+        if self._dense:
+            return self._dense_components(x.to(torch.float64), time)
+        kernel = self.kernel
+        path = kernel.path(x, time)
+        alpha, sigma, offset = (self._per_coordinate(c, x) for c in (path.alpha.values, path.sigma.values, path.offset))
+        means = kernel.to_basis(self.means.reshape(-1, *self.event)).flatten(1)
+        deviation = kernel.to_basis(x.to(torch.float64)).flatten(1)[:, None] - alpha * means - offset
+        if self.rotations is not None:
+            deviation = torch.einsum("bnd,nde->bne", deviation, self.rotations)
+        variance = alpha.square() * self.variances + sigma.square()
+        if variance.device.type == "cpu" and not bool((variance > 0).all()):
+            raise ScheduleError("a component of zero covariance has no density and no score at sigma = 0 (t = 0).")
+        log_normal = -0.5 * (deviation.square() / variance + torch.log(2.0 * math.pi * variance)).sum(-1)
+        gradient = -deviation / variance
+        if self.rotations is not None:
+            gradient = torch.einsum("bne,nde->bnd", gradient, self.rotations)
+        return log_normal + self.weights.log(), gradient
+
+    def _per_coordinate(self, coefficient: Tensor, x: Tensor) -> Tensor:
+        """A coefficient of states like ``x`` as (batch or 1, 1, d or 1)."""
+        if not self.kernel.values.shape:
+            return coefficient.reshape(-1, 1, 1)
+        batch = len(coefficient) if coefficient.ndim == x.ndim else 1
+        return coefficient.expand(batch, *self.event).flatten(1)[:, None]
+
+    def _dense_components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`_components`, by d x d covariances; times that differ are taken one by one."""
+        if t.ndim and len(t) and not bool((t == t[0]).all()):
+            parts = [self._dense_components(x[i : i + 1], time) for i, time in enumerate(t)]
+            return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        kernel, d = self.kernel, self.means.shape[1]
+        n, rank = len(self.means), self.rotations.shape[-1]
+        path = kernel.path(x, t.reshape(-1)[0] if t.numel() else t.new_tensor(kernel.T))
+        columns = self.rotations.mT.reshape(n * rank, *self.event)
+        spread = path.alpha(kernel.to_basis(columns)).reshape(n, rank, d).mT
+        noise = path.sigma(torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, *self.event)).reshape(d, d).mT
+        means = (path.alpha(kernel.to_basis(self.means.reshape(n, *self.event))) + path.offset).flatten(1)
+        factor, failed = torch.linalg.cholesky_ex(spread @ spread.mT + noise @ noise.mT)
+        if bool((failed != 0).any()):
+            raise ScheduleError("a component of zero covariance has no density and no score at sigma = 0 (t = 0).")
+        deviation = kernel.to_basis(x).flatten(1)[:, None] - means
+        whitened = torch.linalg.solve_triangular(factor, deviation.movedim(0, -1), upper=False)  # (n, d, batch)
+        gradient = -torch.linalg.solve_triangular(factor.mT, whitened, upper=True).movedim(-1, 0)
+        log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_normal = -0.5 * whitened.square().sum(1).mT - log_det - 0.5 * d * math.log(2.0 * math.pi)
+        return log_normal + self.weights.log(), gradient

@@ -1,0 +1,261 @@
+"""A network bound to an SDE as its score, in every parametrisation; see :mod:`sdeflow.scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError, ScoreError
+from sdeflow.kernel import Path
+from sdeflow.linear import Linear, multiplied, rows
+from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time
+from sdeflow.scores.readout import GridScore, Readout
+
+__all__ = ["PREDICTIONS", "Conditional", "Score"]
+
+PREDICTIONS = ("score", "noise", "data", "v", "velocity", "edm")
+
+
+class Score(ScoreFunction):
+    """A network bound to an SDE as its score.
+
+    Args:
+        net: called as ``net(x, time)`` or ``net(x, time, y)``, with x (batch, *event), time (batch,) and
+            labels y (batch,); returns a tensor shaped as x.
+        sde: the declaration it belongs to (an ``SDE``).
+        predicts: what the network's output means; see the table above.
+        data_mean: the data's mean, a number or a tensor that broadcasts to an event. ``fit`` measures
+            it, and data_std, where they are None.
+        data_std: the data's standard deviation, likewise; with a basis, of the coefficients.
+        time: what the network gets as its time: "log_snr" (log alpha²/sigma²), "t", or a function of t.
+
+    Raises:
+        ScoreError: at a call, where the network returns something else than a tensor like x.
+        ValueError: for an unknown ``predicts`` or ``time``.
+        NotAffineError: where ``predicts`` or ``time`` needs a kernel that the SDE does not have.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: DeclaredSDE,
+        predicts: str = "edm",
+        data_mean: Tensor | float | None = None,
+        data_std: Tensor | float | None = None,
+        time: str | Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(sde)
+        if not callable(net):
+            raise ScoreError(f"net must be callable as net(x, time), not {net!r}.")
+        if predicts not in PREDICTIONS:
+            raise ValueError(f"predicts must be one of {', '.join(PREDICTIONS)}, not {predicts!r}.")
+        if time is None:
+            time = "t" if self.gaussian is None else "log_snr"
+        if not callable(time) and time not in ("log_snr", "t"):
+            raise ValueError(f'time must be "log_snr", "t" or a function of t, not {time!r}.')
+        if predicts != "score":
+            self._require_kernel(f"predicts={predicts!r}")
+        if time == "log_snr":
+            self._require_kernel('time="log_snr"')
+        self.net = net
+        self.predicts = predicts
+        self.time = time
+        self.register_buffer("data_mean", _exact_tensor(0.0 if data_mean is None else data_mean))
+        self.register_buffer("data_std", _exact_tensor(1.0 if data_std is None else data_std))
+        if self.declaration.coupled and self.gaussian is not None:
+            for name in ("data_mean", "data_std"):
+                moment = getattr(self, name)
+                setattr(self, name, self.gaussian.of_state(moment) if moment.ndim else moment)
+        self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
+        coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
+        positive = bool(
+            (self.data_std >= 0).all() & (self.data_std > 0).any() if coupled else (self.data_std > 0).all()
+        )
+        if not positive or not bool(torch.isfinite(self.data_std).all()):
+            raise ValueError(f"data_std must be positive and finite, not {data_std}.")
+        if self.declaration.coupled and predicts == "v":
+            raise ValueError('predicts="v" is of elementwise SDEs; a coupled one takes the others.')
+        if predicts == "velocity" and self.declaration.gram.det() == 0:
+            raise ValueError('predicts="velocity": g gᵀ is singular, so the flow does not determine the score.')
+
+    def set_data_moments(self, mean: Tensor | float, std: Tensor | float) -> None:
+        """Declares the data's mean and standard deviation, as measured."""
+        self.data_mean = torch.as_tensor(mean, dtype=self.data_mean.dtype, device=self.data_mean.device)
+        self.data_std = torch.as_tensor(std, dtype=self.data_std.dtype, device=self.data_std.device)
+        self.moments_known = torch.ones_like(self.moments_known)
+
+    def data_moments(self) -> tuple[Tensor, Tensor] | None:
+        return (self.data_mean, self.data_std) if bool(self.moments_known) else None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Score:
+        """Moves and casts the network; the data's moments move, but keep their digits."""
+        mean, std = self.data_mean, self.data_std
+        super()._apply(fn, recurse)
+        self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Takes the moments' shapes from what is loaded: numbers, or one per coordinate."""
+        for name in ("data_mean", "data_std"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+        """∇ log p_t(x), shaped as x; with labels ``y`` (batch,), the score of x given y."""
+        if self.predicts == "score":
+            return self._network(x, self._checked_time(x, t), y)
+        eps, path = self._noise(x, t, y)
+        return self.kernel.from_basis(-path.sigma.T.inverse(eps))
+
+    def noise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+        """E[eps | x_t], shaped as x."""
+        return self.kernel.from_basis(self._noise(x, t, y)[0]) if self.gaussian else super().noise(x, t)
+
+    def denoise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t], shaped as x."""
+        if self.predicts == "data":
+            return self._network(x, self._checked_time(x, t), y)
+        eps, path = self._noise(x, t, y)
+        kernel = self.kernel
+        centred = kernel.to_basis(x) - path.offset.to(x.dtype)
+        return kernel.from_basis(path.alpha.inverse(centred - path.sigma(eps)))
+
+    def given(self, y: Tensor | int) -> Conditional:
+        """The score of x given the labels ``y``, (batch,) or one for all; itself a score."""
+        return Conditional(self, y)
+
+    def readout(self, path: Path, like: Tensor, time: Tensor) -> Readout:
+        """How eps follows from the network's output at ``time``: the one place where it is interpreted."""
+        alpha, sigma, offset = path
+        if self.predicts == "noise":
+            return Readout(None)
+        if self.predicts == "score":
+            return super().readout(path, like, time)
+        if self.predicts == "data":
+            inverse = sigma.inverse
+            return Readout((inverse @ alpha).scaled(-1.0), inverse)
+        if self.predicts == "v":
+            total = 1.0 / (alpha.values.square() + sigma.values.square())
+            return Readout(alpha.scaled(total), sigma.scaled(total))
+        if self.predicts == "velocity":
+            a, b, q = self.kernel.equation(like, time)
+            output = (sigma.T @ q.inverse).scaled(2.0)
+            state = output @ a
+            level = output(b + a(offset)) if self.kernel.has_offset else None
+            return Readout(output, state.scaled(-1.0), None if level is None else -level)
+        return self._preconditioning(path, like)
+
+    def _preconditioning(self, path: Path, like: Tensor) -> Readout:
+        """ "edm": the network sees a whitened state and adds what Gaussian data would leave over."""
+        kernel = self.gaussian
+        mean = kernel.data_level(self.data_mean, like)
+        M = path.sigma.inverse @ path.alpha @ kernel.scale(self.data_std, like)
+        K = M.root_of_one_plus_gram
+        L = M.T.root_of_one_plus_gram if M.coupled else K
+        whitening = (path.sigma @ K).inverse
+        shift = None if mean is None else path.alpha(mean)
+        return Readout((M @ L.T.inverse).scaled(-1.0), K.T.inverse @ whitening, None, shift, whitening)
+
+    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype, y: Tensor | None = None) -> GridScore:
+        kernel = self.gaussian
+        path = kernel.path(like, times)
+        readout = self.readout(path, like, times)
+        clock = self._times_of(times)
+        offset = rows(Linear(path.offset), like) if kernel.has_offset else None
+        entry = None if readout.input is None else rows(readout.input, like)
+        shift = None if readout.shift is None else rows(Linear(readout.shift), like)
+
+        def call(i: int, u: Tensor) -> Tensor:
+            if entry is not None:
+                seen = multiplied(entry[i], u if shift is None else u - shift[i])
+            else:
+                seen = u if offset is None else u + offset[i]
+            seen = kernel.from_basis(seen).to(dtype)
+            return kernel.to_basis(self._called(seen, network_time(clock[i], seen), y, seen is u)).to(u.dtype)
+
+        return GridScore(readout, call)
+
+    def _noise(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Path]:
+        """E[eps | x_t] in the kernel's basis, and the path."""
+        self._require_kernel("the conversion of a score")
+        kernel, time = self.gaussian, self._checked_time(x, t)
+        path = kernel.path(x, time)
+        readout = self.readout(path, x, time)
+        centred, seen = None, x
+        if readout.state is not None:
+            centred = kernel.to_basis(x)
+            centred = centred - path.offset.to(x.dtype) if kernel.has_offset else centred
+        if readout.input is not None:
+            seen = kernel.from_basis(readout.input(readout.shifted(centred)))
+        output = self._called(seen, network_time(self._times_of(time), x), y, seen is x)
+        return readout.noise(kernel.to_basis(output), centred), path
+
+    def _checked_time(self, x: Tensor, t: Tensor | float) -> Tensor:
+        time = as_time(x, t)
+        if self.gaussian is not None:
+            self.gaussian.require_times(time)
+        return time
+
+    def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The network's output for the state itself."""
+        return self._called(x, network_time(self._times_of(t), x), y, True)
+
+    def _times_of(self, t: Tensor) -> Tensor:
+        """The time in the variable that the network knows, shaped as t."""
+        if self.time == "log_snr":
+            return 2.0 * self.gaussian.half_log_snr(t)
+        return t if self.time == "t" else torch.as_tensor(self.time(t), device=t.device)
+
+    def _called(self, x: Tensor, time: Tensor, y: Tensor | None, copy: bool) -> Tensor:
+        """The network's output, checked. It sees components as channels, and a copy where others need ``x``."""
+        folded = x.flatten(1, 2) if self.declaration.coupled and x.ndim > 2 else x
+        folded = folded.clone() if copy and folded.data_ptr() == x.data_ptr() else folded
+        output = self.net(folded, time) if y is None else self.net(folded, time, y)
+        return checked(output, folded, "the network").reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        """predicts, time and the data's scale."""
+        return f"predicts={self.predicts!r}, time={self.time!r}, data_std={self.data_std.mean():.4g}"
+
+
+class Conditional(ScoreFunction):
+    """A class-conditional score with its labels fixed: a score like any other.
+
+    Args:
+        score: a :class:`Score` whose network takes labels.
+        y: labels, (batch,) for a batch of that size, or one integer for every sample.
+    """
+
+    def __init__(self, score: Score, y: Tensor | int) -> None:
+        super().__init__(score)
+        self.score = score
+        self.register_buffer("y", torch.as_tensor(y))
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        return self.score(x, t, self._labels(x))
+
+    def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        return self.score.noise(x, t, self._labels(x))
+
+    def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        return self.score.denoise(x, t, self._labels(x))
+
+    def data_moments(self) -> tuple[Tensor, Tensor] | None:
+        return self.score.data_moments()
+
+    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
+        return self.score.on_grid(times, like, dtype, self._labels(like))
+
+    def _labels(self, x: Tensor) -> Tensor:
+        if self.y.ndim and len(self.y) != len(x):
+            raise DataError(f"{len(self.y)} labels were given for a batch of {len(x)}.")
+        return self.y.to(x.device).expand(len(x))
+
+
+def _exact_tensor(value: Tensor | float) -> Tensor:
+    """``value`` in float64; a number keeps all its digits."""
+    return torch.as_tensor(value, dtype=torch.float64)
