@@ -109,7 +109,7 @@ def log_prob(
         ValueError: for options that make no sense.
         SolverError: for a solve that did not end well; never a number then.
     """
-    plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
+    plan = make_plan("likelihood", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
     model.require_dtype(x)
     vectors = _probes(x, trace, probes, probe, seed)
     clock = model.clock(grid)

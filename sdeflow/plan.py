@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from sdeflow.solvers import Solver, Torchdiffeq, Torchsde, resolve
+from sdeflow.solvers import Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "default_solver", "make_plan"]
 
 _DEFAULT_SDE_STEPS = 500
 
@@ -22,12 +23,34 @@ class Plan:
 
     def __init__(self, solver: Solver, steps: int | None, rtol: float, atol: float, max_calls: int) -> None:
         self.solver, self.steps, self.rtol, self.atol, self.max_calls = solver, steps, rtol, atol, max_calls
-        self.expected_calls = None if steps is None else steps * solver.calls_per_step
+        self.expected_calls = None if steps is None else _calls(solver, steps)
 
     def looser(self) -> Plan:
         """The same with half the steps, or ten times the tolerance: for an error estimate."""
         steps = None if self.steps is None else max(1, self.steps // 2)
         return Plan(self.solver, steps, 10 * self.rtol, 10 * self.atol, self.max_calls)
+
+
+def default_solver(kind: str, steps: int | None, with_kernel: bool) -> Solver:
+    """What solves an equation where no solver is named: the fewest calls for an accuracy, as measured.
+
+    Args:
+        kind: "sde", "ode", or "likelihood": the flow with its divergence.
+        steps: calls of the score, or None for an adaptive solve.
+        with_kernel: whether the SDE has a Gaussian kernel.
+    """
+    if kind == "likelihood" or (kind == "ode" and not with_kernel):
+        return Torchdiffeq("dopri5" if steps is None else "euler" if steps == 1 else "heun2")
+    if kind == "ode":
+        return Torchdiffeq("dopri5") if steps is None else Exponential(*_by_calls(steps))
+    return Exponential(2, corrector=False, eta=1.0) if with_kernel else Torchsde("euler")
+
+
+def _by_calls(calls: int) -> tuple[int, str, bool]:
+    """Order, prediction and corrector for a number of calls (benchmarks/solvers.py)."""
+    if calls <= 6:
+        return 2, "reference", False
+    return (2 if calls < 18 else 3 if calls < 40 else 4), "reference", True
 
 
 def make_plan(
@@ -38,11 +61,21 @@ def make_plan(
     atol: float | None,
     max_calls: int | None,
     dtype: torch.dtype,
+    grid: Grid = None,
+    with_kernel: bool = True,
 ) -> Plan:
-    """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``, "sde" or "ode".
+    """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``.
 
-    Without a solver: an ODE is solved by dopri5 to rtol = atol = 1e-5, or with ``steps`` calls by Heun's
-    method (two calls a step); an SDE by Euler-Maruyama in ``steps`` steps, 500 by default.
+    Without a solver, ``steps`` counts calls of the score. See :func:`default_solver`; without steps a flow is solved by
+    dopri5 to rtol = atol = 1e-5, and an SDE in 500 steps.
+
+    Args:
+        kind: "sde", "ode" or "likelihood".
+        solver: a name, an object, or None.
+        steps, rtol, atol, max_calls: as given.
+        dtype: of the state.
+        grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
+        with_kernel: whether the SDE has a Gaussian kernel.
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
@@ -51,21 +84,29 @@ def make_plan(
         raise ValueError(f"steps must be a positive integer, not {steps!r}.")
     if max_calls is not None and (isinstance(max_calls, bool) or not isinstance(max_calls, int) or max_calls < 1):
         raise ValueError(f"max_calls must be a positive integer, not {max_calls!r}.")
-    if solver is None and kind == "sde" and rtol is None and atol is None:
-        chosen, steps = Torchsde("euler"), steps or _DEFAULT_SDE_STEPS
-    elif solver is None and kind == "ode" and steps is not None:
-        chosen = Torchdiffeq("euler" if steps == 1 else "heun2")
-        steps = max(1, steps // 2)
+    equation = "sde" if kind == "sde" else "ode"
+    tolerances = rtol is not None or atol is not None
+    if steps is None and isinstance(grid, Tensor) and not tolerances and grid.numel() > 1:
+        if solver is None or not resolve(solver, equation).adaptive:
+            steps = grid.numel() - 1
+    if solver is None:
+        if kind == "sde" and tolerances:
+            chosen = Torchsde("euler")
+        else:
+            chosen = default_solver(kind, steps, with_kernel)
+            steps = _DEFAULT_SDE_STEPS if kind == "sde" and steps is None else steps
+            steps = steps if steps is None or chosen.adaptive else max(1, steps // chosen.calls_per_step)
     else:
-        chosen = resolve(solver or ("euler" if kind == "sde" else "dopri5"), kind)
-    if isinstance(chosen, Torchsde) and steps is None and (rtol is not None or atol is not None):
+        chosen = resolve(solver, equation)
+    _require_fit(chosen, kind, equation, with_kernel)
+    if isinstance(chosen, Torchsde) and steps is None and tolerances:
         chosen = Torchsde(chosen.method, adaptive=True)
     if chosen.adaptive and steps is not None:
         raise ValueError(f"{chosen} chooses its own steps: give rtol= and atol= instead of steps={steps}.")
     if not chosen.adaptive and steps is None:
         hint = ", or rtol= and atol= for adaptive ones" if kind == "sde" else ""
         raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
-    if not chosen.adaptive and "adams" not in chosen.method and (rtol is not None or atol is not None):
+    if not chosen.adaptive and "adams" not in getattr(chosen, "method", "") and tolerances:
         raise ValueError(f"{chosen} takes fixed steps, to which rtol and atol mean nothing.")
     rtol, atol = (_tolerance(v, n, dtype) for v, n in ((rtol, "rtol"), (atol, "atol")))
     plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000)
@@ -74,6 +115,21 @@ def make_plan(
             raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")
         plan.max_calls = 2 * plan.expected_calls + 10
     return plan
+
+
+def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) -> None:
+    if kind == "likelihood" and not isinstance(solver, Torchdiffeq):
+        raise ValueError(f"{solver} does not integrate the divergence; those that do: {', '.join(Torchdiffeq.methods)}.")
+    if solver.needs_kernel and not with_kernel:
+        raise ValueError(
+            f"{solver} needs a Gaussian kernel, which this SDE has not; those that do not: "
+            f"{', '.join(names_for(equation, with_kernel=False))}."
+        )
+
+
+def _calls(solver: Solver, steps: int) -> int:
+    """Calls of the score in a solve with fixed steps."""
+    return solver.calls(steps) if hasattr(solver, "calls") else steps * solver.calls_per_step
 
 
 def _tolerance(value: float | None, name: str, dtype: torch.dtype) -> float:

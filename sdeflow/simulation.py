@@ -159,11 +159,11 @@ def _plan(
     solver: str | Solver | None, steps: int | None, rtol: float | None, atol: float | None, max_calls: int | None,
     dtype: torch.dtype,
 ) -> Plan:  # fmt: skip
-    """As :func:`sdeflow.model.make_plan`, with steps by default."""
+    """As :func:`sdeflow.plan.make_plan`, with steps by default; the kernel's own solvers run backwards alone."""
     chosen = resolve(solver or "euler", "sde")
     if steps is None and rtol is None and atol is None and not chosen.adaptive:
         steps = _STEPS
-    return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype)
+    return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype, with_kernel=False)
 
 
 def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:

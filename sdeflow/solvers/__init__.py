@@ -10,12 +10,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sdeflow.solvers.clock import Clock, make_clock
+from sdeflow.scores import DeclaredSDE
+from sdeflow.solvers import presets
+from sdeflow.solvers.clock import Clock, Grid, make_clock
+from sdeflow.solvers.exponential import Exponential
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.torchdiffeq import Torchdiffeq
 from sdeflow.solvers.torchsde import Torchsde
 
-__all__ = ["Clock", "Problem", "Solver", "Torchdiffeq", "Torchsde", "make_clock", "names_for", "resolve"]
+__all__ = [
+    "Clock", "Exponential", "Grid", "Problem", "Solver", "Torchdiffeq", "Torchsde", "available", "make_clock",
+    "names_for", "presets", "resolve",
+]  # fmt: skip
 
 
 class Solver(Protocol):
@@ -42,15 +48,37 @@ class Solver(Protocol):
         ...
 
 
-_NAMED = {
+_OURS: dict[str, Solver] = {
+    "exponential": Exponential(),
+    "ddim": presets.ddim(),
+    "ddpm": presets.ddpm(),
+    "dpmpp2m": presets.dpmpp2m(),
+    "dpmpp3m": presets.dpmpp3m(),
+    "dpmpp3m_published": presets.dpmpp3m(published=True),
+    "dpmpp_sde": presets.dpmpp_sde(),
+    "unipc": presets.unipc(),
+    "deis": presets.deis(),
+    "sa_solver": presets.sa_solver(),
+    "er_sde": presets.er_sde(),
+}
+_NAMED: dict[str, dict[str, Solver]] = {
     "sde": {name: Torchsde(name) for name in Torchsde.methods},
     "ode": {name: Torchdiffeq(name) for name in Torchdiffeq.methods},
 }
+for _name, _solver in _OURS.items():  # a bare name is ours where both exist
+    for _kind in _solver.kinds:
+        _NAMED[_kind][_name] = _solver
 
 
-def names_for(kind: str) -> tuple[str, ...]:
-    """The names that an equation of this kind, "sde" or "ode", accepts."""
-    return tuple(_NAMED[kind])
+def names_for(kind: str, with_kernel: bool = True) -> tuple[str, ...]:
+    """The names that an equation of this kind, "sde" or "ode", accepts; those of an SDE without a Gaussian kernel."""
+    return tuple(name for name, solver in _NAMED[kind].items() if with_kernel or not solver.needs_kernel)
+
+
+def available(sde: DeclaredSDE) -> dict[str, tuple[str, ...]]:
+    """The names of the solvers that fit an SDE: of its reverse-time SDE ("sde") and its probability flow ("ode")."""
+    kernel = None if sde.declaration.affine is None else sde.kernel
+    return {kind: names_for(kind, kernel is not None) for kind in _NAMED}
 
 
 def resolve(solver: str | Solver, kind: str) -> Solver:

@@ -23,6 +23,7 @@ from torch import Tensor
 from sdeflow.errors import MaxStepsError, NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.noise import NoiseStream
+from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
 
 __all__ = ["Problem"]
@@ -52,6 +53,8 @@ class Problem:
         kernel: the perturbation kernel where it is Gaussian, else None.
         event: the shape of one state.
         score: (u, t) -> ∇ log p_t of states (batch, *event), for t () or (batch,) in float64.
+        on_grid: (times, like) -> the score on a fixed grid, a :class:`~sdeflow.scores.GridScore`.
+        mean, scale: the data's mean and standard deviation where they are known, else 0 and 1: a reference, no more.
         on_step: called as (step, t, y) after each step, for trajectories and callbacks.
     """
 
@@ -73,6 +76,9 @@ class Problem:
         kernel: Kernel | None = None,
         event: tuple[int, ...] = (),
         score: Coefficient | None = None,
+        on_grid: Callable[[Tensor, Tensor], GridScore] | None = None,
+        mean: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
         on_step: Callable[[int, float, Tensor], object] | None = None,
     ) -> None:
         self._drift = drift
@@ -87,7 +93,9 @@ class Problem:
         self.max_calls = max_calls
         self.on_call = on_call
         self.kernel, self.event = kernel, event
-        self._score = score
+        self._score, self._on_grid = score, on_grid
+        self.mean = torch.as_tensor(mean, dtype=torch.float64)
+        self.scale = torch.as_tensor(scale, dtype=torch.float64)
         self.on_step = on_step
         self.nfe = 0
         self.eager_checks = False
@@ -177,6 +185,15 @@ class Problem:
         """E[x_0 | u] of states (batch, *event); one call."""
         alpha, sigma, _ = self.kernel.path(u, torch.as_tensor(t, dtype=torch.float64))
         return alpha.inverse(u + sigma.gram(self.score(u, t)))
+
+    def on_grid(self, times: Tensor, like: Tensor) -> GridScore:
+        """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; see :meth:`called`."""
+        self.grid_times = times.tolist()
+        return self._on_grid(times, like)
+
+    def called(self, u: Tensor, value: Tensor, i: int) -> None:
+        """To be called after the score was called at time number ``i`` of :meth:`on_grid`."""
+        self._count(u.flatten(1), value.flatten(1), self.grid_times[i])
 
     def observe(self, step: int, t: float, y: Tensor) -> None:
         """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""

@@ -1,0 +1,353 @@
+r"""Propagators and weights of exponential integrators, derived from the perturbation kernel alone.
+
+The family of reverse equations with one marginal law,
+
+    du = [a u - ½ (1 + eta²) Q s] dt + eta g dw̄,      Q = g gᵀ,   eta = 0: the flow,  eta = 1: the reverse SDE,
+
+is split as s = X F - Y u into a part that is linear in the state and a prediction F that changes slowly:
+
+    u_t = Ψ(t, s) u_s - ½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X F dτ + noise,      dΨ/dt = [a + ½ (1 + eta²) Q Y] Ψ.
+
+The first part is exact. F is replaced by the polynomial through its known values, and what remains are the moments
+
+    M_k = -½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X θ(τ)^k dτ,      θ(s) = 0, θ(t) = 1,
+
+numbers of the grid alone, in float64. Elementwise everything depends on zeta = sigma / alpha and on one function
+rho(zeta), the scale by which the split divides the state, with lambda = -log zeta:
+
+    ============  ===================  ==============================================================
+    prediction    rho                  F = rho (u / sigma · dlog rho / dlog zeta - eps)
+    ============  ===================  ==============================================================
+    "data"        zeta                 E[x_0 | x]                     (DPM-Solver++, UniPC, SA-Solver, ER-SDE)
+    "noise"       1                    -eps                           (DDIM, DPM-Solver, DEIS)
+    "velocity"    1 + zeta             E[x_0 | x] - eps               (straight paths, flow matching)
+    "reference"   √(c² + zeta²)        what Gaussian data N(0, c²) leave over: 0 for such data
+    ============  ===================  ==============================================================
+
+    M_k = alpha_t ∫ (rho_t / rho)^{1 + eta²} (1 + eta²) (zeta / rho) θ^k dlambda,
+    noise variance = alpha_t² ∫ (rho_t / rho)^{2 + 2 eta²} 2 eta² zeta² dlambda.
+
+For coupled states the same holds with matrices, P = sigma sigmaᵀ the kernel's covariance and Φ = alpha:
+
+    "data"        X = P⁻¹ Φ,   Y = P⁻¹                               F = E[u_0 | u]
+    "reference"   X = P⁻¹ Φ,   Y = (Φ C Φᵀ + P)⁻¹
+    "noise"       X = -R⁻ᵀ,    Y = 0,   dR/dt = (a + ½ Q P⁻¹) R, R Rᵀ = P    (gDDIM, arXiv:2206.05564)
+
+Integrals are Gauss-Legendre sums over panels of the half-log-SNR, and the small matrix equations are solved by
+collocation at the same nodes; both to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.kernel import Kernel
+
+__all__ = ["PREDICTIONS", "VARIABLES", "Eta", "Transfer", "derive", "weights"]
+
+Eta = float | np.ndarray | Callable[[np.ndarray], np.ndarray]
+
+_NODES = 20
+_PANEL = 1.5  # of half-log-SNR; the integrands have poles at a distance of π/2
+
+# rho and dlog rho / dlog zeta, as functions of zeta and of the data's scale c.
+_SCALES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "data": (lambda zeta, c: zeta, lambda zeta, c: torch.ones_like(zeta)),
+    "noise": (lambda zeta, c: torch.ones_like(zeta), lambda zeta, c: torch.zeros_like(zeta)),
+    "velocity": (lambda zeta, c: 1 + zeta, lambda zeta, c: zeta / (1 + zeta)),
+    "reference": (
+        lambda zeta, c: torch.sqrt(c.square() + zeta.square()),
+        lambda zeta, c: zeta.square() / (c.square() + zeta.square()),
+    ),
+}
+PREDICTIONS = tuple(_SCALES)
+
+# The variable in which F is taken to be a polynomial, as a function of the half-log-SNR and t.
+VARIABLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "log_snr": lambda half_log_snr, t: half_log_snr,
+    "ratio": lambda half_log_snr, t: np.exp(-half_log_snr),
+    "t": lambda half_log_snr, t: t,
+}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What n steps from ``start`` to ``stop`` need, float64: numbers, tensors like an event, or k x k matrices.
+
+    Attributes:
+        start, stop: the interpolation variable at the ends of each step, (n,).
+        length: alpha ∫ (1 + eta²) dlambda over each step, alpha at its end, (n, *shape); elementwise alone.
+        state: Ψ of each step, (n, *shape).
+        moments: M_k of each step, (n, orders, *shape).
+        noise: a square root of the noise's covariance of each step, (n, *shape); None for the flow.
+        of_state, of_noise: F = of_state u + of_noise eps at each step's start, (n, *shape).
+        alpha: at each step's start and stop, (2, n, *shape).
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    length: Tensor | None
+    state: Tensor
+    moments: Tensor
+    noise: Tensor | None
+    of_state: Tensor
+    of_noise: Tensor
+    alpha: Tensor
+
+
+def derive(
+    kernel: Kernel,
+    start: np.ndarray,
+    stop: np.ndarray,
+    prediction: str,
+    scale: Tensor,
+    eta: Eta = 0.0,
+    orders: int = 4,
+    variable: str = "log_snr",
+) -> Transfer:
+    """The propagators and moments of n steps.
+
+    Args:
+        kernel: the perturbation kernel.
+        start, stop: the times at which each step starts and stops, (n,).
+        prediction: one of ``PREDICTIONS``.
+        scale: the data's standard deviation c, () or one for each coordinate; for "reference".
+        eta: the stochasticity: a number, one for each step, or a function of the half-log-SNR.
+        orders: how many moments.
+        variable: one of ``VARIABLES``, in which F is taken to be a polynomial.
+
+    Raises:
+        ValueError: for a prediction that coupled states do not have.
+    """
+    panels = _Panels(kernel, start, stop, eta, orders, variable)
+    with torch.no_grad():
+        if kernel.coupled:
+            return _derive_coupled(kernel, panels, prediction, scale)
+        return _derive_elementwise(kernel, panels, prediction, scale)
+
+
+def weights(moments: Tensor, nodes: np.ndarray) -> Tensor:
+    """Weights (len(nodes), *shape) of the values of F at ``nodes`` (in θ): ∫ of the polynomial through them.
+
+    Σ_j c_j θ_j^k = M_k for k = 0 .. len(nodes) - 1, for ``moments`` (orders, *shape).
+    """
+    count = len(nodes)
+    vandermonde = torch.as_tensor(np.vander(nodes, count, increasing=True).T)
+    return torch.linalg.solve(vandermonde, moments[:count].reshape(count, -1)).reshape(count, *moments.shape[1:])
+
+
+class _Panels:
+    """Gauss-Legendre nodes in the half-log-SNR over every step.
+
+    Attributes:
+        start, stop: the steps' times (n,), and ``first``, ``last`` the interpolation variable there.
+        lam, t: at the nodes, (n, panels, nodes).
+        width: of each step's panels, signed, (n,).
+        weight: of dlambda at the nodes, (n, panels, nodes).
+        powers: θ^k, (n, orders, panels, nodes).
+        spread: eta² at the nodes.
+        eta: for each step, (n,), or None where it varies within.
+    """
+
+    def __init__(
+        self, kernel: Kernel, start: np.ndarray, stop: np.ndarray, eta: Eta, orders: int, variable: str
+    ) -> None:
+        self.start, self.stop = torch.as_tensor(start), torch.as_tensor(stop)
+        begin, end = (kernel.half_log_snr(t).detach().numpy() for t in (self.start, self.stop))
+        step = end - begin
+        count = max(1, math.ceil(float(np.abs(step).max()) / _PANEL))
+        points, mass, _ = _gauss_legendre(_NODES)
+        inside = (np.arange(count)[:, None] + points) / count  # in [0, 1]
+        lam = begin[:, None, None] + step[:, None, None] * inside
+        needs_times = kernel.coupled or kernel.values.shape or variable == "t"
+        t = kernel.time_of(torch.as_tensor(lam)).numpy() if needs_times else np.zeros_like(lam)
+        psi = VARIABLES[variable]
+        self.first, self.last = psi(begin, np.asarray(start)), psi(end, np.asarray(stop))
+        theta = (psi(lam, t) - self.first[:, None, None]) / (self.last - self.first)[:, None, None]
+        self.lam, self.t = torch.as_tensor(lam), torch.as_tensor(t)
+        self.width = torch.as_tensor(step / count)
+        self.weight = (self.width[:, None, None] * torch.as_tensor(mass)).expand(-1, count, -1)
+        self.powers = torch.as_tensor(np.stack([theta**k for k in range(orders)], axis=1))
+        self.eta = None if callable(eta) else torch.as_tensor(np.broadcast_to(np.float64(eta), step.shape).copy())
+        each = eta(lam) if callable(eta) else np.broadcast_to(self.eta.numpy()[:, None, None], lam.shape)
+        self.spread = torch.as_tensor(np.square(each))
+
+    @property
+    def noiseless(self) -> bool:
+        """Whether eta is 0."""
+        return not bool((self.spread > 0).any())
+
+
+@lru_cache(maxsize=4)
+def _gauss_legendre(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1], and the matrix of ∫_{node i}^1 of the Lagrange polynomials."""
+    points, mass = np.polynomial.legendre.leggauss(count)
+    points, mass = 0.5 * (points + 1.0), 0.5 * mass
+    # ∫_p^1 of each Lagrange polynomial by the same rule, moved to [p, 1]: exact for these degrees.
+    barycentric = np.array([1.0 / np.prod((p - np.delete(points, i)) * 4.0) for i, p in enumerate(points)])
+    onward = np.empty((count, count))
+    for i, p in enumerate(points):
+        moved = p + (1.0 - p) * points
+        terms = barycentric / (moved[:, None] - points)
+        onward[i] = (1.0 - p) * mass @ (terms / terms.sum(1, keepdims=True))
+    return points, mass, onward
+
+
+def _derive_elementwise(kernel: Kernel, panels: _Panels, prediction: str, scale: Tensor) -> Transfer:
+    sides = len(kernel.values.shape)
+    rho_of, slope_of = _SCALES[prediction]
+    (alpha_0, sigma_0, _), (alpha_1, sigma_1, _) = (kernel.coefficients(t) for t in (panels.start, panels.stop))
+    if sides:
+        there, noise, _ = kernel.coefficients(panels.t)
+        zeta = noise / there
+        own = -0.5 * kernel.sde_coefficients(panels.t)[2] / noise.square()  # dlambda/dt of each coordinate
+        speed = own / _sided(kernel.half_log_snr_rate(panels.t), sides)
+    else:
+        zeta, speed = torch.exp(-panels.lam), torch.ones_like(panels.lam)
+    c = scale.to(torch.float64).cpu()
+    extra = max(c.ndim, sides)  # sides of the result behind the step, panel and node
+    alpha_0, sigma_0, alpha_1, sigma_1 = (_padded(v, 1, extra) for v in (alpha_0, sigma_0, alpha_1, sigma_1))
+    zeta, speed = _padded(zeta, 3, extra), _padded(speed, 3, extra)
+    rho, rho_0, rho_1 = rho_of(zeta, c), rho_of(sigma_0 / alpha_0, c), rho_of(sigma_1 / alpha_1, c)
+    one = _sided(1.0 + panels.spread, extra)
+    if panels.eta is not None:
+        onward = one * (rho_1[:, None, None] / rho).log()
+        whole = _sided(1.0 + panels.eta.square(), extra) * (rho_1 / rho_0).log()
+    else:
+        onward, whole = _with_varying_eta(panels, slope_of(zeta, c), speed, extra)
+    measure = _sided(panels.weight, extra) * speed
+    density = measure * one * (zeta / rho) * onward.exp()
+    moments = alpha_1[:, None] * torch.einsum("npi...,nkpi->nk...", density, panels.powers)
+    noise = None
+    if not panels.noiseless:
+        variance = (measure * 2.0 * (one - 1.0) * zeta.square() * (2.0 * onward).exp()).sum((1, 2))
+        noise = alpha_1 * variance.clamp_min(0.0).sqrt()
+    slope_0 = slope_of(sigma_0 / alpha_0, c)
+    return Transfer(
+        panels.first, panels.last, alpha_1 * (measure * one).sum((1, 2)), alpha_1 / alpha_0 * whole.exp(), moments,
+        noise, rho_0 * slope_0 / sigma_0, -rho_0, torch.stack([alpha_0, alpha_1]),
+    )  # fmt: skip
+
+
+def _with_varying_eta(panels: _Panels, slope: Tensor, speed: Tensor, extra: int) -> tuple[Tensor, Tensor]:
+    """-∫ (1 + eta²) dlog rho / dlog zeta dlambda from each node to the end of its step, and over the step."""
+    _, _, onward = _gauss_legendre(_NODES)
+    rate = -(_sided(1.0 + panels.spread, extra) * slope * speed)
+    rate = rate.expand(*panels.lam.shape, *rate.shape[3:])
+    within = torch.einsum("ij,npj...->npi...", torch.as_tensor(onward), rate) * _sided(panels.width, extra + 2)
+    panel = (rate * _sided(panels.weight, extra)).sum(2)
+    later = panel.flip(1).cumsum(1).flip(1) - panel
+    return within + later[:, :, None], panel.sum(1)
+
+
+def _derive_coupled(kernel: Kernel, panels: _Panels, prediction: str, scale: Tensor) -> Transfer:
+    if prediction == "velocity":
+        raise ValueError('prediction="velocity" is of elementwise SDEs; take "data", "noise" or "reference".')
+    if scale.ndim:
+        raise ValueError("the reference of a coupled SDE takes one scale for all coordinates.")
+    phi, root, _ = kernel.coefficients(panels.t)
+    a, _, q = kernel.sde_coefficients(panels.t)
+    dt = (panels.weight / kernel.half_log_snr_rate(panels.t))[..., None, None]
+    force = 0.5 * (1.0 + panels.spread)[..., None, None] * q
+    X, Y = _split(kernel, phi, root, prediction, scale)
+    inner, ends = _collocation((a + force @ Y) * (dt / _mass()))  # Ψ from the panel's start, at nodes and at its end
+    onward, whole = _onward(inner, ends)
+    (phi_0, root_0, _), (phi_1, _, _) = (kernel.coefficients(t) for t in (panels.start, panels.stop))
+    X_0, Y_0 = _split(kernel, phi_0, root_0, prediction, scale)
+    if prediction == "noise":
+        X, X_0 = (-torch.linalg.inv(R).mT for R in _smooth_roots(a, q, root, dt, root_0[0], panels))
+    moments = torch.einsum("npiab,nkpi->nkab", -dt * (onward @ force @ X), panels.powers)
+    noise = None
+    if not panels.noiseless:
+        spread = panels.spread[..., None, None] * dt.abs() * q
+        noise = _symmetric_root((onward @ spread @ onward.mT).sum((1, 2)))
+    inverse = torch.linalg.inv(X_0)
+    of_noise = -inverse @ torch.linalg.inv(root_0).mT
+    return Transfer(
+        panels.first, panels.last, None, whole, moments, noise, inverse @ Y_0, of_noise, torch.stack([phi_0, phi_1])
+    )
+
+
+def _onward(inner: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Ψ from each node to the end of its step (n, panels, nodes, k, k), and over the whole step (n, k, k)."""
+    whole = torch.eye(ends.shape[-1], dtype=ends.dtype).expand(len(ends), *ends.shape[-2:])
+    beyond = []
+    for panel in range(ends.shape[1] - 1, -1, -1):
+        beyond.append(whole)
+        whole = whole @ ends[:, panel]
+    after = torch.stack(beyond[::-1], dim=1) @ ends
+    return after[:, :, None] @ torch.linalg.inv(inner), whole
+
+
+def _split(kernel: Kernel, phi: Tensor, root: Tensor, prediction: str, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """X and Y of s = X F - Y u; X of "noise" is another matter."""
+    precision = torch.linalg.inv(root).mT @ torch.linalg.inv(root)
+    if prediction == "noise":
+        return precision, torch.zeros_like(precision)
+    if prediction == "data":
+        return precision @ phi, precision
+    c = torch.diag(kernel.of_state(scale.to(torch.float64).cpu()))
+    spread = phi @ c @ c @ phi.mT + root @ root.mT
+    return precision @ phi, torch.linalg.inv(spread)
+
+
+def _smooth_roots(
+    a: Tensor, q: Tensor, root: Tensor, dt: Tensor, first: Tensor, panels: _Panels
+) -> tuple[Tensor, Tensor]:
+    """R at the nodes and at each step's start, from the Cholesky factor at the first of them."""
+    if not bool((panels.start[1:] == panels.stop[:-1]).all()):
+        raise ValueError('prediction="noise" of a coupled SDE needs steps that follow one another; take "data".')
+    inverse = torch.linalg.inv(root)
+    inner, ends = _collocation((a + 0.5 * q @ inverse.mT @ inverse) * (dt / _mass()))
+    nodes, points, R = [], [], first
+    for step in range(len(ends)):
+        points.append(R)
+        for panel in range(ends.shape[1]):
+            nodes.append(inner[step, panel] @ R)
+            R = ends[step, panel] @ R
+    return torch.stack(nodes).reshape(inner.shape), torch.stack(points)
+
+
+def _mass() -> Tensor:
+    return torch.as_tensor(_gauss_legendre(_NODES)[1])[:, None, None]
+
+
+def _collocation(generator: Tensor) -> tuple[Tensor, Tensor]:
+    """Ψ at Gauss-Legendre nodes and at 1, of dΨ/dθ = G(θ) Ψ on [0, 1], Ψ(0) = 1, for G (..., nodes, k, k).
+
+    By collocation, of order twice the number of nodes.
+    """
+    _, mass, onward = _gauss_legendre(_NODES)
+    mass = torch.as_tensor(mass)
+    running = mass - torch.as_tensor(onward)  # ∫_0^{node i} of the Lagrange polynomials
+    *lead, n, k, _ = generator.shape
+    one = torch.eye(k, dtype=generator.dtype)
+    system = torch.eye(n * k, dtype=generator.dtype) - torch.einsum("ij,...jab->...iajb", running, generator).reshape(
+        *lead, n * k, n * k
+    )
+    inner = torch.linalg.solve(system, one.repeat(n, 1).expand(*lead, n * k, k)).reshape(*lead, n, k, k)
+    return inner, one + torch.einsum("j,...jab,...jbc->...ac", mass, generator, inner)
+
+
+def _symmetric_root(covariance: Tensor) -> Tensor:
+    """A square root of covariances (n, k, k), which may be singular."""
+    values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.mT))
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+def _sided(value: Tensor, sides: int) -> Tensor:
+    """``value`` with ``sides`` more sides of one at its end."""
+    return value.reshape(*value.shape, *(1,) * sides)
+
+
+def _padded(value: Tensor, lead: int, sides: int) -> Tensor:
+    """``value`` (lead sides, *shape) with ones before ``shape``, until it has ``sides`` sides there."""
+    shape = value.shape[lead:]
+    return value.reshape(*value.shape[:lead], *(1,) * (sides - len(shape)), *shape)
