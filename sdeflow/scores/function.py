@@ -149,8 +149,12 @@ def as_time(x: Tensor, t: Tensor | float) -> Tensor:
 
 def network_time(t: Tensor, x: Tensor) -> Tensor:
     """t as a network gets it: a tensor of its own, (batch,), in the dtype of x (float32 under half precision)."""
-    dtype = torch.float32 if x.dtype in _LOW_PRECISION else x.dtype
-    return t.to(device=x.device, dtype=dtype).expand(len(x)).clone()
+    return network_times(t, x).expand(len(x)).clone()
+
+
+def network_times(t: Tensor, x: Tensor) -> Tensor:
+    """Times in the dtype that a network for states like ``x`` gets, on its device."""
+    return t.to(device=x.device, dtype=torch.float32 if x.dtype in _LOW_PRECISION else x.dtype)
 
 
 def checked(output: object, x: Tensor, who: str) -> Tensor:

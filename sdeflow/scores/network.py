@@ -11,7 +11,7 @@ from torch import Tensor
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.kernel import Path
 from sdeflow.linear import Linear, multiplied, rows
-from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time
+from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time, network_times
 from sdeflow.scores.readout import GridScore, Readout
 
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
@@ -164,18 +164,22 @@ class Score(ScoreFunction):
         kernel = self.gaussian
         path = kernel.path(like, times)
         readout = self.readout(path, like, times)
-        clock = self._times_of(times)
+        clock = network_times(self._times_of(times), like.to(dtype)).unbind()
         offset = rows(Linear(path.offset), like) if kernel.has_offset else None
         entry = None if readout.input is None else rows(readout.input, like)
         shift = None if readout.shift is None else rows(Linear(readout.shift), like)
+        plain = kernel.basis is None and dtype == like.dtype  # nothing to convert on the way
 
         def call(i: int, u: Tensor) -> Tensor:
             if entry is not None:
                 seen = multiplied(entry[i], u if shift is None else u - shift[i])
             else:
                 seen = u if offset is None else u + offset[i]
+            time = clock[i].expand(len(u)).clone()
+            if plain:
+                return self._called(seen, time, y, seen is u)
             seen = kernel.from_basis(seen).to(dtype)
-            return kernel.to_basis(self._called(seen, network_time(clock[i], seen), y, seen is u)).to(u.dtype)
+            return kernel.to_basis(self._called(seen, time, y, seen is u)).to(u.dtype)
 
         return GridScore(readout, call)
 

@@ -7,11 +7,11 @@ A method's steps are uniform in its own variable, so that variable matters as mu
 
     "angle"    phi = atan2(sigma, alpha c), c the data's scale: spreads the work evenly (the default)
     "log_snr"  -log(alpha / sigma) (the default of SDEs of many scales: coupled ones, and schedules per coordinate)
+    "karras"   (sigma / alpha)^{1/7}, which sets its steps close together at the data (arXiv:2206.00364)
     "t"        t itself
     a tensor   times from cutoff to T, joined by a monotone cubic, so that uniform steps in u visit them
 
-Here log(alpha / sigma) is the kernel's half_log_snr, whose rate is -g² / (2 sigma²) elementwise, and in general
-dt/dphi = -1 / (rate sin phi cos phi).
+Here log(alpha / sigma) is the kernel's half_log_snr, whose rate is -g² / (2 sigma²) elementwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from sdeflow.kernel import Kernel
 
 __all__ = ["GRIDS", "Clock", "Grid", "make_clock"]
 
-GRIDS = ("angle", "log_snr", "t")
+GRIDS = ("angle", "log_snr", "karras", "t")
+
+_RHO = 7.0  # of Karras et al.
 
 Grid = str | Tensor | None
 
@@ -87,11 +89,10 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     many_scales = kernel.coupled or kernel.values.shape
-    by_log_snr = grid == "log_snr" or (grid is None and many_scales)
+    chosen = grid or ("log_snr" if many_scales else "angle")
     try:
         with torch.no_grad():
-            function = (_log_snr if by_log_snr else _angle)(kernel, scale)
-            table = PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name=f"grid {grid or 'angle'}")
+            table = PiecewiseChebyshev.fit(_clock(kernel, chosen, scale), np.linspace(0.0, 1.0, 9), name=f"grid {chosen}")
         return Clock(cutoff, T, table)
     except ScheduleError as error:
         if grid is None:  # g vanishes somewhere, the log-SNR stands still, and t runs through it as an infinite rate
@@ -99,33 +100,22 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         raise ValueError(f'grid="{grid}" does not exist for this SDE ({error}); use grid="t".') from error
 
 
-def _angle(kernel: Kernel, scale: float) -> Callable[[np.ndarray], np.ndarray]:
+def _clock(kernel: Kernel, grid: str, scale: float) -> Callable[[np.ndarray], np.ndarray]:
+    """u -> t and dt/du, where w(zeta) is linear in u, zeta = sigma / alpha = e^{-half_log_snr}."""
+    forward, back = {
+        "angle": (lambda zeta: np.arctan2(zeta, scale), lambda w: (scale * np.tan(w), scale / np.cos(w) ** 2)),
+        "log_snr": (np.log, lambda w: (np.exp(w), np.exp(w))),
+        "karras": (lambda zeta: zeta ** (1 / _RHO), lambda w: (w**_RHO, _RHO * w ** (_RHO - 1))),
+    }[grid]
     ends = kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))
-    first, last = (math.atan2(1.0, math.exp(value) * scale) for value in ends.tolist())
+    first, last = forward(np.exp(-ends.numpy()))
 
     def function(u: np.ndarray) -> np.ndarray:
-        phi = first + (last - first) * u
-        rate = _rate(kernel, -np.log(scale * np.tan(phi)))
-        return np.stack([rate[0], rate[1] * (last - first) / (np.sin(phi) * np.cos(phi))])
+        zeta, slope = back(first + (last - first) * u)  # zeta and dzeta/dw
+        t = kernel.time_of(torch.as_tensor(-np.log(zeta)))
+        return np.stack([t.numpy(), (last - first) * slope / (-zeta * kernel.half_log_snr_rate(t).numpy())])
 
     return function
-
-
-def _log_snr(kernel: Kernel, scale: float) -> Callable[[np.ndarray], np.ndarray]:
-    ends = kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))
-    first, last = ends.tolist()
-
-    def function(u: np.ndarray) -> np.ndarray:
-        rate = _rate(kernel, first + (last - first) * u)
-        return np.stack([rate[0], rate[1] * (first - last)])
-
-    return function
-
-
-def _rate(kernel: Kernel, half_log_snr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """t and -dt/d(half log-SNR) = 2 sigma² / g² there."""
-    t = kernel.time_of(torch.as_tensor(half_log_snr))
-    return t.numpy(), (-1.0 / kernel.half_log_snr_rate(t)).numpy()
 
 
 def _through(times: Tensor, cutoff: float, T: float) -> Clock:

@@ -138,7 +138,8 @@ class Exponential:
     @property
     def formula_order(self) -> int:
         """The order of the formula between starting values that are good enough."""
-        return max(self.order, self.past + 1) if self.rule == "exact" else min(self.order, 2)
+        order = max(self.order, self.past + 1) if self.past else self.order
+        return min(order, 2) if self.rule in ("half_curvature", "uncentred") else order
 
     @property
     def convergence_order(self) -> int:
@@ -244,7 +245,7 @@ class Program:
             moments = transfer.moments[step, : len(points)]
             return ready(weights(rule(moments, points, length), points))
 
-        self.score, self.times = score, times.tolist()
+        self.score, self.times, self.transfer = score, times.tolist(), transfer
         self.state = ready(transfer.state)
         self.noise = None if transfer.noise is None else ready(transfer.noise)
         self.predictor = [weighed(step, points) for step, (points, _) in enumerate(nodes)]
@@ -264,8 +265,8 @@ class Program:
         self.constant = None if self.constant is None else self.constant.to(like)
         self.longest = max(len(w) for pair in (self.predictor, self.corrector) for w in pair)
 
-    def run(self, problem: Problem, u: Tensor) -> Tensor:
-        """The state after the last step, from ``u`` (batch, *event)."""
+    def run(self, problem: Problem, u: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """The state after the last step, from ``u`` (batch, *event); ``record`` receives every prediction F."""
         past: deque[Tensor] = deque(maxlen=self.longest)
         base, noise = u, None
         for n, state in enumerate(self.state):
@@ -273,6 +274,8 @@ class Program:
                 past.appendleft(self._prediction(problem, n, u, past.pop()))
             else:
                 past.appendleft(self._prediction(problem, n, u, torch.empty_like(u)))
+            if record is not None:
+                record.append(past[0].clone())
             if n and self.corrector[n - 1]:
                 base = self._moved(n - 1, base, self.corrector[n - 1], past, noise)
             else:

@@ -1,4 +1,4 @@
-r"""The published samplers as options of :class:`~sdeflow.solvers.exponential.Exponential`: the same numbers to rounding.
+r"""The published samplers as options of :class:`~sdeflow.solvers.Exponential`: the same numbers to rounding.
 
 Each is its paper's step on whatever grid it is given. What the papers' code adds around it (a last step to sigma = 0,
 lower orders at the end of short solves) is left to ``denoise=True`` and to the grid.
@@ -34,7 +34,7 @@ def dpmpp3m(published: bool = False) -> Exponential:
 
 
 def dpmpp_sde(eta: float = 1.0) -> Exponential:
-    """SDE-DPM-Solver++(2M), of the reverse SDE (arXiv:2211.01095)."""
+    """SDE-DPM-Solver++(2M), of the reverse SDE (arXiv:2211.01095). k-diffusion's ``eta`` is the square of this one."""
     return Exponential(2, "data", corrector=False, eta=eta, rule="midpoint")
 
 
@@ -54,16 +54,24 @@ def deis(order: int = 3) -> Exponential:
 
 
 def sa_solver(predictor: int = 2, corrector: int = 2, tau: float = 1.0) -> Exponential:
-    """SA-Solver (Xue et al. 2023, arXiv:2309.05019): stochastic Adams, tau its eta; ``corrector`` counts the new value."""
+    """SA-Solver (Xue et al. 2023, arXiv:2309.05019): stochastic Adams, tau its eta.
+
+    ``corrector`` counts the values of the corrector with the new one, 0 for none.
+    """
+    if corrector not in (0, 2, 3, 4, 5):
+        raise ValueError(f"corrector must be 0 or 2 to 5 values, not {corrector!r}.")
+    corrector = max(corrector, 1)
     return Exponential(predictor, "data", corrector=corrector - 1, eta=tau, rule="half_step")
 
 
 def er_sde(order: int = 3) -> Exponential:
-    r"""ER-SDE (Cui et al. 2023, arXiv:2309.06169), with its recommended noise \phi(\zeta) = \zeta (e^{\zeta^{0.3}} + 10).
+    r"""ER-SDE (Cui et al. 2023, arXiv:2309.06169), orders 1 to 3, with its noise phi(zeta) = zeta (e^{zeta^0.3} + 10).
 
     phi stands for exp(-∫ (1 + eta²) dlambda), so that eta² = dlog phi / dlog zeta - 1; predictions are polynomials in
     zeta, and order 3 leaves out the correction of the first derivative, as published.
     """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, not {order!r}.")
     return Exponential(order, "data", corrector=False, eta=_er_sde_eta, variable="ratio", rule="uncentred")
 
 

@@ -103,6 +103,8 @@ class Problem:
         self._limit = math.inf
         self._bad_since = torch.empty(0)
         self._times: list[float] = []
+        self._sums: list[Tensor] = []
+        self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
 
     def start(self, y: Tensor, end: float = 1.0, eager_checks: bool = False) -> None:
@@ -193,7 +195,23 @@ class Problem:
 
     def called(self, u: Tensor, value: Tensor, i: int) -> None:
         """To be called after the score was called at time number ``i`` of :meth:`on_grid`."""
-        self._count(u.flatten(1), value.flatten(1), self.grid_times[i])
+        self.nfe += 1
+        if self.on_call is not None:
+            self.on_call()
+        self._sums.append(value.sum())  # not read now: that would wait for an accelerator
+        if len(self._sums) == _CHECK_EVERY:
+            self._read_sums(u.flatten(1), i)
+
+    def _read_sums(self, y: Tensor, last: int) -> None:
+        """Finds the first of the calls noted that was not finite, up to call number ``last`` of the grid."""
+        sums, self._sums = self._sums, []
+        first = (~torch.isfinite(torch.stack(sums))).nonzero().flatten()
+        if len(first):
+            number = last + 1 - len(sums) + int(first[0])
+            bad = ~torch.isfinite(y).all(1)  # what is not finite stays so
+            self._bad_since = torch.where(bad, float(number + 1), self._bad_since)
+            self._times = self.grid_times[: last + 1]
+            self._read(y)
 
     def observe(self, step: int, t: float, y: Tensor) -> None:
         """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""
@@ -228,6 +246,8 @@ class Problem:
     def finish(self, y: Tensor) -> Tensor:
         """After a solve: the state, once it is known to be finite."""
         y = self.from_rows(y)
+        if self._sums:
+            self._read_sums(y, len(self.grid_times) - 1)
         self._read(y)
         return y
 
