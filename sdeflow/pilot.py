@@ -62,9 +62,8 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
     if model.kernel is None:
         raise ValueError('grid="pilot" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     known = solver if isinstance(solver, Exponential) else Exponential()
-    scale = known.scale if isinstance(known.scale, Tensor) else torch.as_tensor(known.scale or 0.0)
     event = tuple(like.shape[1:])
-    key = (model.declaration, event, known.prediction, known.order, known.variable, tuple(scale.flatten().tolist()))
+    key = (model.declaration, event, known.prediction, known.order, known.variable, _identity_of(known))
     owner = getattr(model.score, "function", model.score)  # a plain callable is wrapped anew for each equation
     try:
         found = _measured.setdefault(owner, {})
@@ -75,9 +74,15 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
     return found[key]
 
 
+def _identity_of(solver: Exponential) -> tuple:
+    """What of a solver's reference the grid depends on."""
+    scale = tuple(torch.as_tensor(solver.scale).flatten().tolist()) if solver.scale is not None else None
+    return scale, None if solver.basis is None else id(solver.basis)
+
+
 def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
     kernel, event = model.kernel, tuple(like.shape[1:])
-    runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale)
+    runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale, basis=solver.basis)
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
     with torch.no_grad(), evaluating(model.score):
         x = model.prior_for(like[:0]).sample((_SAMPLES, *event), seed=0, dtype=dtype, device=like.device)
@@ -89,7 +94,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
         times = problem.times(_CALLS)
         program = runner.compile(problem, times, u)
         record: list[Tensor] = []
-        program.run(problem, u, record)
+        program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
     lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
     centres, density = _density(lam, torch.stack(record).double(), program.transfer, solver.order)
     fine = np.linspace(lam[0], lam[-1], 32 * _POINTS)

@@ -33,7 +33,7 @@ class Plan:
 
 
 def default_solver(kind: str, steps: int | None, with_kernel: bool, grid: Grid = None) -> Solver:
-    """What solves an equation where no solver is named: the fewest calls for an accuracy, as benchmarks/solvers.py found.
+    """What solves an equation where no solver is named: the fewest calls for an accuracy, by benchmarks/solvers.py.
 
     Args:
         kind: "sde", "ode", or "likelihood": the flow with its divergence.
@@ -88,9 +88,9 @@ def make_plan(
         raise ValueError(f"max_calls must be a positive integer, not {max_calls!r}.")
     equation = "sde" if kind == "sde" else "ode"
     tolerances = rtol is not None or atol is not None
-    if steps is None and isinstance(grid, Tensor) and not tolerances and grid.numel() > 1:
-        if solver is None or not resolve(solver, equation).adaptive:
-            steps = grid.numel() - 1
+    fixed = not tolerances and (solver is None or not resolve(solver, equation).adaptive)
+    if steps is None and fixed and isinstance(grid, Tensor) and grid.numel() > 1:
+        steps = grid.numel() - 1
     if solver is None:
         if kind == "sde" and tolerances:
             chosen = Torchsde("euler")
@@ -122,7 +122,8 @@ def make_plan(
 
 def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) -> None:
     if kind == "likelihood" and not isinstance(solver, Torchdiffeq):
-        raise ValueError(f"{solver} does not integrate the divergence; those that do: {', '.join(Torchdiffeq.methods)}.")
+        names = ", ".join(Torchdiffeq.methods)
+        raise ValueError(f"{solver} does not integrate the divergence; those that do: {names}.")
     if solver.needs_kernel and not with_kernel:
         raise ValueError(
             f"{solver} needs a Gaussian kernel, which this SDE has not; those that do not: "

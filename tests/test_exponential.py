@@ -204,6 +204,22 @@ def test_the_reference_is_exact_for_gaussian_data_in_one_step(name, order):
         torch.testing.assert_close(flow.encode(out, Exponential(order), steps), z, rtol=1e-7, atol=1e-8)
 
 
+def test_principal_directions_are_exact_for_gaussian_data_of_any_covariance():
+    sde = catalog.VP()
+    root = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 3
+    data = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ root.T + 0.5
+    exact = GaussianMixture(sde, data.mean(0)[None], torch.cov(data.T)[None], full=True)
+    flow = sde.flow_ode(exact)
+    z = flow.model.initial_state((8, 6), 0, torch.float64, None)
+    truth = flow.decode(z, rtol=1e-11, atol=1e-11)
+    turned = flow.decode(z, Exponential.along(data, order=2), 3)
+    torch.testing.assert_close(turned, truth, rtol=1e-7, atol=1e-7)
+    assert float((flow.decode(z, Exponential(2), 3) - truth).abs().max()) > 1e-2
+    states, _ = flow.decode(z, Exponential.along(data), 3, trajectory=True)
+    torch.testing.assert_close(states[0], z)
+    assert torch.equal(states[-1], flow.decode(z, Exponential.along(data), 3))
+
+
 def test_an_offset_and_a_schedule_per_coordinate_are_exact_too():
     k = sp.Symbol("k")
     sde = SDE(f=k * (1 - x), g=sp.sqrt(2 * k), T=2, params={"k": torch.tensor([0.5, 2.0], dtype=torch.float64)})

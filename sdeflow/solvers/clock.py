@@ -92,7 +92,8 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     chosen = grid or ("log_snr" if many_scales else "angle")
     try:
         with torch.no_grad():
-            table = PiecewiseChebyshev.fit(_clock(kernel, chosen, scale), np.linspace(0.0, 1.0, 9), name=f"grid {chosen}")
+            function = _clock(kernel, chosen, scale)
+            table = PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name=f"grid {chosen}")
         return Clock(cutoff, T, table)
     except ScheduleError as error:
         if grid is None:  # g vanishes somewhere, the log-SNR stands still, and t runs through it as an infinite rate
