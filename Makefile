@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo double-well test lint docs zoo bench readme clean
+.PHONY: demo few-calls double-well test lint docs zoo bench readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
+
+few-calls: $(VENV)/ready
+	$(BIN)/python examples/few_calls.py $(ARGS)
 
 double-well: $(VENV)/ready
 	$(BIN)/python examples/double_well.py $(ARGS)

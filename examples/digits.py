@@ -48,6 +48,23 @@ class Dequantised(torch.utils.data.Dataset):
         return list(LOW + (HIGH - LOW) * (k + torch.rand(k.shape)) / LEVELS)
 
 
+def declared() -> tuple[SDE, sdeflow.Score]:
+    """The SDE and a network bound to it."""
+    beta = sp.Rational(1, 10) + sp.Rational(199, 10) * t
+    sde = SDE(f=-beta * x / 2, g=sp.sqrt(beta))
+    net = sdeflow.nets.UNet(1, width=32, multipliers=(1, 2), blocks=1, attention=(-1,), dropout=0.1)
+    return sde, sdeflow.Score(net, sde, predicts="edm")
+
+
+def fit(
+    score: sdeflow.Score, train: torch.Tensor, steps: int, seed: int, out: Path, resume: bool
+) -> sdeflow.training.Fit:
+    """Trains on integer images, with checkpoints in ``out``."""
+    return sdeflow.fit(
+        score, Dequantised(train), steps, batch_size=64, lr=2e-3, seed=seed, out=out, resume=resume, progress=True
+    )
+
+
 def main() -> None:
     args = arguments()
     out = Path(args.out)
@@ -56,20 +73,13 @@ def main() -> None:
     images = torch.as_tensor(load_digits().images).long()[:, None]
     train, test = images[:TRAIN], images[TRAIN : TRAIN + args.test_images]
 
-    beta = sp.Rational(1, 10) + sp.Rational(199, 10) * t
-    sde = SDE(f=-beta * x / 2, g=sp.sqrt(beta))
+    sde, score = declared()
     print(sde, sde.kernel, sde.reverse(), sde.flow_ode(), sep="\n")
-
-    net = sdeflow.nets.UNet(1, width=32, multipliers=(1, 2), blocks=1, attention=(-1,), dropout=0.1)
-    score = sdeflow.Score(net, sde, predicts="edm")
-    print(f"\ntraining {sum(p.numel() for p in net.parameters()):,} parameters for {args.steps} steps")
+    print(f"\ntraining {sum(p.numel() for p in score.net.parameters()):,} parameters for {args.steps} steps")
     if not args.resume:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     started = time.perf_counter()
-    fitted = sdeflow.fit(
-        score, Dequantised(train), args.steps, batch_size=64, lr=2e-3, seed=args.seed,
-        out=out / "checkpoints", resume=args.resume, progress=True,
-    )  # fmt: skip
+    fitted = fit(score, train, args.steps, args.seed, out / "checkpoints", args.resume)
     seconds = time.perf_counter() - started
     loss = f", loss {np.nanmean(fitted.losses[-200:]):.4f}" if fitted.losses else ""
     print(f"trained in {seconds:.0f} s{loss}")

@@ -5,27 +5,26 @@ r"""The reverse-time SDE and the probability-flow ODE of a declaration, bound to
 Both carry noise at t = T to data at t = cutoff with the same marginals. They print as equations, give
 their ``drift`` and ``diffusion`` as SymPy, and solve themselves once they have a score. A sample at the
 cutoff follows the model whose density ``FlowODE.log_prob`` measures; ``denoise=True`` replaces it by
-E[x_0 | x], which looks cleaner and has another law.
+E[x_0 | x], which looks cleaner and has another law. What a solve may do beside is in :mod:`sdeflow.sampling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import sympy as sp
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
-from sdeflow.model import Model, Prior, checked_state, evaluating
-from sdeflow.noise import NoiseStream, resolve_seed
-from sdeflow.plan import Plan, make_plan
+from sdeflow.model import Model, Prior, checked_state
+from sdeflow.noise import resolve_seed
+from sdeflow.pilot import Pilot, pilot
+from sdeflow.sampling import Answer, Callback, Options, field, run
 from sdeflow.scores import DeclaredSDE, ScoreFunction
-from sdeflow.solvers import Problem, Solver
-from sdeflow.solvers.clock import Grid
+from sdeflow.solvers import Exponential, Grid, Solver, resolve
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
+from sdeflow.thresholding import Threshold
 
 __all__ = ["FlowODE", "ReverseSDE"]
 
@@ -55,6 +54,21 @@ class _Bound:
         """p(x_T) as used; None while it is still to be read off the score, at the first solve."""
         return self.model.known_prior
 
+    def pilot(
+        self,
+        event: tuple[int, ...],
+        solver: str | Solver | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Pilot:
+        """The grid that ``grid="pilot"`` takes for states of shape ``event``, and what its measurement cost.
+
+        See :mod:`sdeflow.pilot`. It is measured once for a score and solver, here or at the first solve.
+        """
+        chosen = Exponential() if solver is None else resolve(solver, "ode" if self.equation.diffusion == 0 else "sde")
+        like = self.model.initial_state((1, *event), 0, dtype, device)
+        return pilot(self.model, chosen, like)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.equation})"
 
@@ -63,35 +77,26 @@ class _Bound:
 
     def _field(self, event: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
-        drift, score = self.model.drift(self.equation), self.model.solver_score
+        return field(self.model, self.equation, event, dtype)
 
-        def field(y: Tensor, t: Tensor) -> Tensor:
-            u = y.reshape(-1, *event)
-            return drift(u, t, score(u, t, dtype)).flatten(1)
+    def _drawn(
+        self,
+        shape: tuple[int, ...],
+        options: Options,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        seed: int,
+        noisy: bool,
+    ) -> Answer:
+        """Solved from draws of the prior, with noise on the way where it is ``noisy``."""
+        dtype = dtype or self.model.state_dtype
 
-        return field
+        def start() -> Tensor:
+            x = self.model.initial_state(shape, seed, dtype, device)
+            self.model.require_dtype(x)
+            return x
 
-    def _solve(
-        self, x: Tensor, make_problem: Callable[..., Problem], plan: Plan, *, backward: bool, progress: bool | None
-    ) -> Tensor:
-        """The state at the other end, in float32 on the way where the state is in half precision."""
-        model = self.model
-        start, end = (model.T, model.cutoff) if backward else (model.cutoff, model.T)
-        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = model.to_solver(y, start).flatten(1)
-        hidden = None if progress is None else not progress
-        bar = tqdm(total=plan.expected_calls, desc="solving", disable=hidden, leave=False)
-        with bar, torch.no_grad(), evaluating(model.score):
-            problem = make_problem(
-                backward=backward, max_calls=plan.max_calls, on_call=None if bar.disable else bar.update,
-                kernel=model.kernel, event=tuple(x.shape[1:]), score=partial(model.solver_score, dtype=x.dtype),
-            )  # fmt: skip
-            y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-        return model.from_solver(y.reshape(x.shape), end).to(x.dtype)
-
-    def _denoised(self, x: Tensor) -> Tensor:
-        with torch.no_grad(), evaluating(self.model.score):
-            return self.model.score.denoise(x, self.model.cutoff)
+        return run(self.model, self.equation, start, dtype, options, seed=seed if noisy else None)
 
 
 class ReverseSDE(_Bound):
@@ -116,45 +121,60 @@ class ReverseSDE(_Bound):
         rtol: float | None = None,
         atol: float | None = None,
         grid: Grid = None,
+        max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
         denoise: bool = False,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        max_calls: int | None = None,
-        progress: bool | None = None,
-    ) -> Tensor:
+    ) -> Answer:
         """Samples at t = cutoff, by simulating the reverse SDE from the prior.
 
         Args:
             shape: (batch, *event).
-            solver: a name of torchsde's ("euler", "milstein", "srk", ...) or a solver object; "euler" by default.
-            steps: the number of steps; 500 by default without a solver.
-            seed: makes the result reproducible; sample i does not depend on the batch size.
+            solver: a name that ``sdeflow.solvers.names_for("sde")`` lists, or a solver object; by default that of
+                :func:`sdeflow.plan.default_solver`.
+            steps: of a solver of fixed steps; without a solver, the number of calls of the score, which has a default.
+                A solver that is given a tensor for ``grid`` may do without: it takes the steps between its times.
+            seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
             rtol, atol: without ``steps``, tolerances of an adaptive solve.
-            grid: the variable in which steps are uniform: "angle", "log_snr", "t" or a tensor of times.
-            denoise: whether to return E[x_0 | x] at the end (Tweedie).
-            dtype, device: of the state; by default the score's.
-            max_calls: the budget of an adaptive solve, 10,000 by default.
+            grid: the variable in which steps are uniform: "angle", "log_snr", "t" or a tensor of times; by default what
+                the solver prefers, or else the angle.
+            max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
+            trajectory: whether to return (states, times) instead, the state after each step and its time: states
+                (steps + 1, batch, *event) from t = T to the cutoff, both included, and times (steps + 1,) in float64.
+            callback: called as callback(step, t, x) after each step, step counting from 1, with a copy of the state
+                (batch, *event); with chunks, through all steps of each chunk in turn. What it returns is ignored, and
+                what it raises ends the solve.
+            denoise: whether to return E[x_0 | x] in place of the state at the end (Tweedie).
+            return_denoised: whether to return E[x_0 | x_t] of each state returned as well, shaped alike, as the last of
+                a tuple. A call of the score for each, which is not counted among the solver's.
+            threshold: keeps E[x_0 | x_t] in range on the way: (low, high) clips it, a quantile in (0, 1) is Imagen's
+                dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.thresholding.Thresholded` score
+                yourself.
+            chunk: how many samples to solve at once, a multiple of 1,024; by default all, up to 2^26 elements. Solvers
+                that choose steps for the whole batch take no chunks.
             progress: a progress bar; None shows it on a terminal only.
+            dtype, device: of the state; by default the score's.
+
+        Returns:
+            x (batch, *event), or (x, denoised), (states, times), (states, times, denoised), as asked for.
 
         Raises:
-            ValueError: for a solver, shape, steps or tolerance that does not fit.
+            TypeError, ValueError: for an option that makes no sense, or does not fit the solver or the SDE.
+            NotAffineError: for denoised predictions of an SDE without a Gaussian kernel.
             SolverError: where the solve went wrong, with the time, calls and samples.
         """
-        model = self.model
-        seed = resolve_seed(seed)
-        x = model.initial_state(shape, seed, dtype, device)
-        plan = make_plan("sde", solver, steps, rtol, atol, max_calls, x.dtype)
-        if not len(x):
-            return x
-        make_problem = partial(
-            Problem,
-            self._field(tuple(x.shape[1:]), x.dtype),
-            model.clock(grid),
-            noise=NoiseStream(seed, "path"),
-            **model.noise(self.equation, tuple(x.shape[1:])),
-        )
-        x = self._solve(x, make_problem, plan, backward=True, progress=progress)
-        return self._denoised(x) if denoise else x
+        options = Options(
+            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
+            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
+            progress=progress,
+        )  # fmt: skip
+        return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=True)
 
 
 class FlowODE(_Bound):
@@ -179,13 +199,9 @@ class FlowODE(_Bound):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         **options: object,
-    ) -> Tensor:
+    ) -> Answer:
         """Samples at t = cutoff: :meth:`decode` of draws from the prior. Its options apply."""
-        make_plan(
-            "ode", solver, steps, options.get("rtol"), options.get("atol"), options.get("max_calls"), torch.float64
-        )
-        x = self.model.initial_state(shape, resolve_seed(seed), dtype, device)
-        return self.decode(x, solver, steps, **options)
+        return self._drawn(shape, Options(solver, steps, **options), dtype, device, resolve_seed(seed), noisy=False)
 
     def decode(
         self,
@@ -196,29 +212,39 @@ class FlowODE(_Bound):
         rtol: float | None = None,
         atol: float | None = None,
         grid: Grid = None,
-        denoise: bool = False,
         max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        denoise: bool = False,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
         progress: bool | None = None,
-    ) -> Tensor:
+    ) -> Answer:
         """x at t = cutoff from z = x_T, shaped as z.
 
         Args:
             z: (batch, *event).
-            solver: a name of torchdiffeq's ("dopri5", "dopri8", "bosh3", "rk4", "heun3", "euler", ...) or a solver
-                object; by default dopri5, and with ``steps`` Heun's method.
-            steps: of a fixed method; without a solver, the number of calls of the score.
+            solver: a name that ``sdeflow.solvers.names_for("ode")`` lists, or a solver object; by default dopri5, and
+                with ``steps`` that of :func:`sdeflow.plan.default_solver`.
+            steps: of a solver of fixed steps; without a solver, the number of calls of the score.
             rtol, atol: of an adaptive method, per sample; 1e-5 by default.
-            grid: the time variable: "angle", "log_snr", "t" or a tensor of times.
-            denoise: whether to return E[x_0 | x] at the end (Tweedie).
-            max_calls: the budget of an adaptive solve, 10,000 by default.
-            progress: a progress bar; None shows it on a terminal only.
+            grid, max_calls, trajectory, callback, denoise, return_denoised, threshold, chunk, progress: as
+                :meth:`ReverseSDE.sample`. The steps of an adaptive method are those it accepted.
+
+        Returns:
+            As :meth:`ReverseSDE.sample`.
 
         Raises:
             DataError: for a state that is not a finite floating tensor (batch, *event).
-            ValueError, SolverError: as :meth:`ReverseSDE.sample`.
+            TypeError, ValueError, SolverError: as :meth:`ReverseSDE.sample`.
         """
-        x = self._transport(z, solver, steps, rtol, atol, grid, max_calls, backward=True, progress=progress)
-        return self._denoised(x) if denoise and len(x) else x
+        options = Options(
+            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
+            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
+            progress=progress,
+        )  # fmt: skip
+        return self._transported(z, options, backward=True)
 
     def encode(
         self,
@@ -230,10 +256,23 @@ class FlowODE(_Bound):
         atol: float | None = None,
         grid: Grid = None,
         max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
         progress: bool | None = None,
-    ) -> Tensor:
-        """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`."""
-        return self._transport(x, solver, steps, rtol, atol, grid, max_calls, backward=False, progress=progress)
+    ) -> Answer:
+        """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`; times increase."""
+        options = Options(
+            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
+            callback=callback, threshold=threshold, chunk=chunk, progress=progress,
+        )  # fmt: skip
+        return self._transported(x, options, backward=False)
+
+    def _transported(self, x: Tensor, options: Options, *, backward: bool) -> Answer:
+        """The flow between T and cutoff, from x on."""
+        self.model.require_dtype(checked_state(x))
+        return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward)
 
     def log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""
@@ -246,24 +285,3 @@ class FlowODE(_Bound):
     def bits_per_dim(self, images: Tensor, *, levels: int, low: float, high: float, **options: object) -> Tensor:
         """Bits per dimension of integer images, (batch,); see :func:`sdeflow.likelihood.bits_per_dim`."""
         return bits_per_dim(self.model, self.equation, images, levels=levels, low=low, high=high, **options)
-
-    def _transport(
-        self,
-        x: Tensor,
-        solver: str | Solver | None,
-        steps: int | None,
-        rtol: float | None,
-        atol: float | None,
-        grid: Grid,
-        max_calls: int | None,
-        *,
-        backward: bool,
-        progress: bool | None,
-    ) -> Tensor:
-        """The flow between T and cutoff, from x on."""
-        plan = make_plan("ode", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
-        self.model.require_dtype(x)
-        if not len(x):
-            return x
-        make_problem = partial(Problem, self._field(tuple(x.shape[1:]), x.dtype), self.model.clock(grid))
-        return self._solve(x, make_problem, plan, backward=backward, progress=progress)

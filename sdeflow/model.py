@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import sympy as sp
@@ -24,6 +25,7 @@ from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
+from sdeflow.thresholding import Thresholded
 
 if TYPE_CHECKING:
     from sdeflow.pearson import PearsonKernel
@@ -80,13 +82,31 @@ class Model:
             self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
         self._warn_of_mismatch()
 
-    def repeated(self, times: int) -> Model:
-        """The same model of batches repeated ``times`` times: labels that were fixed for a batch are repeated too."""
-        if not isinstance(self._score, Conditional) or not self._score.y.ndim:
+    def with_score(self, score: ScoreFunction) -> Model:
+        """The same model with another score of its SDE; what was compiled, and the prior, are shared."""
+        if score is self._score:
             return self
         other = copy.copy(self)
-        other._score = Conditional(self._score.score, self._score.y.repeat(times))
+        other._score = score
         return other
+
+    def repeated(self, times: int) -> Model:
+        """The same model of batches repeated ``times`` times: labels that were fixed for a batch are repeated too."""
+        return self.with_score(_relabelled(self.score, lambda y: y.repeat(times)))
+
+    def of_probes(self, n: int) -> Model:
+        """The same model of any ``n`` samples: labels that were fixed for a batch are cut or repeated to as many."""
+        return self.with_score(_relabelled(self.score, lambda y: y.repeat(-(-n // max(len(y), 1)))[:n]))
+
+    def of_rows(self, first: int, last: int, batch: int) -> Model:
+        """The same model of rows ``first`` to ``last`` of a batch: labels that were fixed for the batch are cut too."""
+
+        def cut(y: Tensor) -> Tensor:
+            if len(y) != batch:
+                raise DataError(f"{len(y)} labels were given for a batch of {batch}.")
+            return y[first:last]
+
+        return self if last - first == batch else self.with_score(_relabelled(self.score, cut))
 
     @property
     def score(self) -> ScoreFunction:
@@ -160,6 +180,18 @@ class Model:
         score = self.score(self.from_solver(u, time).to(dtype), time).to(u.dtype)
         return score if self.kernel is None else self.kernel.to_basis(score)
 
+    def solver_inputs(self, event: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
+        """What a :class:`~sdeflow.solvers.Problem` needs for the methods that know the kernel."""
+        given: dict[str, object] = {
+            "kernel": self.kernel, "event": event, "score": partial(self.solver_score, dtype=dtype),
+        }  # fmt: skip
+        if self.kernel is not None:
+            moments = self.score.data_moments()
+            given["on_grid"] = partial(self.score.on_grid, dtype=dtype)
+            given["scale"] = self.reference_scale()
+            given["mean"] = 0.0 if moments is None else moments[0]
+        return given
+
     def function_of_state(self, expressions: Sequence[sp.Expr], with_score: bool = False) -> Callable[..., Tensor]:
         """A compiled function of (x, t) or (x, t, s), one expression for each component of the result.
 
@@ -221,6 +253,15 @@ class Model:
             self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
         return self._clocks[grid, scale]
 
+    @cached_property
+    def log_snr_falls(self) -> bool:
+        """Whether there is a Gaussian kernel, and noise at all times: what solvers that step in the log-SNR need."""
+        if self.kernel is None:
+            return False
+        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
+        with torch.no_grad():
+            return bool((self.kernel.half_log_snr_rate(times) < 0).all())
+
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""
         moments = self.score.data_moments()
@@ -281,8 +322,9 @@ class Model:
         kernel, event = self.kernel, tuple(like.shape[1:])
         start = kernel.marginal(0.0, 1.0, self.T)
         x_T = start.sample((_PROBES, *event), seed=0, dtype=like.dtype, device=like.device)
-        with torch.no_grad(), evaluating(self.score):
-            gradient = kernel.to_basis(self.score(x_T, self.T).double())
+        score = self.of_probes(_PROBES).score
+        with torch.no_grad(), evaluating(score):
+            gradient = kernel.to_basis(score(x_T, self.T).double())
         u = kernel.to_basis(x_T.double())
         fitted = (_fitted_blocks if kernel.coupled else fitted_moments)(u, gradient, start)
         if fitted is not None:
@@ -313,14 +355,24 @@ class Model:
 
     def require_dtype(self, x: Tensor) -> None:
         """Raises a DataError where the network's parameters and ``x`` differ in dtype."""
-        parameter = next(self.score.parameters(), None)
-        if not isinstance(self.score, Score | Conditional) or parameter is None or x.dtype == parameter.dtype:
+        score = self.score
+        while isinstance(score, Thresholded):
+            score = score.score
+        parameter = next(score.parameters(), None)
+        if not isinstance(score, Score | Conditional) or parameter is None or x.dtype == parameter.dtype:
             return
         if not torch.is_autocast_enabled(x.device.type):
             raise DataError(
                 f"x is {x.dtype} and the network {parameter.dtype}: pass x.to({parameter.dtype}), or convert the "
                 f"score with score.to({x.dtype})."
             )
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of states where none is given: the network's."""
+        parameter = next(self.score.parameters(), None)
+        floating = parameter is not None and parameter.is_floating_point()
+        return parameter.dtype if floating else torch.get_default_dtype()
 
     def initial_state(
         self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None, device: torch.device | str | None
@@ -329,9 +381,7 @@ class Model:
         shape = checked_shape(shape)
         parameter = next(self.score.parameters(), None)
         holder = parameter if parameter is not None else next(self.score.buffers(), None)
-        if dtype is None:
-            floating = parameter is not None and parameter.is_floating_point()
-            dtype = parameter.dtype if floating else torch.get_default_dtype()
+        dtype = dtype or self.state_dtype
         if device is None:
             device = holder.device if holder is not None else "cpu"
         if self.kernel is not None:
@@ -346,6 +396,18 @@ def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | N
         return sde.kernel
     except NotAffineError:
         return None
+
+
+def _relabelled(score: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """``score`` with ``change`` made to labels fixed for a batch, wherever it holds them; all else is shared."""
+    if isinstance(score, Conditional):
+        return Conditional(score.score, change(score.y)) if score.y.ndim else score
+    parts = {name: _relabelled(part, change) for name, part in score._modules.items() if part is not None}
+    if all(part is score._modules[name] for name, part in parts.items()):
+        return score
+    other = copy.copy(score)
+    other._modules = {**score._modules, **parts}
+    return other
 
 
 def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:

@@ -45,11 +45,13 @@ class NoiseStream:
     Args:
         seed: an int, a generator (one draw seeds the stream), or None (the global generator does).
         purpose: a word that separates streams with one seed, such as "prior" and "path".
+        block: the block that the first row belongs to, for rows that start in the middle of a larger batch.
     """
 
-    def __init__(self, seed: int | torch.Generator | None, purpose: str) -> None:
+    def __init__(self, seed: int | torch.Generator | None, purpose: str, block: int = 0) -> None:
         self.seed = resolve_seed(seed)
         self.purpose = purpose
+        self.block = block
         self._generator = torch.Generator()
         self._starts: list[int] = []
         self._draws = 0
@@ -75,7 +77,7 @@ class NoiseStream:
 
     def _start(self, block: int) -> int:
         while len(self._starts) <= block:
-            key = f"{self.seed}/{self.purpose}/{len(self._starts)}".encode()
+            key = f"{self.seed}/{self.purpose}/{self.block + len(self._starts)}".encode()
             self._starts.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little"))
         return self._starts[block]
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from sdeflow.model import Model, evaluating
+from sdeflow.scores import Conditional, ScoreFunction
 from sdeflow.solvers import Clock, Exponential, Problem, Solver, make_clock
+from sdeflow.thresholding import Thresholded
 
 __all__ = ["Pilot", "pilot"]
 
@@ -63,8 +65,8 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
         raise ValueError('grid="pilot" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     known = solver if isinstance(solver, Exponential) else Exponential()
     event = tuple(like.shape[1:])
-    key = (model.declaration, event, known.prediction, known.order, known.variable, _identity_of(known))
-    owner = getattr(model.score, "function", model.score)  # a plain callable is wrapped anew for each equation
+    owner, given = _owner(model.score)
+    key = (model.declaration, event, given, known.prediction, known.order, known.variable, _identity_of(known))
     try:
         found = _measured.setdefault(owner, {})
     except TypeError:  # neither hashable nor weakly referable
@@ -74,6 +76,18 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
     return found[key]
 
 
+def _owner(score: ScoreFunction) -> tuple[object, tuple]:
+    """What lives as long as the user's own score does, beneath what is wrapped anew for each solve, and the wrapping."""
+    given: tuple = ()
+    while isinstance(score, Conditional | Thresholded):
+        if isinstance(score, Conditional):
+            given += ("labels", *score.y.flatten().tolist())
+        else:
+            given += ("threshold", score.threshold, score.data_range)
+        score = score.score
+    return getattr(score, "function", score), given
+
+
 def _identity_of(solver: Exponential) -> tuple:
     """What of a solver's reference the grid depends on."""
     scale = tuple(torch.as_tensor(solver.scale).flatten().tolist()) if solver.scale is not None else None
@@ -81,7 +95,8 @@ def _identity_of(solver: Exponential) -> tuple:
 
 
 def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
-    kernel, event = model.kernel, tuple(like.shape[1:])
+    model, event = model.of_probes(_SAMPLES), tuple(like.shape[1:])
+    kernel = model.kernel
     runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale, basis=solver.basis)
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
     with torch.no_grad(), evaluating(model.score):

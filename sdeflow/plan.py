@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdeflow.solvers import Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
+from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
 
 __all__ = ["Plan", "default_solver", "make_plan"]
 
@@ -38,14 +38,14 @@ def default_solver(kind: str, steps: int | None, with_kernel: bool, grid: Grid =
     Args:
         kind: "sde", "ode", or "likelihood": the flow with its divergence.
         steps: calls of the score, or None for an adaptive solve.
-        with_kernel: whether the SDE has a Gaussian kernel.
+        with_kernel: whether the SDE has a Gaussian kernel, and noise at all times.
         grid: the grid, since a pilot grid serves lower orders better when calls are few.
     """
     if kind == "likelihood" or (kind == "ode" and not with_kernel):
         return Torchdiffeq("dopri5" if steps is None else "euler" if steps == 1 else "heun2")
     if kind == "ode":
         return Torchdiffeq("dopri5") if steps is None else _by_calls(steps, isinstance(grid, str) and grid == "pilot")
-    return Exponential(2, eta=1.0) if with_kernel else Torchsde("euler")
+    return Exponential(2, corrector=steps > 16, eta=1.0) if with_kernel else EulerMaruyama()
 
 
 def _by_calls(calls: int, pilot: bool) -> Exponential:
@@ -77,7 +77,7 @@ def make_plan(
         steps, rtol, atol, max_calls: as given.
         dtype: of the state.
         grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
-        with_kernel: whether the SDE has a Gaussian kernel.
+        with_kernel: whether the SDE has a Gaussian kernel, and noise at all times.
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
@@ -126,7 +126,7 @@ def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) ->
         raise ValueError(f"{solver} does not integrate the divergence; those that do: {names}.")
     if solver.needs_kernel and not with_kernel:
         raise ValueError(
-            f"{solver} needs a Gaussian kernel, which this SDE has not; those that do not: "
+            f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not; those that do not: "
             f"{', '.join(names_for(equation, with_kernel=False))}."
         )
 

@@ -468,7 +468,7 @@ SAMPLING = [
     ("60-option-sde", lambda: reverse().sample((2, D), steps=5, min_step=1), TypeError, "min_step"),
     ("60-option-ode", lambda: flow().sample((2, D), min_step=0.1), TypeError, "min_step"),
     ("60-option-log-prob", lambda: flow().log_prob(states(), max_num_steps=5), TypeError, "max_num_steps"),
-    ("60-grid", lambda: reverse().sample((2, D), steps=5, grid="karras"), ValueError, "karras", "angle", "log_snr"),
+    ("60-grid", lambda: reverse().sample((2, D), steps=5, grid="spline"), ValueError, "spline", "angle", "log_snr"),
     ("60-grid-ends", lambda: flow().sample((2, D), steps=5, grid=torch.linspace(0, 3, 5)), ValueError, "cutoff", "0"),
     ("60-grid-nan", lambda: flow().sample((2, D), steps=5, grid=torch.tensor([ou().cutoff, math.nan, 3.0])), ValueError,
      "grid", "finite"),

@@ -13,14 +13,20 @@ from torch import Tensor
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import presets
 from sdeflow.solvers.clock import Clock, Grid, make_clock
+from sdeflow.solvers.edm import StochasticHeun
+from sdeflow.solvers.euler import Euler, EulerMaruyama, Heun
 from sdeflow.solvers.exponential import Exponential
+from sdeflow.solvers.gotta_go_fast import GottaGoFast
+from sdeflow.solvers.langevin import AnnealedLangevin, PredictorCorrector, annealed_langevin, langevin
 from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.restart import Restart
 from sdeflow.solvers.torchdiffeq import Torchdiffeq
 from sdeflow.solvers.torchsde import Torchsde
 
 __all__ = [
-    "Clock", "Exponential", "Grid", "Problem", "Solver", "Torchdiffeq", "Torchsde", "available", "make_clock",
-    "names_for", "presets", "resolve",
+    "AnnealedLangevin", "Clock", "Euler", "EulerMaruyama", "Exponential", "GottaGoFast", "Grid", "Heun",
+    "PredictorCorrector", "Problem", "Restart", "Solver", "StochasticHeun", "Torchdiffeq", "Torchsde",
+    "annealed_langevin", "available", "langevin", "make_clock", "names_for", "presets", "resolve",
 ]  # fmt: skip
 
 
@@ -34,6 +40,10 @@ class Solver(Protocol):
         adaptive: whether it chooses its steps, to rtol and atol.
         calls_per_step: calls of the score in a step of fixed size.
         default_grid: the time variable it takes its steps in, where it prefers one.
+
+    Two more are read where a solver has them: ``observable`` (True by default), whether it says when a step ends, and
+    ``per_sample`` (False), whether each sample has steps of its own; and ``calls(steps)``, where calls are not steps
+    times calls_per_step.
     """
 
     kinds: tuple[str, ...]
@@ -48,26 +58,35 @@ class Solver(Protocol):
         ...
 
 
-_OURS: dict[str, Solver] = {
-    "exponential": Exponential(),
-    "ddim": presets.ddim(),
-    "ddpm": presets.ddpm(),
-    "dpmpp2m": presets.dpmpp2m(),
-    "dpmpp3m": presets.dpmpp3m(),
-    "dpmpp3m_published": presets.dpmpp3m(published=True),
-    "dpmpp_sde": presets.dpmpp_sde(),
-    "unipc": presets.unipc(),
-    "deis": presets.deis(),
-    "sa_solver": presets.sa_solver(),
-    "er_sde": presets.er_sde(),
-}
 _NAMED: dict[str, dict[str, Solver]] = {
-    "sde": {name: Torchsde(name) for name in Torchsde.methods},
-    "ode": {name: Torchdiffeq(name) for name in Torchdiffeq.methods},
+    "sde": {
+        "exponential": Exponential(eta=1.0),
+        "ddpm": presets.ddpm(),
+        "dpmpp_sde": presets.dpmpp_sde(),
+        "sa_solver": presets.sa_solver(),
+        "er_sde": presets.er_sde(),
+        "euler": EulerMaruyama(),
+        "edm": StochasticHeun(S_churn=40.0),
+        "predictor_corrector": PredictorCorrector(),
+        "annealed_langevin": AnnealedLangevin(),
+        "gotta_go_fast": GottaGoFast(),
+        **{name: Torchsde(name) for name in Torchsde.methods if name != "euler"},
+    },
+    "ode": {
+        "exponential": Exponential(),
+        "ddim": presets.ddim(),
+        "dpmpp2m": presets.dpmpp2m(),
+        "dpmpp3m": presets.dpmpp3m(),
+        "dpmpp3m_published": presets.dpmpp3m(published=True),
+        "unipc": presets.unipc(),
+        "deis": presets.deis(),
+        "euler": Euler(),
+        "heun": Heun(),
+        "edm": StochasticHeun(),
+        **{name: Torchdiffeq(name) for name in Torchdiffeq.methods if name != "euler"},
+    },
 }
-for _name, _solver in _OURS.items():  # a bare name is ours where both exist
-    for _kind in _solver.kinds:
-        _NAMED[_kind][_name] = _solver
+"""By kind of equation; where a library has a method of the same name, ours: Torchsde("euler") is theirs."""
 
 
 def names_for(kind: str, with_kernel: bool = True) -> tuple[str, ...]:
@@ -77,8 +96,7 @@ def names_for(kind: str, with_kernel: bool = True) -> tuple[str, ...]:
 
 def available(sde: DeclaredSDE) -> dict[str, tuple[str, ...]]:
     """The names of the solvers that fit an SDE: of its reverse-time SDE ("sde") and its probability flow ("ode")."""
-    kernel = None if sde.declaration.affine is None else sde.kernel
-    return {kind: names_for(kind, kernel is not None) for kind in _NAMED}
+    return {kind: names_for(kind, sde.declaration.affine is not None) for kind in _NAMED}
 
 
 def resolve(solver: str | Solver, kind: str) -> Solver:
@@ -90,6 +108,8 @@ def resolve(solver: str | Solver, kind: str) -> Solver:
     if isinstance(solver, str):
         if solver in _NAMED[kind]:
             return _NAMED[kind][solver]
+        if kind == "sde" and solver in _NAMED["ode"] and "sde" in _NAMED["ode"][solver].kinds:
+            return _NAMED["ode"][solver]  # the member without noise of a family of reverse equations
     elif kind in getattr(solver, "kinds", ()):
         return solver
     what = "a reverse-time SDE" if kind == "sde" else "the probability-flow ODE"

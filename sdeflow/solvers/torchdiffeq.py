@@ -3,7 +3,8 @@
 Adaptive methods of torchdiffeq step past the end and interpolate back, and guess a first step that can
 leave the horizon altogether: ``step_t`` and the problem's clock prevent both. Their error norm is the
 largest over samples, so that a sample's accuracy does not depend on its batch. Fixed methods take the
-steps that were asked for, and nothing is signalled by ``assert`` alone.
+steps that were asked for, and nothing is signalled by ``assert`` alone. SciPy's methods do not say when a step
+ends, so they give no trajectory.
 
 Chen 2018; https://github.com/rtqichen/torchdiffeq
 """
@@ -53,6 +54,11 @@ class Torchdiffeq:
         return self.method in _ADAPTIVE
 
     @property
+    def observable(self) -> bool:
+        """Whether the method says when a step ends."""
+        return self.method != "scipy_solver"
+
+    @property
     def calls_per_step(self) -> int:
         """Calls of the score in a step of a fixed method."""
         return {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "implicit_adams": 5, "fixed_adams": 5}.get(
@@ -73,26 +79,60 @@ class Torchdiffeq:
         else:
             grid = torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64, device=y.device)
             options = {"grid_constructor": lambda func, y0, t: grid}
+        drift = problem.drift if problem.on_step is None else _Observed(problem)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Functional iteration did not converge")
                 warnings.filterwarnings("ignore", message="The following arguments have no")  # SciPy, of min_step
-                out = odeint(problem.drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
-        except UserWarning as error:
-            t = problem.last_time
-            raise SolverError(
-                f"the iteration of {self.method} did not converge near t = {t:.6g}: take more steps.",
-                t=t,
-                nfe=problem.nfe,
-            ) from error
-        except AssertionError as error:
-            t = problem.last_time
-            raise StepUnderflowError(
-                f"the step of {self.method} shrank to nothing at t = {t:.6g}: the equation is too stiff there, or rtol "
-                "and atol are too tight for the state's dtype.",
-                t=t, nfe=problem.nfe,
-            ) from error  # fmt: skip
+                out = odeint(drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
+        except (UserWarning, AssertionError) as error:
+            if isinstance(drift, _Observed) and drift.failure is error:
+                raise  # an observer's own
+            raise self._failure(problem, error) from error
         if len(out) != 2:
             t = problem.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
+        if problem.on_step is not None:
+            drift.step_ended(end, out[-1])
         return problem.finish(out[-1])
+
+    def _failure(self, problem: Problem, error: Exception) -> SolverError:
+        """torchdiffeq's warnings and assertions as what they mean."""
+        t = problem.last_time
+        if isinstance(error, UserWarning):
+            message = f"the iteration of {self.method} did not converge near t = {t:.6g}: take more steps."
+            return SolverError(message, t=t, nfe=problem.nfe)
+        return StepUnderflowError(
+            f"the step of {self.method} shrank to nothing at t = {t:.6g}: the equation is too stiff there, or rtol "
+            "and atol are too tight for the state's dtype.",
+            t=t, nfe=problem.nfe,
+        )  # fmt: skip
+
+
+class _Observed:
+    """The drift, with the method's word of each step it begins, at which the one before it has ended.
+
+    An adaptive method begins again where it rejects a step. torchdiffeq's word of an accepted step gives the state at
+    its start.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._r, self._steps = problem, 0.0, 0
+        self.failure: Exception | None = None
+
+    def __call__(self, r: Tensor, y: Tensor) -> Tensor:
+        return self._problem.drift(r, y)
+
+    def callback_step(self, r: Tensor, y: Tensor, length: Tensor) -> None:
+        """A step begins at r, from y."""
+        if float(r) > self._r:
+            self.step_ended(float(r), y)
+
+    def step_ended(self, r: float, y: Tensor) -> None:
+        """Passes the state at r on."""
+        self._r, self._steps = r, self._steps + 1
+        try:
+            self._problem.observe(self._steps, float(self._problem.time(r)[0]), y)
+        except Exception as error:
+            self.failure = error
+            raise

@@ -5,6 +5,8 @@ The adapter integrates forwards in its own variable with steps of exactly 1 (tor
 "scalar" noise all pixels would share one Brownian motion) or one small matrix for each coordinate where
 the components of a coupled state share theirs, converts to Stratonovich where the
 method needs it, and brings its own Brownian increments: torchsde's are seeded from NumPy's global state.
+An observed solve is one of torchsde's for each step. Between the steps of its adaptive methods torchsde
+draws straight lines, which no path of an SDE follows, so adaptive solves give no trajectory.
 
 Kidger et al. 2021 (arXiv:2102.03657); https://github.com/google-research/torchsde
 """
@@ -58,38 +60,51 @@ class Torchsde:
             raise ValueError(f"torchsde's methods are {', '.join(self.methods)}, not {self.method!r}.")
 
     @property
+    def observable(self) -> bool:
+        """Whether the method says when a step ends."""
+        return not self.adaptive
+
+    @property
     def calls_per_step(self) -> int:
         """Calls of the score in a step."""
         return {"srk": 10, "midpoint": 2, "heun": 2, "log_ode": 2}.get(self.method, 1)
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        import torchsde
-
-        stratonovich = self.method in _STRATONOVICH
         end = float(self.initial_steps if self.adaptive else steps)
         problem.start(y, end, eager_checks=self.adaptive)
         y = problem.to_rows(y)
-        system = _System(problem, "stratonovich" if stratonovich else "ito")
+        system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         if system.noise_type == "general" and self.method in ("milstein", "srk", "log_ode"):
             raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
-        size = (len(y), problem.motions or y.shape[1])
-        ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
-        if self.adaptive:
-            brownian = torchsde.BrownianInterval(
-                0.0, end, size=size, dtype=y.dtype, device=y.device, dt=1.0,
-                entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
-            )  # fmt: skip
-        else:
-            brownian = _Increments(problem, size, y, _levy_area(self.method))
+        brownian = self._brownian(problem, y, end)
+        observed = problem.on_step is not None and self.observable
+        ends = [float(step) for step in range(1, steps + 1)] if observed else [end]
+        start, extra = 0.0, None
+        for step, r in enumerate(ends, 1):
+            y, extra = self._advance(problem, system, brownian, y, (start, r), extra, (rtol, atol, 1e-6 * end))
+            start = r
+            if observed:
+                problem.observe(step, float(problem.time(r)[0]), problem.from_rows(y))
+        return problem.finish(y)
+
+    def _advance(
+        self, problem: Problem, system: _System, brownian: object, y: Tensor, span: tuple[float, float],
+        extra: tuple[Tensor, ...] | None, tolerances: tuple[float, float, float],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The rows at the end of ``span``, and what the method carries on from there beside them."""
+        import torchsde
+
+        ts = torch.tensor(span, dtype=torch.float64, device=y.device)
+        rtol, atol, dt_min = tolerances
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Hitting minimum allowed step size")
             if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
                 warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed to converge")
             try:
-                out = torchsde.sdeint(
-                    system, y, ts, bm=brownian, method=self.method, dt=1.0, adaptive=self.adaptive,
-                    rtol=rtol, atol=atol, dt_min=1e-6 * end,
+                out, extra = torchsde.sdeint(
+                    system, y, ts, bm=brownian, method=self.method, dt=1.0, adaptive=self.adaptive, rtol=rtol,
+                    atol=atol, dt_min=dt_min, extra=True, extra_solver_state=extra,
                 )  # fmt: skip
             except (UserWarning, AssertionError) as error:
                 t = problem.last_time
@@ -97,7 +112,19 @@ class Torchsde:
                     f"the adaptive step of {self.method} shrank to nothing at t = {t:.6g}: loosen rtol and atol.",
                     t=t, nfe=problem.nfe,
                 ) from error  # fmt: skip
-        return problem.finish(out[-1])
+        return out[-1], extra
+
+    def _brownian(self, problem: Problem, y: Tensor, end: float) -> object:
+        """The Brownian motion of rows like ``y``."""
+        import torchsde
+
+        size = (len(y), problem.motions or y.shape[1])
+        if not self.adaptive:
+            return _Increments(problem, size, y, _levy_area(self.method))
+        return torchsde.BrownianInterval(
+            0.0, end, size=size, dtype=y.dtype, device=y.device, dt=1.0,
+            entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
+        )  # fmt: skip
 
 
 class _System:
