@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 from sdeflow.errors import DataError, ScoreError, TraceErrorWarning
 from sdeflow.linear import Linear
-from sdeflow.model import Model, checked_state, evaluating
+from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
+from sdeflow.scores import evaluating
 from sdeflow.solvers import Problem, Solver
 from sdeflow.solvers.clock import Clock, Grid
 from sdeflow.symbolic.equations import Equation

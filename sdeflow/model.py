@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +18,7 @@ from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMi
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
-from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score
+from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score, evaluating
 from sdeflow.solvers import Clock, make_clock
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.declaration import stratonovich_correction
@@ -446,18 +445,6 @@ def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) 
         return value.expand(len(y), *event).flatten(1) if value.ndim else value
 
     return flat
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """All of ``module`` in eval mode, each part's own mode restored afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

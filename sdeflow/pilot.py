@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.model import Model, evaluating
-from sdeflow.scores import Conditional, ScoreFunction
+from sdeflow.model import Model
+from sdeflow.scores import Conditional, ScoreFunction, evaluating
 from sdeflow.solvers import Clock, Exponential, Problem, Solver, make_clock
 from sdeflow.thresholding import Thresholded
 
@@ -77,7 +77,7 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
 
 
 def _owner(score: ScoreFunction) -> tuple[object, tuple]:
-    """What lives as long as the user's own score does, beneath what is wrapped anew for each solve, and the wrapping."""
+    """What lives as long as the user's own score does, beneath what each solve wraps anew, and the wrapping."""
     given: tuple = ()
     while isinstance(score, Conditional | Thresholded):
         if isinstance(score, Conditional):

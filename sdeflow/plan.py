@@ -52,7 +52,7 @@ def _by_calls(calls: int, pilot: bool) -> Exponential:
     """The best order, with or without corrector, for a number of calls of the flow."""
     if pilot:
         return Exponential(2 if calls < 10 else 3 if calls < 17 else 4, corrector=calls > 5)
-    return Exponential(3 if calls < 15 else 4, corrector=calls > 10)
+    return Exponential(2 if calls < 6 else 3 if calls < 15 else 4, corrector=calls > 10)
 
 
 def make_plan(
@@ -99,6 +99,8 @@ def make_plan(
                 steps = _SDE_STEPS if with_kernel else _EULER_STEPS
             chosen = default_solver(kind, steps, with_kernel, grid)
             steps = steps if steps is None or chosen.adaptive else max(1, steps // chosen.calls_per_step)
+    elif kind == "sde" and tolerances and steps is None and isinstance(solver, str) and solver in Torchsde.methods:
+        chosen = Torchsde(solver, adaptive=True)  # ours of that name take fixed steps
     else:
         chosen = resolve(solver, equation)
     _require_fit(chosen, kind, equation, with_kernel)
@@ -111,7 +113,9 @@ def make_plan(
         raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
     if not chosen.adaptive and "adams" not in getattr(chosen, "method", "") and tolerances:
         raise ValueError(f"{chosen} takes fixed steps, to which rtol and atol mean nothing.")
-    rtol, atol = (_tolerance(v, n, dtype) for v, n in ((rtol, "rtol"), (atol, "atol")))
+    usual = getattr(chosen, "default_tolerances", (1e-5, 1e-5))
+    rtol = _tolerance(usual[0] if rtol is None else rtol, "rtol", dtype)
+    atol = _tolerance(usual[1] if atol is None else atol, "atol", dtype)
     plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000)
     if plan.expected_calls is not None:
         if max_calls is not None and plan.expected_calls > max_calls:
@@ -136,8 +140,7 @@ def _calls(solver: Solver, steps: int) -> int:
     return solver.calls(steps) if hasattr(solver, "calls") else steps * solver.calls_per_step
 
 
-def _tolerance(value: float | None, name: str, dtype: torch.dtype) -> float:
-    value = 1e-5 if value is None else value
+def _tolerance(value: float, name: str, dtype: torch.dtype) -> float:
     smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
     if isinstance(value, bool) or not isinstance(value, int | float) or not smallest <= value < float("inf"):
         raise ValueError(f"{name} must be at least {smallest:.2g}, the rounding of the state's dtype; it is {value!r}.")

@@ -35,11 +35,11 @@ from sdeflow.batches import checked_data
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, PriorMismatchWarning
 from sdeflow.gaussian import Gaussian
-from sdeflow.model import evaluating, fitted_moments
+from sdeflow.model import fitted_moments
 from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
 from sdeflow.reducible import PushForward, ReducibleKernel
-from sdeflow.scores import DeclaredSDE, ScoreFunction
+from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
 from sdeflow.simulation import simulate, start
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.symbols import t as time_symbol

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.errors import ScheduleError, SolverError
-from sdeflow.model import Model, evaluating
+from sdeflow.model import Model
 from sdeflow.noise import BLOCK, NoiseStream
 from sdeflow.pilot import pilot
 from sdeflow.plan import Plan, make_plan
+from sdeflow.scores import evaluating
 from sdeflow.solvers import Clock, Grid, Problem, Solver, names_for, resolve
 from sdeflow.symbolic.equations import Equation
 from sdeflow.thresholding import Threshold, Thresholded

@@ -21,7 +21,10 @@ LAYERS = {
     "sde": 6, "catalog": 6,
     "__init__": 7,
 }  # fmt: skip
-SIBLINGS = {"solvers.torchsde", "solvers.torchdiffeq"}
+SIBLINGS = {
+    f"solvers.{name}"
+    for name in ("torchsde", "torchdiffeq", "exponential", "euler", "edm", "langevin", "restart", "gotta_go_fast")
+}
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in ROOT.rglob("*.py"))
 
 

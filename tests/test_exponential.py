@@ -396,7 +396,7 @@ def test_names_and_availability():
     vp = catalog.VP()
     fits = available(vp)
     assert {"ddim", "unipc", "dpmpp2m", "dopri5"} <= set(fits["ode"])
-    assert {"ddpm", "dpmpp_sde", "sa_solver", "er_sde", "srk", "ddim"} <= set(fits["sde"])
+    assert {"ddpm", "dpmpp_sde", "sa_solver", "er_sde", "srk", "euler"} <= set(fits["sde"])
     assert "ddpm" not in fits["ode"]
     general = SDE(f=x - x**3, g=1, T=1)
     assert "ddim" not in available(general)["ode"]

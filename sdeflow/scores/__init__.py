@@ -26,7 +26,7 @@ a coupled state (batch, k, C, ...) sees its components as channels, (batch, k C,
 
 from __future__ import annotations
 
-from sdeflow.scores.function import CallableScore, DeclaredSDE, ScoreFunction, as_score
+from sdeflow.scores.function import CallableScore, DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.mixture import GaussianMixture
 from sdeflow.scores.network import PREDICTIONS, Conditional, Score
 from sdeflow.scores.readout import GridScore, Readout
@@ -42,4 +42,5 @@ __all__ = [
     "Score",
     "ScoreFunction",
     "as_score",
+    "evaluating",
 ]

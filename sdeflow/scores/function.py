@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from sdeflow.parameters import Values
 from sdeflow.scores.readout import GridScore, Readout
 from sdeflow.symbolic.declaration import Declaration
 
-__all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "as_score"]
+__all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "as_score", "evaluating"]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -167,3 +168,16 @@ def checked(output: object, x: Tensor, who: str) -> Tensor:
     if output.device != x.device:
         raise ScoreError(f"{who} returned a tensor on {output.device} for a state on {x.device}.")
     return output.to(x.dtype)
+
+
+@contextmanager
+def evaluating(score: object) -> Iterator[None]:
+    """A score that is a module in eval mode, each part's own mode restored afterwards."""
+    training = [part for part in score.modules() if part.training] if isinstance(score, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

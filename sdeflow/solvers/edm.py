@@ -103,7 +103,7 @@ class StochasticHeun:
                 u = path.alpha(u) + path.sigma.scaled(self.S_noise)(noise)
             u = heun(i, u)
             problem.observe(i + 1, float(times[i + 1]), u)
-        return problem.finish(problem.to_rows(u.flatten(1)))
+        return problem.finish(u.flatten(1))
 
     def _raised(self, problem: Problem, times: np.ndarray) -> np.ndarray:
         """t^ of each step, the time to which its churn raises the noise, (steps,)."""

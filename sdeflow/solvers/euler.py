@@ -61,7 +61,7 @@ class EulerMaruyama:
             noise = problem.normal(shape, y.dtype, y.device)
             y = torch.add(y, problem.drift(k, y)).add_(_shaken(problem.diffusion(k, y), noise))
             _observe(problem, k + 1, y)
-        return problem.finish(y)
+        return problem.finish(problem.from_rows(y))
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class GottaGoFast:
             self._require_progress(problem, h, ~accepted, t)
             attempts += 1
             problem.observe(attempts, float(t.max()), u)
-        return problem.finish(problem.to_rows(u.flatten(1)))
+        return problem.finish(u.flatten(1))
 
     def _require_progress(self, problem: Problem, h: Tensor, rejected: Tensor, t: Tensor) -> None:
         """A step may be tiny to end at the cutoff, but not because it was rejected again and again."""

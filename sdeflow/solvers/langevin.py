@@ -27,19 +27,18 @@ Song & Ermon 2019 (arXiv:1907.05600), Song & Ermon 2020 (arXiv:2006.09011), Song
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdeflow.errors import NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Factor, Linear, multiplied, rows
 from sdeflow.noise import NoiseStream, resolve_seed
-from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score
+from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.problem import Problem
 
@@ -144,7 +143,7 @@ class PredictorCorrector:
             for _ in range(self.corrector_steps):
                 u = langevin(i, u, self._rule(kept[i]))
             problem.observe(i + 1, float(times[i + 1]), u)
-        return problem.finish(problem.to_rows(u.flatten(1)))
+        return problem.finish(u.flatten(1))
 
     def _rule(self, kept: float) -> float | Callable[[Tensor, Tensor], Tensor]:
         """e, or the function of the noise and the whitened score that gives it for each sample."""
@@ -219,7 +218,7 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
         raise ValueError(f"step must be positive and finite, not {step!r}.")
     stream, width = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step)
     time = t if isinstance(score, ScoreFunction) else x.new_full((len(x),), t)
-    with torch.no_grad(), _evaluating(score):
+    with torch.no_grad(), evaluating(score):
         for _ in range(steps):
             noise = stream.normal(tuple(x.shape), x.dtype, x.device)
             x = torch.add(x, score(x, time), alpha=step).add_(noise, alpha=width)
@@ -286,7 +285,7 @@ class AnnealedLangevin:
         times = problem.times(steps)
         step = _relative_step(problem.kernel, times, self.steps_per_scale, self.eps)
         u = _anneal(problem, y.reshape(-1, *problem.event), times, step, self.steps_per_scale, first=1)
-        return problem.finish(problem.to_rows(u.flatten(1)))
+        return problem.finish(u.flatten(1))
 
 
 def annealed_langevin(
@@ -343,7 +342,7 @@ def annealed_langevin(
         event=tuple(x.shape[1:]),
         score=lambda u, t: kernel.to_basis(score(kernel.from_basis(u + _level(kernel, u, t)), t)),
     )
-    with torch.no_grad(), _evaluating(score):
+    with torch.no_grad(), evaluating(score):
         problem.start(x.flatten(1))
         u = kernel.to_basis(x) - _level(kernel, x, torch.tensor(falling[0], dtype=torch.float64))
         step = _relative_step(kernel, falling, steps_per_scale, eps)
@@ -536,19 +535,6 @@ def _log_scale(alpha: Linear) -> Tensor:
 def _square_norm(x: Tensor) -> Tensor:
     """|x|² of each sample, (batch, 1, ...)."""
     return x.square().flatten(1).sum(1).reshape(-1, *(1,) * (x.ndim - 1))
-
-
-@contextmanager
-def _evaluating(score: AnyScore) -> Iterator[None]:
-    """A score that is a module in eval mode, each part's own mode restored afterwards."""
-    training = [part for part in score.modules() if part.training] if isinstance(score, nn.Module) else []
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _require_count(value: int, name: str, least: int) -> None:

@@ -244,8 +244,7 @@ class Problem:
         return self._correction is not None
 
     def finish(self, y: Tensor) -> Tensor:
-        """After a solve: the state, once it is known to be finite."""
-        y = self.from_rows(y)
+        """After a solve: the state (batch, n), once it is known to be finite."""
         if self._sums:
             self._read_sums(y, len(self.grid_times) - 1)
         self._read(y)

@@ -95,7 +95,7 @@ class Restart:
                 y = (transition.alpha(u) + transition.sigma(noise)).flatten(1)
             flow = _flow(problem, _Part(problem.clock, end, begin), seen)
             y = self.solver.solve(flow, y, n, rtol, atol)
-        return problem.finish(problem.to_rows(y))
+        return problem.finish(y)
 
     def _plan(self, problem: Problem, steps: int | None) -> Iterator[tuple]:
         """Stretches (u of the clock at their begin and end, steps, the transition up to the begin if any)."""

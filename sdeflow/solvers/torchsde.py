@@ -86,7 +86,7 @@ class Torchsde:
             start = r
             if observed:
                 problem.observe(step, float(problem.time(r)[0]), problem.from_rows(y))
-        return problem.finish(y)
+        return problem.finish(problem.from_rows(y))
 
     def _advance(
         self, problem: Problem, system: _System, brownian: object, y: Tensor, span: tuple[float, float],
