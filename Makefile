@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well test lint docs zoo bench readme clean
+.PHONY: demo few-calls double-well test lint docs zoo bench bench-solvers readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -31,6 +31,11 @@ zoo: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/overhead.py
+
+bench-solvers: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion
+	$(BIN)/python benchmarks/solvers.py $(ARGS)
 
 readme: $(VENV)/ready
 	$(BIN)/python docs/run_readme.py
