@@ -111,7 +111,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
         record: list[Tensor] = []
         program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
     lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
-    centres, density = _density(lam, torch.stack(record).double(), program.transfer, solver.order)
+    centres, density = _density(lam, torch.stack(record).double(), program.steps.transfer, solver.order)
     fine = np.linspace(lam[0], lam[-1], 32 * _POINTS)
     rho = np.interp(fine, centres, density)
     work = np.concatenate([[0.0], np.cumsum(0.5 * (rho[1:] + rho[:-1]))])

@@ -21,10 +21,18 @@ LAYERS = {
     "sde": 6, "catalog": 6,
     "__init__": 7,
 }  # fmt: skip
-SIBLINGS = {
-    f"solvers.{name}"
-    for name in ("torchsde", "torchdiffeq", "exponential", "euler", "edm", "langevin", "restart", "gotta_go_fast")
-}
+FAMILIES = (
+    "torchsde",
+    "torchdiffeq",
+    "exponential",
+    "singlestep",
+    "euler",
+    "edm",
+    "langevin",
+    "restart",
+    "gotta_go_fast",
+)
+SIBLINGS = {f"solvers.{family}" for family in FAMILIES}
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in ROOT.rglob("*.py"))
 
 

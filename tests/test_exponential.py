@@ -11,7 +11,7 @@ import torch
 import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.scores import GaussianMixture
-from sdeflow.solvers import Exponential, available, names_for, presets
+from sdeflow.solvers import Exponential, SingleStep, available, names_for, presets
 from sdeflow.solvers.exponential import RULES
 from sdeflow.solvers.weights import derive, weights
 from tests.problems import CATALOGUE, correlated, gaussian, ring
@@ -62,11 +62,11 @@ def test_velocity_is_adams_bashforth_in_its_own_variable():
 
 
 def test_weights_integrate_polynomials_exactly():
-    moments = 1.0 / torch.arange(1, 5, dtype=torch.float64)[:, None]  # of θ^k over [0, 1]
-    nodes = np.array([1.0, 0.0, -0.7, -2.1])
-    w = weights(moments, nodes)[:, 0].numpy()
+    moments = 1.0 / torch.arange(1, 5, dtype=torch.float64)[None]  # of θ^k over [0, 1]
+    nodes = np.array([[1.0, 0.0, -0.7, -2.1]])
+    w = weights(moments, nodes)[0].numpy()
     for k in range(4):
-        assert abs(w @ nodes**k - 1 / (k + 1)) < 1e-13
+        assert abs(w @ nodes[0] ** k - 1 / (k + 1)) < 1e-13
 
 
 @pytest.mark.parametrize("prediction", ["data", "reference", "noise"])
@@ -142,11 +142,61 @@ def test_presets_have_the_order_they_declare(solver, order):
     assert abs(slopes(solver, (64, 128))[-1] - order) < 0.25
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("prediction", ["data", "noise", "velocity", "reference"])
+def test_single_steps_have_their_order(prediction, order):
+    solver = SingleStep(order, prediction)
+    assert abs(slopes(solver, (48, 96))[-1] - order) < 0.15
+    assert solver.convergence_order == order
+
+
+def test_single_steps_are_the_published_ones():
+    """DPM-Solver++(2S) with its midpoint weights and (3S), written out as in arXiv:2211.01095."""
+    sde = catalog.CosineVP()
+    exact, kernel = ring(sde, std=0.2), sde.kernel
+    z = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.as_tensor(grid(kernel, 7))
+    lam = kernel.half_log_snr(times)
+
+    def at(value):
+        time = kernel.time_of(value)
+        alpha, sigma, _ = kernel.coefficients(time)
+        return time, alpha, sigma
+
+    def D(x, time):
+        return exact.denoise(x, time)
+
+    def two(x, i, r=0.4):
+        h = lam[i + 1] - lam[i]
+        (s, _, ss), (m, am, sm), (_, a1, s1) = at(lam[i]), at(lam[i] + r * h), at(lam[i + 1])
+        first = D(x, s)
+        u = sm / ss * x - am * torch.expm1(-r * h) * first
+        mixed = (1 - 1 / (2 * r)) * first + 1 / (2 * r) * D(u, m)
+        return s1 / ss * x - a1 * torch.expm1(-h) * mixed
+
+    def three(x, i):
+        h = lam[i + 1] - lam[i]
+        r1, r2 = 1 / 3, 2 / 3
+        (s, _, ss), (t1, b1, s1), (t2, b2, s2), (_, a, sigma) = (at(lam[i] + r * h) for r in (0.0, r1, r2, 1.0))
+        first = D(x, s)
+        u1 = s1 / ss * x - b1 * torch.expm1(-r1 * h) * first
+        D1 = D(u1, t1) - first
+        u2 = s2 / ss * x - b2 * torch.expm1(-r2 * h) * first + r2 / r1 * b2 * (torch.expm1(-r2 * h) / (r2 * h) + 1) * D1
+        D2 = D(u2, t2) - first
+        return sigma / ss * x - a * torch.expm1(-h) * first + a / r2 * (torch.expm1(-h) / h + 1) * D2
+
+    for solver, step in ((presets.dpmpp2s(0.4), two), ("dpmpp3s", three)):
+        x_t = z
+        for i in range(7):
+            x_t = step(x_t, i)
+        torch.testing.assert_close(sde.flow_ode(exact).decode(z, solver, 7, grid=times), x_t, rtol=1e-9, atol=1e-10)
+
+
 def test_a_planted_mistake_in_a_weight_loses_the_order(monkeypatch):
     """A correction of one percent of the second moment is a loss of two orders."""
 
     def wrong(moments, nodes, length):
-        return moments * torch.tensor([1.0, 1.01, 1.0, 1.0, 1.0])[: len(moments)]
+        return moments * torch.tensor([1.0, 1.01, 1.0, 1.0, 1.0])[: moments.shape[1]]
 
     monkeypatch.setitem(RULES, "exact", wrong)
     assert slopes(Exponential(3, "data", True), (64, 128))[-1] < 2.5
@@ -251,7 +301,7 @@ def propagated_variance(reverse, solver, steps):
     """The exact variance of a stochastic solve of a linear score: unit impulses instead of noise."""
     from sdeflow.solvers import Problem
 
-    model, n = reverse.model, steps + 1
+    model, n = reverse.model, steps * getattr(solver, "calls_per_step", 1) + 1
 
     class OneAtATime:
         seed, draws = 0, 0
@@ -286,6 +336,8 @@ STOCHASTIC = {
     "velocity 2": Exponential(2, "velocity", False, eta=1.0),
     "noise 2": Exponential(2, "noise", False, eta=1.0),
     "reference 2": Exponential(2, "reference", False, eta=1.0, scale=0.3),
+    "single step 1": SingleStep(1, eta=1.0),
+    "single step 2": SingleStep(2, eta=1.0),
     "eta of the log-SNR": Exponential(2, "data", False, eta=lambda lam: 0.5 + 0.5 / (1 + np.exp(lam))),
 }
 
@@ -297,7 +349,7 @@ def test_the_weak_order_by_exact_propagation_of_moments(name):
     truth = float(sde.kernel.marginal(0.0, 0.5, sde.cutoff).std ** 2)
     errors = [abs(propagated_variance(reverse, solver, n) / truth - 1) for n in (160, 320)]
     slope = math.log2(errors[0] / errors[1])
-    assert solver.convergence_order == (1 if solver.order == 1 and not solver.past else 2)
+    assert solver.convergence_order == (1 if solver.order == 1 else 2)
     assert solver.convergence_order - 0.25 < slope < solver.convergence_order + 0.75
 
 

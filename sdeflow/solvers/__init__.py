@@ -20,12 +20,13 @@ from sdeflow.solvers.gotta_go_fast import GottaGoFast
 from sdeflow.solvers.langevin import AnnealedLangevin, PredictorCorrector, annealed_langevin, langevin
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.restart import Restart
+from sdeflow.solvers.singlestep import SingleStep
 from sdeflow.solvers.torchdiffeq import Torchdiffeq
 from sdeflow.solvers.torchsde import Torchsde
 
 __all__ = [
     "AnnealedLangevin", "Clock", "Euler", "EulerMaruyama", "Exponential", "GottaGoFast", "Grid", "Heun",
-    "PredictorCorrector", "Problem", "Restart", "Solver", "StochasticHeun", "Torchdiffeq", "Torchsde",
+    "PredictorCorrector", "Problem", "Restart", "SingleStep", "Solver", "StochasticHeun", "Torchdiffeq", "Torchsde",
     "annealed_langevin", "available", "langevin", "make_clock", "names_for", "presets", "resolve",
 ]  # fmt: skip
 
@@ -80,6 +81,8 @@ _NAMED: dict[str, dict[str, Solver]] = {
         "dpmpp3m_published": presets.dpmpp3m(published=True),
         "unipc": presets.unipc(),
         "deis": presets.deis(),
+        "dpmpp2s": presets.dpmpp2s(),
+        "dpmpp3s": presets.dpmpp3s(),
         "euler": Euler(),
         "heun": Heun(),
         "edm": StochasticHeun(),

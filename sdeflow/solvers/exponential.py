@@ -18,8 +18,6 @@ With noise (eta > 0) the weak order is 1 for order 1 and 2 above: the polynomial
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,35 +27,40 @@ from torch import Tensor
 from sdeflow.basis import Basis, Orthogonal
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel
-from sdeflow.linear import Factor, Linear, add_multiple, multiplied, rows
-from sdeflow.scores import GridScore
 from sdeflow.solvers.problem import Problem
-from sdeflow.solvers.weights import PREDICTIONS, VARIABLES, Eta, Transfer, derive, weights
+from sdeflow.solvers.program import Program, Rule, Steps, kept
+from sdeflow.solvers.weights import PREDICTIONS, VARIABLES, Eta, Transfer, derive
 
 __all__ = ["RULES", "Exponential"]
 
 
 def _midpoint(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
-    return torch.stack([moments[0], 0.5 * moments[0]]) if len(nodes) == 2 else moments
+    return _replaced(moments, 1, 0.5 * moments[:, 0]) if nodes.shape[1] == 2 else moments
 
 
 def _half_step(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
-    return torch.stack([moments[0], 0.5 * length]) if len(nodes) == 2 else moments
+    return _replaced(moments, 1, 0.5 * length) if nodes.shape[1] == 2 else moments
 
 
 def _half_curvature(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
-    if len(nodes) != 3:
+    if nodes.shape[1] != 3:
         return _midpoint(moments, nodes, length)
-    return torch.stack([moments[0], moments[1], 0.5 * moments[2]])
+    return _replaced(moments, 2, 0.5 * moments[:, 2])
 
 
 def _uncentred(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
-    if len(nodes) != 3:
+    if nodes.shape[1] != 3:
         return moments
-    return torch.stack([moments[0], moments[1], moments[2] + nodes[1] * moments[1]])
+    back = torch.as_tensor(nodes[:, 1]).reshape(-1, *(1,) * (moments.ndim - 2))
+    return _replaced(moments, 2, moments[:, 2] + back * moments[:, 1])
 
 
-RULES: dict[str, Callable[[Tensor, np.ndarray, Tensor | None], Tensor]] = {
+def _replaced(moments: Tensor, k: int, value: Tensor) -> Tensor:
+    """``moments`` (n, c, *shape) with M_k replaced."""
+    return torch.cat([moments[:, :k], value[:, None], moments[:, k + 1 :]], dim=1)
+
+
+RULES: dict[str, Rule] = {
     "exact": lambda moments, nodes, length: moments,
     "midpoint": _midpoint,
     "half_step": _half_step,
@@ -209,15 +212,33 @@ class Exponential:
         """The numbers of a grid, and the score on it."""
         kernel = problem.kernel
         scale = torch.as_tensor(problem.scale if self.scale is None else self.scale, dtype=torch.float64)
-        transfer = derive(
-            kernel, times[:-1], times[1:], self.prediction, scale, self._eta(kernel, times),
-            1 + max(self.order, self.past), self.variable,
-        )  # fmt: skip
+
+        def make() -> Steps:
+            eta, orders = self._eta(kernel, times), 1 + max(self.order, self.past)
+            transfer = derive(kernel, times[:-1], times[1:], self.prediction, scale, eta, orders, self.variable)
+            return Steps(transfer, self._nodes(transfer), RULES[self.rule], like, kernel.coupled)
+
+        steps = kept(kernel, self._key(kernel, times, scale, like), make)
         score = problem.on_grid(torch.as_tensor(times[:-1]), like)
         mean = kernel.data_level(problem.mean, like) if self.prediction == "reference" else None
         if self.basis is not None:
             mean = None if mean is None else self.basis.forward(mean.expand(1, *like.shape[1:]))
-        return Program(transfer, score, times, self._nodes(transfer), RULES[self.rule], mean, like, kernel, self.basis)
+        return Program(steps, score, times, mean, like, kernel, self.basis)
+
+    def _key(self, kernel: Kernel, times: np.ndarray, scale: Tensor, like: Tensor) -> tuple | None:
+        """What the numbers of a grid depend on; None where that is more than numbers and names."""
+        if callable(self.eta) or kernel.values.shape or kernel.values.learned:
+            return None
+        options = (self.order, self.prediction, self.past, self.eta, self.variance, self.variable, self.rule)
+        return (
+            *options,
+            times.tobytes(),
+            tuple(scale.flatten().tolist()),
+            scale.shape,
+            like.shape[1:],
+            like.dtype,
+            like.device,
+        )
 
     def _eta(self, kernel: Kernel, times: np.ndarray) -> Eta:
         """eta of the SDE; in each step the one that leaves eta times the posterior's deviation, where that is meant."""
@@ -240,120 +261,3 @@ class Exponential:
                 corrected = np.concatenate([[1.0], back[: min(self.past, step + 1)]])
             nodes.append((back[: min(self.order, step + 1)], corrected))
         return nodes
-
-
-Rule = Callable[[Tensor, np.ndarray, Tensor | None], Tensor]
-
-
-class Program:
-    """The steps of a solve as numbers: everything that depends on the grid alone, and the loop that uses them."""
-
-    def __init__(
-        self,
-        transfer: Transfer,
-        score: GridScore,
-        times: np.ndarray,
-        nodes: Sequence[tuple[np.ndarray, np.ndarray | None]],
-        rule: Rule,
-        mean: Tensor | None,
-        like: Tensor,
-        kernel: Kernel,
-        basis: Basis | None = None,
-    ) -> None:
-        n, coupled = len(transfer.start), kernel.coupled
-
-        def ready(values: Tensor) -> list[Factor]:
-            return rows(_shaped(values, like, coupled), like)
-
-        def weighed(step: int, points: np.ndarray | None) -> list[Factor]:
-            if points is None:
-                return []
-            length = None if transfer.length is None else transfer.length[step]
-            moments = transfer.moments[step, : len(points)]
-            return ready(weights(rule(moments, points, length), points))
-
-        self.score, self.times, self.transfer = score, times.tolist(), transfer
-        self.state = ready(transfer.state)
-        self.noise = None if transfer.noise is None else ready(transfer.noise)
-        self.predictor = [weighed(step, points) for step, (points, _) in enumerate(nodes)]
-        self.corrector = [weighed(step, points) for step, (_, points) in enumerate(nodes)]
-        of_noise = _shaped(transfer.of_noise, like, coupled)
-        of_state, of_output, constant = score.coefficients(n, _identity(like, coupled))
-        if basis is not None and (kernel.basis is not None or coupled or max(of_state.numel(), of_output.numel()) > n):
-            raise ValueError("a solver's basis needs an elementwise SDE, and one data_std for all coordinates.")
-        of_state, of_output = (of_noise @ Linear(v, coupled) for v in (of_state, of_output))
-        total = of_state.values + _shaped(transfer.of_state, like, coupled).values
-        self.of_state, self.of_output = rows(Linear(total, coupled), like), rows(of_output, like)
-        self.constant = None if constant is None else of_noise(constant.to(of_noise.values.dtype)).to(like)
-        self.mean = None if mean is None else mean.to(like)
-        if mean is not None:  # F and the steps are of u - alpha mean
-            alpha_0, alpha_1, keep = (_shaped(v, like, coupled) for v in (*transfer.alpha, transfer.state))
-            self.mean_in_prediction = rows((_shaped(transfer.of_state, like, coupled) @ alpha_0).scaled(-1.0), like)
-            self.mean_in_step = rows(Linear(alpha_1.values - (keep @ alpha_0).values, coupled), like)
-        self.basis = basis
-        self.longest = max(len(w) for pair in (self.predictor, self.corrector) for w in pair)
-
-    def run(self, problem: Problem, u: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """The state after the last step, from ``u`` (batch, *event); ``record`` receives every prediction F."""
-        past: deque[Tensor] = deque(maxlen=self.longest)
-        base, noise = u, None
-        for n in range(len(self.state)):
-            if len(past) == self.longest:
-                past.appendleft(self._prediction(problem, n, u, past.pop()))
-            else:
-                past.appendleft(self._prediction(problem, n, u, torch.empty_like(u)))
-            if record is not None:
-                record.append(past[0].clone())
-            if n and self.corrector[n - 1]:
-                base = self._moved(n - 1, base, self.corrector[n - 1], past, noise)
-            else:
-                base = u
-            if self.noise is not None:
-                noise = multiplied(self.noise[n], problem.normal(tuple(u.shape), u.dtype, u.device))
-            u = self._moved(n, base, self.predictor[n], past, noise)
-            problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
-        return u
-
-    def _prediction(self, problem: Problem, n: int, u: Tensor, out: Tensor) -> Tensor:
-        """F at time number n, in the memory of ``out``."""
-        if self.basis is None:
-            output = self.score.call(n, u)
-        else:
-            output = self.basis.forward(self.score.call(n, self.basis.inverse(u)))
-        problem.called(u, output, n)
-        factor = self.of_output[n]
-        if isinstance(factor, Linear):
-            out.copy_(factor(output))
-        else:
-            torch.mul(output, factor, out=out)
-        add_multiple(out, self.of_state[n], u)
-        if self.mean is not None:
-            add_multiple(out, self.mean_in_prediction[n], self.mean)
-        return out if self.constant is None else out.add_(self.constant[n])
-
-    def _moved(
-        self, n: int, base: Tensor, factors: list[Factor], past: Sequence[Tensor], noise: Tensor | None
-    ) -> Tensor:
-        """Ψ base + Σ_j w_j F_j + noise, over step n."""
-        u = multiplied(self.state[n], base)
-        for factor, prediction in zip(factors, past, strict=False):
-            add_multiple(u, factor, prediction)
-        if self.mean is not None:
-            add_multiple(u, self.mean_in_step[n], self.mean)
-        return u if noise is None else u.add_(noise)
-
-
-def _identity(like: Tensor, coupled: bool) -> Tensor:
-    """The values of the identity map of states like ``like``, without the leading side."""
-    if not coupled:
-        return torch.ones((1,) * (like.ndim - 1), dtype=torch.float64)
-    k = like.shape[1]
-    return torch.eye(k, dtype=torch.float64).reshape(*(1,) * (like.ndim - 2), k, k)
-
-
-def _shaped(values: Tensor, like: Tensor, coupled: bool) -> Linear:
-    """Numbers (n, *shape), or matrices (n, k, k), as maps of states like ``like`` with n as the leading side."""
-    if coupled:
-        return Linear(values.reshape(len(values), *(1,) * (like.ndim - 2), *values.shape[-2:]), True)
-    shape = values.shape[1:]
-    return Linear(values.reshape(len(values), *(1,) * (like.ndim - 1 - len(shape)), *shape))

@@ -9,8 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from sdeflow.solvers.exponential import Exponential
+from sdeflow.solvers.singlestep import SingleStep
 
-__all__ = ["ddim", "ddpm", "deis", "dpmpp2m", "dpmpp3m", "dpmpp_sde", "er_sde", "sa_solver", "unipc"]
+__all__ = [
+    "ddim", "ddpm", "deis", "dpmpp2m", "dpmpp2s", "dpmpp3m", "dpmpp3s", "dpmpp_sde", "er_sde", "sa_solver", "unipc",
+]  # fmt: skip
 
 
 def ddim(eta: float = 0.0) -> Exponential:
@@ -31,6 +34,16 @@ def dpmpp2m() -> Exponential:
 def dpmpp3m(published: bool = False) -> Exponential:
     """DPM-Solver++(3M). ``published`` as released, with half the second difference, which is of order 2."""
     return Exponential(3, "data", corrector=False, rule="half_curvature" if published else "exact")
+
+
+def dpmpp2s(ratio: float = 0.5) -> SingleStep:
+    """DPM-Solver++(2S), two calls a step, with its published weights (arXiv:2211.01095)."""
+    return SingleStep(2, "data", rule="midpoint", ratio=ratio)
+
+
+def dpmpp3s() -> SingleStep:
+    """DPM-Solver++(3S), three calls a step (arXiv:2211.01095)."""
+    return SingleStep(3, "data")
 
 
 def dpmpp_sde(eta: float = 1.0) -> Exponential:

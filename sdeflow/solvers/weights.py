@@ -134,13 +134,14 @@ def derive(
 
 
 def weights(moments: Tensor, nodes: np.ndarray) -> Tensor:
-    """Weights (len(nodes), *shape) of the values of F at ``nodes`` (in θ): ∫ of the polynomial through them.
+    """Weights (n, c, *shape) of the values of F at ``nodes`` θ (n, c) of n steps: ∫ of the polynomial through them.
 
-    Σ_j c_j θ_j^k = M_k for k = 0 .. len(nodes) - 1, for ``moments`` (orders, *shape).
+    Σ_j w_j θ_j^k = M_k for k = 0 .. c - 1, for ``moments`` (n, c, *shape).
     """
-    count = len(nodes)
-    vandermonde = torch.as_tensor(np.vander(nodes, count, increasing=True).T)
-    return torch.linalg.solve(vandermonde, moments[:count].reshape(count, -1)).reshape(count, *moments.shape[1:])
+    vandermonde = torch.as_tensor(nodes[:, None, :] ** np.arange(nodes.shape[1])[:, None])
+    return torch.linalg.solve(vandermonde, moments.flatten(2) if moments.ndim > 2 else moments[..., None]).reshape(
+        moments.shape
+    )
 
 
 class _Panels:
