@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from problems import CATALOGUE, correlated, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
@@ -14,7 +15,6 @@ from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, SingleStep, available, names_for, presets
 from sdeflow.solvers.exponential import RULES
 from sdeflow.solvers.weights import derive, weights
-from tests.problems import CATALOGUE, correlated, gaussian, ring
 
 
 def grid(kernel, n):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdeflow.errors import DataError, NotAffineError, ScoreError
 from sdeflow.kernel import Kernel, Path
-from sdeflow.linear import Linear, rows
+from sdeflow.linear import Linear, multiplied, rows
 from sdeflow.parameters import Values
 from sdeflow.scores.readout import GridScore, Readout
 from sdeflow.symbolic.declaration import Declaration
@@ -84,14 +84,8 @@ class ScoreFunction(nn.Module):
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
         """The score at fixed ``times`` (n,), for solver states like ``like`` (batch, *event), called in ``dtype``."""
-        kernel = self.gaussian
-        path = kernel.path(like, times)
-        offset = rows(Linear(path.offset), like) if kernel.has_offset else None
-
-        def call(i: int, u: Tensor) -> Tensor:
-            x = kernel.from_basis(u if offset is None else u + offset[i]).to(dtype)
-            return kernel.to_basis(self(x, times[i])).to(u.dtype)
-
+        path = self.gaussian.path(like, times)
+        call = on_states(self.gaussian, path, like, dtype, lambda x, i, kept: self(x, times[i]))
         return GridScore(ScoreFunction.readout(self, path, like, times), call)
 
     def _path(self, x: Tensor, t: Tensor | float) -> tuple[Kernel, Path]:
@@ -116,6 +110,53 @@ class CallableScore(ScoreFunction):
         if self.gaussian is not None:
             self.gaussian.require_times(time)
         return checked(self.function(x.clone(), network_time(time, x)), x, "the score")
+
+    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
+        path = self.gaussian.path(like, times)
+        clock = network_times(times, like.to(dtype)).unbind()
+
+        def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
+            value = self.function(x.clone() if kept else x, clock[i].expand(len(x)).clone())
+            return checked(value, x, "the score")
+
+        call = on_states(self.gaussian, path, like, dtype, evaluate)
+        return GridScore(self.readout(path, like, times), call)
+
+
+def on_states(
+    kernel: Kernel,
+    path: Path,
+    like: Tensor,
+    dtype: torch.dtype,
+    evaluate: Callable[[Tensor, int, bool], Tensor],
+    readout: Readout | None = None,
+) -> Callable[[int, Tensor], Tensor]:
+    """What a solver calls with (time number, its state), from ``evaluate``, which takes what the score or network sees.
+
+    Args:
+        kernel: the kernel, for its basis.
+        path: of the grid's times.
+        like: solver states (batch, *event).
+        dtype: in which the score is called.
+        evaluate: (x, i, kept) -> its value; ``kept`` says that x must not be changed, for it is the solver's own.
+        readout: where the network sees a whitened state.
+    """
+    offset = rows(Linear(path.offset), like) if kernel.has_offset else None
+    entry = None if readout is None or readout.input is None else rows(readout.input, like)
+    shift = None if readout is None or readout.shift is None else rows(Linear(readout.shift), like)
+    plain = kernel.basis is None and dtype == like.dtype  # nothing to convert on the way
+
+    def call(i: int, u: Tensor) -> Tensor:
+        if entry is not None:
+            seen = multiplied(entry[i], u if shift is None else u - shift[i])
+        else:
+            seen = u if offset is None else u + offset[i]
+        if plain:
+            return evaluate(seen, i, seen is u)
+        converted = kernel.from_basis(seen).to(dtype)
+        return kernel.to_basis(evaluate(converted, i, converted is u)).to(u.dtype)
+
+    return call
 
 
 def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: DeclaredSDE) -> ScoreFunction:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.kernel import Path
-from sdeflow.linear import Linear, multiplied, rows
-from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time, network_times
+from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time, network_times, on_states
 from sdeflow.scores.readout import GridScore, Readout
 
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
@@ -161,27 +160,14 @@ class Score(ScoreFunction):
         return Readout((M @ L.T.inverse).scaled(-1.0), K.T.inverse @ whitening, None, shift, whitening)
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype, y: Tensor | None = None) -> GridScore:
-        kernel = self.gaussian
-        path = kernel.path(like, times)
+        path = self.gaussian.path(like, times)
         readout = self.readout(path, like, times)
         clock = network_times(self._times_of(times), like.to(dtype)).unbind()
-        offset = rows(Linear(path.offset), like) if kernel.has_offset else None
-        entry = None if readout.input is None else rows(readout.input, like)
-        shift = None if readout.shift is None else rows(Linear(readout.shift), like)
-        plain = kernel.basis is None and dtype == like.dtype  # nothing to convert on the way
 
-        def call(i: int, u: Tensor) -> Tensor:
-            if entry is not None:
-                seen = multiplied(entry[i], u if shift is None else u - shift[i])
-            else:
-                seen = u if offset is None else u + offset[i]
-            time = clock[i].expand(len(u)).clone()
-            if plain:
-                return self._called(seen, time, y, seen is u)
-            seen = kernel.from_basis(seen).to(dtype)
-            return kernel.to_basis(self._called(seen, time, y, seen is u)).to(u.dtype)
+        def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
+            return self._called(x, clock[i].expand(len(x)).clone(), y, kept)
 
-        return GridScore(readout, call)
+        return GridScore(readout, on_states(self.gaussian, path, like, dtype, evaluate, readout))
 
     def _noise(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Path]:
         """E[eps | x_t] in the kernel's basis, and the path."""
