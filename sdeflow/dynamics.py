@@ -156,7 +156,7 @@ class ReverseSDE(_Bound):
             threshold: keeps E[x_0 | x_t] in range on the way: (low, high) clips it, a quantile in (0, 1) is Imagen's
                 dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.thresholding.Thresholded` score
                 yourself.
-            chunk: how many samples to solve at once, a multiple of 1,024; by default all, up to 2^26 elements. Solvers
+            chunk: how many samples to solve at once; by default all, up to 2^24 elements. Solvers
                 that choose steps for the whole batch take no chunks.
             progress: a progress bar; None shows it on a terminal only.
             dtype, device: of the state; by default the score's.
@@ -196,12 +196,27 @@ class FlowODE(_Bound):
         steps: int | None = None,
         *,
         seed: Seed = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        denoise: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        **options: object,
+        max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
     ) -> Answer:
-        """Samples at t = cutoff: :meth:`decode` of draws from the prior. Its options apply."""
-        return self._drawn(shape, Options(solver, steps, **options), dtype, device, resolve_seed(seed), noisy=False)
+        """Samples at t = cutoff: :meth:`decode` of draws from the prior, with its options."""
+        options = Options(
+            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
+            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
+            progress=progress,
+        )  # fmt: skip
+        return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=False)
 
     def decode(
         self,

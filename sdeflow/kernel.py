@@ -100,6 +100,23 @@ class Kernel:
         """The first time that training and solvers visit."""
         return self.numbers.cutoff
 
+    @cached_property
+    def log_snr_falls(self) -> bool:
+        """Whether half_log_snr falls at all times, as it does wherever there is noise."""
+        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
+        with torch.no_grad():
+            return bool((self.half_log_snr_rate(times) < 0).all())
+
+    @cached_property
+    def log_snr_falls_steadily(self) -> bool:
+        """Whether half_log_snr never nearly stands still: by a tenth at least while t grows e-fold.
+
+        The log-SNR of a coupled state that turns more than it decays is no good measure of a solver's steps.
+        """
+        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
+        with torch.no_grad():
+            return bool((self.half_log_snr_rate(times) * times < -0.1).all())
+
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""
         return Kernel(self.declaration, values, self.basis, like=self)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow.density import reference, reference_growth
 from sdeflow.errors import DataError, ScoreError, TraceErrorWarning
 from sdeflow.linear import Linear
 from sdeflow.model import Model, checked_state
@@ -292,7 +293,7 @@ def _solve(
         y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
         x_T, integrals = model.from_solver(y[:, :d].reshape(x.shape), model.T), y[:, d:]
         prior = model.prior_for(x.detach().clone())
-        value = prior.log_prob(x_T) + integrals.mean(1) + _linear_part(model, x[:1].detach().double())
+        value = prior.log_prob(x_T) + integrals.mean(1) + reference_growth(model, x[:1].detach().double())
     if vectors is None:
         stderr = torch.zeros_like(value)
     else:
@@ -316,31 +317,12 @@ def _augmented_rate(
                 change = _divergence(velocity, u, vectors)
             else:
                 _, _, q = kernel.equation(u, t)
-                inverse = _reference(model, t, u).inverse
+                inverse = reference(model, t, u).inverse
                 known = (q @ inverse.T @ inverse).trace(event)
                 change = -0.5 * (_divergence(q(s), u, vectors) + known)
         return torch.cat([velocity.detach().flatten(1), change.detach().mT.to(y.dtype)], dim=1)
 
     return rate
-
-
-def _reference(model: Model, t: Tensor, like: Tensor) -> Linear:
-    """S of the Gaussian reference at t, S Sᵀ = alpha c² alphaᵀ + sigma sigmaᵀ, as a map of states like ``like``."""
-    path = model.kernel.path(like, t)
-    spread = path.sigma.inverse @ path.alpha @ model.kernel.scale(model.reference(like), like)
-    return path.sigma @ spread.root_of_one_plus_gram
-
-
-def _linear_part(model: Model, like: Tensor) -> float:
-    """log|S_T| - log|S_cutoff|, the exact integral of the reference's divergence."""
-    if model.kernel is None:
-        return 0.0
-    event = tuple(like.shape[1:])
-    first, last = (
-        float(_reference(model, torch.tensor(t, dtype=torch.float64), like).log_det(event).sum())
-        for t in (model.cutoff, model.T)
-    )
-    return last - first
 
 
 def _divergence(s: Tensor, x: Tensor, vectors: Tensor | None) -> Tensor:

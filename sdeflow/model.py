@@ -6,7 +6,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import sympy as sp
@@ -86,7 +86,7 @@ class Model:
         if score is self._score:
             return self
         other = copy.copy(self)
-        other._score = score
+        other._score, other._read_off = score, dict(self._read_off)
         return other
 
     def repeated(self, times: int) -> Model:
@@ -252,14 +252,10 @@ class Model:
             self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
         return self._clocks[grid, scale]
 
-    @cached_property
+    @property
     def log_snr_falls(self) -> bool:
         """Whether there is a Gaussian kernel, and noise at all times: what solvers that step in the log-SNR need."""
-        if self.kernel is None:
-            return False
-        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
-        with torch.no_grad():
-            return bool((self.kernel.half_log_snr_rate(times) < 0).all())
+        return self.kernel is not None and self.kernel.log_snr_falls
 
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""

@@ -45,13 +45,13 @@ class NoiseStream:
     Args:
         seed: an int, a generator (one draw seeds the stream), or None (the global generator does).
         purpose: a word that separates streams with one seed, such as "prior" and "path".
-        block: the block that the first row belongs to, for rows that start in the middle of a larger batch.
+        first: the number of the first row, for rows from the middle of a larger batch.
     """
 
-    def __init__(self, seed: int | torch.Generator | None, purpose: str, block: int = 0) -> None:
+    def __init__(self, seed: int | torch.Generator | None, purpose: str, first: int = 0) -> None:
         self.seed = resolve_seed(seed)
         self.purpose = purpose
-        self.block = block
+        self._block, self._skipped = divmod(first, BLOCK)  # whole blocks before, and rows of the first one
         self._generator = torch.Generator()
         self._starts: list[int] = []
         self._draws = 0
@@ -77,7 +77,7 @@ class NoiseStream:
 
     def _start(self, block: int) -> int:
         while len(self._starts) <= block:
-            key = f"{self.seed}/{self.purpose}/{self.block + len(self._starts)}".encode()
+            key = f"{self.seed}/{self.purpose}/{self._block + len(self._starts)}".encode()
             self._starts.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little"))
         return self._starts[block]
 
@@ -93,17 +93,19 @@ class NoiseStream:
         row = 1
         for side in shape[1:]:
             row *= side
-        blocks = -(-shape[0] // BLOCK)
+        count = self._skipped + shape[0] if shape[0] else 0
+        blocks = -(-count // BLOCK)
         # PyTorch fills in groups of 16 and redoes an incomplete last group: whole groups keep
         # the first numbers of a draw independent of its length.
-        rest = (shape[0] - (blocks - 1) * BLOCK) * row if blocks else 0
+        rest = (count - (blocks - 1) * BLOCK) * row if blocks else 0
         padded = (blocks - 1) * BLOCK * row + -(-rest // 16) * 16 if blocks else 0
         flat = torch.empty(padded, dtype=torch.float32 if narrow else dtype)
         for block, part in enumerate(flat.split(BLOCK * row) if padded else ()):
             self._generator.manual_seed((self._start(block) + self._draws * _STRIDE) % 2**32)
             fill(part, generator=self._generator)
         self._draws += 1
-        return flat[: shape[0] * row].reshape(shape).to(device=device, dtype=dtype)
+        rows = flat[self._skipped * row : count * row] if count else flat
+        return rows.reshape(shape).to(device=device, dtype=dtype)
 
 
 def kernel_noise(like: Tensor, seed: int | torch.Generator | None) -> Tensor:

@@ -7,7 +7,7 @@ its p-th divided differences; the grid then makes each step's share equal:
     du/dn ∝ 1 / ρ(u),     ρ = |B F^{(p)}|^{1/(p+1)},  smoothed, plus a tenth of its maximum.
 
 What is added keeps the grid safe where the few samples happen to see nothing. The measurement costs 32 calls on 32
-samples, and is kept for as long as the score lives.
+samples, and is kept for as long as the score lives and its parameters stay as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _CALLS = 32
 _SAMPLES = 32
 _FLOOR = 0.1
 _POINTS = 129
+_KEPT = 16  # grids for each score
 
 _measured: weakref.WeakKeyDictionary[object, dict[tuple, Pilot]] = weakref.WeakKeyDictionary()
 
@@ -66,13 +67,18 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
     known = solver if isinstance(solver, Exponential) else Exponential()
     event = tuple(like.shape[1:])
     owner, given = _owner(model.score)
-    key = (model.declaration, event, given, known.prediction, known.order, known.variable, _identity_of(known))
+    kernel, state = weakref.ref(model.kernel), [*model.score.parameters(), *model.score.buffers()]
+    versions = tuple(tensor._version for tensor in state)  # training makes it another score
+    given += (event, like.dtype, repr(model._prior), versions, known.prediction, known.order, known.variable)
+    key = (kernel, *given, *_identity_of(known))
     try:
         found = _measured.setdefault(owner, {})
     except TypeError:  # neither hashable nor weakly referable
         found = {}
     if key not in found:
         found[key] = _measure(model, known, like)
+        while len(found) > _KEPT:
+            del found[next(iter(found))]
     return found[key]
 
 
@@ -83,7 +89,7 @@ def _owner(score: ScoreFunction) -> tuple[object, tuple]:
         if isinstance(score, Conditional):
             given += ("labels", *score.y.flatten().tolist())
         else:
-            given += ("threshold", score.threshold, score.data_range)
+            given += ("threshold", score.quantile, score.low, score.high)
         score = score.score
     return getattr(score, "function", score), given
 
@@ -109,7 +115,8 @@ def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
         times = problem.times(_CALLS)
         program = runner.compile(problem, times, u)
         record: list[Tensor] = []
-        program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
+        u = program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
+        problem.finish(u.flatten(1))
     lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
     centres, density = _density(lam, torch.stack(record).double(), program.steps.transfer, solver.order)
     fine = np.linspace(lam[0], lam[-1], 32 * _POINTS)

@@ -19,11 +19,15 @@ class Plan:
     Attributes:
         solver, steps, rtol, atol: as they will be used.
         max_calls: the budget.
+        grid: the time variable where the user names none; None leaves it to the solver.
         expected_calls: of a fixed-step solve, for the progress bar; None for an adaptive one.
     """
 
-    def __init__(self, solver: Solver, steps: int | None, rtol: float, atol: float, max_calls: int) -> None:
+    def __init__(
+        self, solver: Solver, steps: int | None, rtol: float, atol: float, max_calls: int, grid: str | None = None
+    ) -> None:
         self.solver, self.steps, self.rtol, self.atol, self.max_calls = solver, steps, rtol, atol, max_calls
+        self.grid = grid
         self.expected_calls = None if steps is None else _calls(solver, steps)
 
     def looser(self) -> Plan:
@@ -32,27 +36,37 @@ class Plan:
         return Plan(self.solver, steps, 10 * self.rtol, 10 * self.atol, self.max_calls)
 
 
-def default_solver(kind: str, steps: int | None, with_kernel: bool, grid: Grid = None) -> Solver:
-    """What solves an equation where no solver is named: the fewest calls for an accuracy, by benchmarks/solvers.py.
+def default_solver(
+    kind: str, steps: int | None, with_kernel: bool, pilot: bool = False, coupled: bool = False
+) -> tuple[Solver, str | None]:
+    """What solves an equation where no solver is named, and its time variable: the fewest calls for an accuracy.
+
+    Measured by benchmarks/solvers.py on exact scores, and below 16 calls on a trained network (examples/few_calls.py).
 
     Args:
         kind: "sde", "ode", or "likelihood": the flow with its divergence.
         steps: calls of the score, or None for an adaptive solve.
-        with_kernel: whether the SDE has a Gaussian kernel, and noise at all times.
-        grid: the grid, since a pilot grid serves lower orders better when calls are few.
+        with_kernel: whether the SDE has a Gaussian kernel, whose log-SNR is a good measure of steps.
+        pilot: whether the grid is the pilot's, which serves lower orders better when calls are few.
+        coupled: whether the state is coupled: its steps turn, and high orders are stable in many of them alone.
     """
     if kind == "likelihood" or (kind == "ode" and not with_kernel):
-        return Torchdiffeq("dopri5" if steps is None else "euler" if steps == 1 else "heun2")
+        return Torchdiffeq("dopri5" if steps is None else "euler" if steps == 1 else "heun2"), None
+    if kind == "ode" and steps is None:
+        return Torchdiffeq("dopri5"), None
+    if kind == "ode" and coupled:
+        return Exponential(1 if steps < 16 else 2 if steps < 100 else 3), None
+    if kind == "ode" and pilot:
+        return Exponential(2 if steps < 10 else 3 if steps < 17 else 4, corrector=steps > 5), None
     if kind == "ode":
-        return Torchdiffeq("dopri5") if steps is None else _by_calls(steps, isinstance(grid, str) and grid == "pilot")
-    return Exponential(2, corrector=steps > 16, eta=1.0) if with_kernel else EulerMaruyama()
-
-
-def _by_calls(calls: int, pilot: bool) -> Exponential:
-    """The best order, with or without corrector, for a number of calls of the flow."""
-    if pilot:
-        return Exponential(2 if calls < 10 else 3 if calls < 17 else 4, corrector=calls > 5)
-    return Exponential(2 if calls < 6 else 3 if calls < 15 else 4, corrector=calls > 10)
+        return (
+            (Exponential(1 if steps < 10 else 2), "angle")
+            if steps < 16
+            else (Exponential(3 if steps < 25 else 4), None)
+        )
+    if not with_kernel:
+        return EulerMaruyama(), None
+    return Exponential(1 if coupled else 2, corrector=steps > 16, eta=1.0), None
 
 
 def make_plan(
@@ -65,6 +79,8 @@ def make_plan(
     dtype: torch.dtype,
     grid: Grid = None,
     with_kernel: bool = True,
+    coupled: bool = False,
+    steady: bool = True,
 ) -> Plan:
     """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``.
 
@@ -78,6 +94,8 @@ def make_plan(
         dtype: of the state.
         grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
         with_kernel: whether the SDE has a Gaussian kernel, and noise at all times.
+        coupled: whether its state is coupled.
+        steady: whether its log-SNR is a good measure of steps.
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
@@ -88,6 +106,7 @@ def make_plan(
         raise ValueError(f"max_calls must be a positive integer, not {max_calls!r}.")
     equation = "sde" if kind == "sde" else "ode"
     tolerances = rtol is not None or atol is not None
+    clock: str | None = None
     fixed = not tolerances and (solver is None or not resolve(solver, equation).adaptive)
     if steps is None and fixed and isinstance(grid, Tensor) and grid.numel() > 1:
         steps = grid.numel() - 1
@@ -96,8 +115,9 @@ def make_plan(
             chosen = Torchsde("euler")
         else:
             if kind == "sde" and steps is None:
-                steps = _SDE_STEPS if with_kernel else _EULER_STEPS
-            chosen = default_solver(kind, steps, with_kernel, grid)
+                steps = _SDE_STEPS if with_kernel and steady else _EULER_STEPS
+            pilot = isinstance(grid, str) and grid == "pilot"
+            chosen, clock = default_solver(kind, steps, with_kernel and steady, pilot, coupled)
             steps = steps if steps is None or chosen.adaptive else max(1, steps // chosen.calls_per_step)
     elif kind == "sde" and tolerances and steps is None and isinstance(solver, str) and solver in Torchsde.methods:
         chosen = Torchsde(solver, adaptive=True)  # ours of that name take fixed steps
@@ -116,7 +136,7 @@ def make_plan(
     usual = getattr(chosen, "default_tolerances", (1e-5, 1e-5))
     rtol = _tolerance(usual[0] if rtol is None else rtol, "rtol", dtype)
     atol = _tolerance(usual[1] if atol is None else atol, "atol", dtype)
-    plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000)
+    plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000, clock)
     if plan.expected_calls is not None:
         if max_calls is not None and plan.expected_calls > max_calls:
             raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")

@@ -1,8 +1,8 @@
 """One solve of the reverse SDE or the flow as its user asked for it: options, chunks, trajectories and callbacks.
 
-Batches too large for memory are solved in chunks of whole blocks of noise (:mod:`sdeflow.noise`), so that no sample
-depends on where the batch was cut. A trajectory is the state after each of the solver's steps, as the solver tells it;
-nothing is interpolated.
+Batches too large for memory are solved in chunks. Each row draws its noise as in the whole batch
+(:mod:`sdeflow.noise`), so that no sample depends on where the batch was cut. A trajectory is the state after each of
+the solver's steps, as the solver tells it; nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ __all__ = ["Answer", "Callback", "Options", "field", "run"]
 Callback = Callable[[int, float, Tensor], object]
 Answer = Tensor | tuple[Tensor, ...]
 
-_LARGEST = 2**26  # elements of a state that are solved at once
+_LARGEST = 2**24  # elements of a state that are solved at once
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,20 @@ class Options:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("steps", "max_calls", "chunk"):  # NumPy's integers are integers
+            value = getattr(self, name)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, int(value))
+        if isinstance(self.grid, list | tuple | np.ndarray):
+            object.__setattr__(self, "grid", torch.as_tensor(self.grid, dtype=torch.float64))
         for name in ("trajectory", "denoise", "return_denoised"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable as callback(step, t, x), not {self.callback!r}.")
         whole = isinstance(self.chunk, int) and not isinstance(self.chunk, bool)
-        if self.chunk is not None and (not whole or self.chunk < 1 or self.chunk % BLOCK):
-            raise ValueError(f"chunk must be a positive multiple of {BLOCK} samples, not {self.chunk!r}.")
+        if self.chunk is not None and (not whole or self.chunk < 1):
+            raise ValueError(f"chunk must be a positive number of samples, not {self.chunk!r}.")
         if not (self.progress is None or isinstance(self.progress, bool)):
             raise TypeError(f"progress must be True, False or None, not {self.progress!r}.")
 
@@ -105,7 +112,7 @@ def run(
         model = model.with_score(Thresholded(model.score, options.threshold))
     plan = _plan(model, "ode" if seed is None else "sde", options, dtype)
     x = start()
-    clock = _clock(model, options.grid, plan.solver, x)
+    clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x)
     if not len(x):
         return _answer(options, [_of_no_samples(x, plan, clock, backward, options)])
     event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)
@@ -119,7 +126,7 @@ def run(
             make_problem = partial(
                 Problem, field(part, equation, event, x.dtype), clock, backward=backward, max_calls=plan.max_calls,
                 on_call=None if bar.disable else bar.update,
-                noise=None if seed is None else NoiseStream(seed, "path", first // BLOCK), **noise,
+                noise=None if seed is None else NoiseStream(seed, "path", first), **noise,
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
                 found.append(_solve(part, x[first:last], make_problem, plan, options))
@@ -147,12 +154,18 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
     general = model.kernel is None
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
-        with_kernel=model.log_snr_falls,
+        with_kernel=model.log_snr_falls, coupled=model.declaration.coupled,
+        steady=model.kernel is None or not model.kernel.coupled or model.kernel.log_snr_falls_steadily,
     )  # fmt: skip
     solver = plan.solver
     if options.observed and not _observable(solver):
         asked = "trajectory=True" if options.trajectory else "callback="
-        names = (name for name in names_for(kind, model.log_snr_falls) if _observable(resolve(name, kind)))
+        found = {name: resolve(name, kind) for name in names_for(kind, model.log_snr_falls)}
+        names = (
+            name
+            for name, other in found.items()
+            if _observable(other) and not (options.trajectory and _per_sample(other))
+        )
         raise ValueError(
             f"{asked}: {solver} does not say when a step ends; those that do, by name: {', '.join(names)}."
         )
@@ -202,7 +215,8 @@ def _pieces(x: Tensor, chunk: int | None, solver: Solver) -> list[tuple[int, int
     batch = len(x)
     if chunk is None and (x.numel() <= _LARGEST or _of_whole_batch(solver)):
         return [(0, batch)]
-    size = chunk or max(1, _LARGEST // math.prod(x.shape[1:]) // BLOCK) * BLOCK
+    size = chunk or max(1, _LARGEST // math.prod(x.shape[1:]))
+    size = size // BLOCK * BLOCK if size > BLOCK and chunk is None else size  # whole blocks of noise cost less
     return [(first, min(first + size, batch)) for first in range(0, batch, size)]
 
 

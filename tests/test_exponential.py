@@ -126,6 +126,23 @@ def test_a_ramped_start_has_at_least_the_order_declared(order, prediction):
         assert slopes(solver, (64, 128))[-1] > solver.convergence_order - 0.25
 
 
+@pytest.mark.parametrize(("order", "past", "expected"), [(4, 1, 2), (1, 3, 2), (2, 4, 3)])
+def test_predictor_and_corrector_of_different_orders(order, past, expected):
+    solver = Exponential(order, "data", past)
+    assert solver.formula_order == expected
+    assert abs(slopes(solver, (64, 128))[-1] - expected) < 0.3
+
+
+@pytest.mark.parametrize("eta", [3.0, 10.0, 20.0])
+def test_noise_far_beyond_the_reverse_sde_is_resolved(eta):
+    kernel = catalog.VP().kernel
+    times = grid(kernel, 12)
+    step = derive(kernel, times[:-1], times[1:], "data", torch.tensor(1.0), eta)
+    h = step.stop - step.start
+    sigma = kernel.coefficients(torch.as_tensor(times))[1][1:].numpy()
+    np.testing.assert_allclose(step.noise.numpy(), sigma * np.sqrt(-np.expm1(-2 * eta**2 * h)), rtol=1e-8)
+
+
 def test_a_ramped_start_costs_the_third_order_without_a_corrector():
     """Seen to be needed: on "noise" the third order falls to the second, and the graded start brings it back."""
     assert slopes(Exponential(3, "noise", False), (128, 256))[-1] < 2.25
@@ -220,6 +237,23 @@ def test_coupled_states_have_their_orders_too(prediction, order):
 def _damped():
     u, v = sdeflow.state("u v")
     return SDE(f=[4 * v, -u - 4 * v], g=[0, sp.sqrt(8)], T=1, cutoff=0.05, P0=[0, 0.25])
+
+
+@pytest.mark.parametrize("name", ["chain", "underdamped", "strong"])
+def test_states_that_turn_more_than_they_decay_are_exact_for_gaussian_data(name):
+    """Their log-SNR nearly stands still at times: integrals in it had a floor of a tenth."""
+    a, b, c = sdeflow.state("a b c")
+    P0 = [0, sp.Rational(1, 25), sp.Rational(1, 25)]
+    sde = {
+        "chain": lambda: SDE(f=[2 * b, -2 * a + 2 * c, -2 * b - 4 * c], g=[0, 0, sp.sqrt(8)], P0=P0, T=3),
+        "underdamped": lambda: catalog.CriticallyDampedLangevin(friction=0.3),
+        "strong": lambda: catalog.CriticallyDampedLangevin(beta=16),
+    }[name]()
+    flow = sde.flow_ode(GaussianMixture(sde, torch.zeros(1, 2), torch.tensor([0.25])))
+    k = len(sde.declaration.state)
+    z = flow.model.initial_state((8, k, 2), 0, torch.float64, None)
+    truth = flow.decode(z, "dopri8", rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(flow.decode(z, Exponential(2), 8), truth, rtol=1e-6, atol=1e-6)
 
 
 def test_forty_calls_of_damped_langevin():
@@ -464,12 +498,20 @@ def test_names_and_availability():
     "options",
     [{"order": 5}, {"order": True}, {"prediction": "x0"}, {"eta": -1.0}, {"eta": math.nan}, {"rule": "mine"},
      {"start": "warm"}, {"variable": "sigma"}, {"corrector": 7}, {"variance": "posterior", "order": 2},
-     {"variance": "posterior", "order": 1, "eta": 2.0}],
+     {"variance": "posterior", "order": 1, "eta": 2.0}, {"order": 2.0}, {"corrector": 2.0}, {"scale": -1.0},
+     {"scale": 1.0, "prediction": "data"}, {"rule": "half_step"}],
     ids=str,
 )  # fmt: skip
 def test_options_that_do_not_exist_are_errors(options):
     with pytest.raises(ValueError):
         Exponential(**options)
+
+
+def test_solvers_are_values():
+    assert Exponential(scale=torch.ones(3)) == Exponential(scale=torch.ones(3)) != Exponential(scale=torch.zeros(3))
+    assert len({presets.ddim(), presets.ddim(), presets.ddpm()}) == 2
+    with pytest.raises(ValueError, match="not the class itself"):
+        catalog.VP().flow_ode(lambda s, time: -s).decode(torch.randn(2, 2), Exponential, 3)
 
 
 def test_a_network_that_fails_is_named_with_its_time():
@@ -515,6 +557,30 @@ def test_a_pilot_is_measured_once_for_a_score():
     assert measured.calls == 32
     with pytest.raises(ValueError, match="pilot"):
         SDE(x - x**3, 1, T=1).flow_ode(score, prior=sde.prior).decode(z, "euler", 4, grid="pilot")
+
+
+def test_a_pilot_is_measured_anew_for_other_parameters_weights_and_thresholds():
+    k = sp.Symbol("k", positive=True)
+    slow = SDE(f=-k * x / 2, g=sp.sqrt(k), params={k: 0.02}, T=5)
+    fast, seen = slow.with_params(k=2.0), []
+
+    def score(state, time):
+        seen.append(float(time.min()))
+        return -state
+
+    for sde in (slow, fast):
+        _, times = sde.flow_ode(score).sample((4, 2), Exponential(2), 8, grid="pilot", trajectory=True, seed=0)
+        assert abs(float(times[-1]) / sde.cutoff - 1) < 1e-9 and min(seen) > 0.9 * sde.cutoff
+    sde = catalog.VP()
+    net = sdeflow.nets.MLP(2)
+    trained = sdeflow.Score(net, sde, data_mean=0.0, data_std=1.0)
+    flow = sde.flow_ode(trained)
+    first = flow.pilot((2,))
+    assert flow.pilot((2,)) is first
+    with torch.no_grad():
+        next(iter(net.parameters())).add_(0.1)
+    assert flow.pilot((2,)) is not first
+    assert flow.decode(torch.randn(4, 2), steps=8, grid="pilot", threshold=(-1.0, 1.0)).shape == (4, 2)
 
 
 def test_karras_spacing_is_karras():

@@ -1671,3 +1671,16 @@ def test_77_error_of_a_loose_solve_is_reported():
     tight = flow(mixture()).log_prob(states(8).double(), rtol=1e-8, atol=1e-8)
     assert bool((result.solver_error > 0).all())
     assert float((result.value - tight).abs().max()) < 10 * float(result.solver_error.max())
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "euler"])
+def test_an_error_of_the_users_own_arrives_as_it_is(method):
+    def score(state, time):
+        assert state.shape[1] == 7, "my network wants 7 channels"
+        return -state
+
+    options = {} if method == "dopri5" else {"steps": 4}
+    with pytest.raises(AssertionError, match="7 channels"):
+        catalog.VP().flow_ode(score, prior=catalog.VP().prior).sample((2, 2), method, **options)
+    with pytest.raises(AssertionError, match="7 channels"):
+        catalog.VP().reverse(score, prior=catalog.VP().prior).sample((2, 2), "heun", steps=4)

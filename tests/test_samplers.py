@@ -305,7 +305,7 @@ def test_the_corrector_has_its_stationary_law(name):
 def test_snr_steps_are_songs_for_each_sample():
     """ε = 2 α (r |z| / |g|)², x <- x + ε g + √(2ε) z, with α = 1 - beta of the step."""
     sde = catalog.VP()
-    solver = PredictorCorrector("none", 1, snr=0.1)
+    solver = PredictorCorrector("none", 1, snr=0.1, step="snr")
     start = torch.randn(5, 64, dtype=double)
     problem = problem_of(sde.kernel, NoiseStream(0, "path"), (64,))
     ours = solver.solve(problem, start, 1, 0, 0)

@@ -17,17 +17,27 @@ from sdeflow.solvers.edm import StochasticHeun
 from sdeflow.solvers.euler import Euler, EulerMaruyama, Heun
 from sdeflow.solvers.exponential import Exponential
 from sdeflow.solvers.gotta_go_fast import GottaGoFast
-from sdeflow.solvers.langevin import AnnealedLangevin, PredictorCorrector, annealed_langevin, langevin
+from sdeflow.solvers.langevin import (
+    AnnealedLangevin,
+    PredictorCorrector,
+    annealed_langevin,
+    geometric_scales,
+    langevin,
+    matched_eps,
+    number_of_scales,
+)
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.restart import Restart
 from sdeflow.solvers.singlestep import SingleStep
 from sdeflow.solvers.torchdiffeq import Torchdiffeq
 from sdeflow.solvers.torchsde import Torchsde
+from sdeflow.symbolic.declaration import Declaration
 
 __all__ = [
     "AnnealedLangevin", "Clock", "Euler", "EulerMaruyama", "Exponential", "GottaGoFast", "Grid", "Heun",
     "PredictorCorrector", "Problem", "Restart", "SingleStep", "Solver", "StochasticHeun", "Torchdiffeq", "Torchsde",
-    "annealed_langevin", "available", "langevin", "make_clock", "names_for", "presets", "resolve",
+    "annealed_langevin", "available", "geometric_scales", "langevin", "make_clock", "matched_eps", "names_for",
+    "number_of_scales", "presets", "resolve",
 ]  # fmt: skip
 
 
@@ -43,7 +53,8 @@ class Solver(Protocol):
         default_grid: the time variable it takes its steps in, where it prefers one.
 
     Two more are read where a solver has them: ``observable`` (True by default), whether it says when a step ends, and
-    ``per_sample`` (False), whether each sample has steps of its own; and ``calls(steps)``, where calls are not steps
+    ``per_sample`` (False), whether each sample has steps of its own; ``elementwise`` (False), whether coupled states
+    are beyond it; and ``calls(steps)``, where calls are not steps
     times calls_per_step.
     """
 
@@ -94,12 +105,27 @@ _NAMED: dict[str, dict[str, Solver]] = {
 
 def names_for(kind: str, with_kernel: bool = True) -> tuple[str, ...]:
     """The names that an equation of this kind, "sde" or "ode", accepts; those of an SDE without a Gaussian kernel."""
+    if kind not in _NAMED:
+        raise ValueError(f'kind must be "sde" or "ode", not {kind!r}.')
     return tuple(name for name, solver in _NAMED[kind].items() if with_kernel or not solver.needs_kernel)
 
 
 def available(sde: DeclaredSDE) -> dict[str, tuple[str, ...]]:
     """The names of the solvers that fit an SDE: of its reverse-time SDE ("sde") and its probability flow ("ode")."""
-    return {kind: names_for(kind, sde.declaration.affine is not None) for kind in _NAMED}
+    if not isinstance(getattr(sde, "declaration", None), Declaration):
+        raise TypeError(f"available takes an SDE, not {type(sde).__name__}.")
+    with_kernel = sde.declaration.affine is not None and sde.kernel.log_snr_falls
+    coupled = sde.declaration.coupled
+    shared = not sde.declaration.diagonal and sde.declaration.state_dependent_noise
+    return {
+        kind: tuple(
+            name
+            for name in names_for(kind, with_kernel)
+            if not (coupled and getattr(_NAMED[kind][name], "elementwise", False))
+            and not (shared and getattr(_NAMED[kind][name], "diagonal", False))
+        )
+        for kind in _NAMED
+    }
 
 
 def resolve(solver: str | Solver, kind: str) -> Solver:
@@ -113,7 +139,9 @@ def resolve(solver: str | Solver, kind: str) -> Solver:
             return _NAMED[kind][solver]
         if kind == "sde" and solver in _NAMED["ode"] and "sde" in _NAMED["ode"][solver].kinds:
             return _NAMED["ode"][solver]  # the member without noise of a family of reverse equations
-    elif kind in getattr(solver, "kinds", ()):
+    elif not isinstance(solver, type) and kind in getattr(solver, "kinds", ()):
         return solver
+    if isinstance(solver, type):
+        raise ValueError(f"solver must be a solver object, such as {solver.__name__}(), not the class itself.")
     what = "a reverse-time SDE" if kind == "sde" else "the probability-flow ODE"
     raise ValueError(f"{solver!r} does not solve {what}; those that do: {', '.join(names_for(kind))}.")

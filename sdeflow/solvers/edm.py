@@ -63,6 +63,7 @@ class StochasticHeun:
     S_noise: float = 1.0
 
     needs_kernel = True
+    elementwise = True
     adaptive = False
     calls_per_step = 2
     default_grid = "karras"

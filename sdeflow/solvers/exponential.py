@@ -18,7 +18,8 @@ With noise (eta > 0) the weak order is 1 for order 1 and 2 above: the polynomial
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ RULES: dict[str, Rule] = {
 correction (ER-SDE-3). "exact" is right to its full order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exponential:
     """An exponential multistep solver.
 
@@ -82,6 +83,7 @@ class Exponential:
             :mod:`sdeflow.solvers.weights`. "reference" is exact for Gaussian data of the reference's scale.
         corrector: whether to correct each step, or with how many past values; one call a step all the same.
         eta: the stochasticity, 0 for the flow, 1 for the reverse SDE; or a function of the half-log-SNR (an array).
+            Orders above 1 extrapolate, and are unstable where (1 + eta²) times a step passes about 2.
         variance: what a number eta multiplies, the "sde"'s noise, or the "posterior" standard deviation of each step
             as in DDIM.
         variable: the variable in which predictions are polynomials, "log_snr", "ratio" (sigma / alpha) or "t".
@@ -103,8 +105,8 @@ class Exponential:
     variable: str = "log_snr"
     rule: str = "exact"
     start: str = "ramp"
-    scale: float | Tensor | None = None
-    basis: Basis | None = None
+    scale: float | Tensor | None = field(default=None, repr=False)
+    basis: Basis | None = field(default=None, repr=False)
 
     needs_kernel = True
     adaptive = False
@@ -120,14 +122,41 @@ class Exponential:
             ("rule", self.rule, tuple(RULES)),
             ("start", self.start, ("ramp", "graded")),
         ):
-            if isinstance(value, bool) or value not in allowed:
+            if type(value) is not type(allowed[0]) or value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}.")
-        if not isinstance(self.corrector, bool) and self.corrector not in (0, 1, 2, 3, 4):
+        if not isinstance(self.corrector, int) or self.corrector not in (0, 1, 2, 3, 4):
             raise ValueError(f"corrector must be a bool or a number of past values up to 4, not {self.corrector!r}.")
-        if not callable(self.eta) and not (isinstance(self.eta, int | float) and 0 <= self.eta < math.inf):
+        if not callable(self.eta) and not (isinstance(self.eta, Real) and 0 <= self.eta < math.inf):
             raise ValueError(f"eta must be a number >= 0 or a function of the half-log-SNR, not {self.eta!r}.")
         if self.variance == "posterior" and (callable(self.eta) or self.eta > 1 or self.order > 1):
             raise ValueError('variance="posterior" is of order 1, with a number eta in [0, 1].')
+        if self.rule == "half_step" and (self.prediction, self.variable) != ("data", "log_snr"):
+            raise ValueError('rule="half_step" is of prediction="data" and variable="log_snr".')
+        if self.scale is not None:
+            scale = torch.as_tensor(self.scale)
+            if self.prediction != "reference":
+                raise ValueError('scale is of prediction="reference".')
+            if scale.is_complex() or not bool(torch.isfinite(scale).all()) or not bool((scale >= 0).all()):
+                raise ValueError(f"scale must be finite and not negative, not {self.scale!r}.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Exponential) and self._options == other._options
+
+    def __hash__(self) -> int:
+        return hash(self._options)
+
+    @property
+    def _options(self) -> tuple:
+        """All options as numbers and names; a basis is itself alone."""
+        scale = None if self.scale is None else tuple(torch.as_tensor(self.scale).flatten().tolist())
+        plain = (self.order, self.prediction, self.past, self.eta, self.variance, self.variable, self.rule, self.start)
+        return (*plain, scale, None if self.basis is None else id(self.basis))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether coupled states are beyond it."""
+        posterior = self.variance == "posterior" and self.stochastic
+        return self.prediction == "velocity" or self.rule == "half_step" or posterior
 
     @classmethod
     def along(cls, data: Tensor, **options: object) -> Exponential:
@@ -139,9 +168,9 @@ class Exponential:
             data: (samples, *event).
             options: as of the class.
         """
+        if not isinstance(data, Tensor) or data.ndim < 2 or len(data) < 2:
+            raise DataError("principal directions need data (samples, *event), at least two samples.")
         flat = data.detach().flatten(1).double().cpu()
-        if len(flat) < 2:
-            raise DataError("principal directions need at least two samples.")
         variances, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], flat.shape[1]))
         std = variances.clamp_min(0.0).sqrt().reshape(data.shape[1:])
         return cls(**{**options, "scale": std, "basis": Orthogonal(vectors.mT)})
@@ -164,7 +193,7 @@ class Exponential:
     @property
     def formula_order(self) -> int:
         """The order of the formula between starting values that are good enough."""
-        order = max(self.order, self.past + 1) if self.past else self.order
+        order = min(self.order, self.past) + 1 if self.past else self.order
         return min(order, 2) if self.rule in ("half_curvature", "uncentred") else order
 
     @property
@@ -211,6 +240,8 @@ class Exponential:
     def compile(self, problem: Problem, times: np.ndarray, like: Tensor) -> Program:
         """The numbers of a grid, and the score on it."""
         kernel = problem.kernel
+        if kernel.coupled and self.elementwise:
+            raise ValueError(f"{self} is of elementwise SDEs, not of coupled states.")
         scale = torch.as_tensor(problem.scale if self.scale is None else self.scale, dtype=torch.float64)
 
         def make() -> Steps:
@@ -244,6 +275,10 @@ class Exponential:
         """eta of the SDE; in each step the one that leaves eta times the posterior's deviation, where that is meant."""
         if self.variance == "sde" or not self.eta:
             return self.eta
+        if self.eta == 1:
+            return 1.0
+        if kernel.values.shape:
+            raise ValueError('variance="posterior" is of one schedule for all coordinates; take variance="sde".')
         h = np.diff(kernel.half_log_snr(torch.as_tensor(times)).numpy())
         with np.errstate(divide="ignore"):
             kept = -0.5 * np.log1p(-(self.eta**2) * -np.expm1(-2.0 * h))  # e^{-2 eta² h} = 1 - eta_d² (1 - e^{-2h})

@@ -29,16 +29,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.errors import NonFiniteStateError
+from sdeflow.errors import DataError, NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Factor, Linear, multiplied, rows
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
+from sdeflow.scores.function import checked, network_time
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.problem import Problem
 
@@ -101,7 +103,7 @@ class PredictorCorrector:
     predictor: str | Predictor = "reverse_diffusion"
     corrector_steps: int = 1
     snr: float = 0.16
-    step: str = "snr"
+    step: str = "kernel"
 
     kinds = ("sde",)
     needs_kernel = True
@@ -216,12 +218,18 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
     _require_count(steps, "steps", 0)
     if not 0.0 < step < math.inf:
         raise ValueError(f"step must be positive and finite, not {step!r}.")
-    stream, width = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step)
-    time = t if isinstance(score, ScoreFunction) else x.new_full((len(x),), t)
-    with torch.no_grad(), evaluating(score):
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
+        raise DataError(f"x must be a floating tensor (batch, *event), not {x!r:.80}.")
+    if isinstance(t, bool) or not isinstance(t, Real) or not math.isfinite(t):
+        raise ValueError(f"t must be a finite number, not {t!r}.")
+    stream, width, dtype = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step), x.dtype
+    time = t if isinstance(score, ScoreFunction) else network_time(torch.tensor(t, dtype=torch.float64), x)
+    with torch.inference_mode(False), torch.no_grad(), evaluating(score):
+        x = (x.float() if dtype in (torch.float16, torch.bfloat16) else x).clone()  # small steps need the digits
         for _ in range(steps):
             noise = stream.normal(tuple(x.shape), x.dtype, x.device)
-            x = torch.add(x, score(x, time), alpha=step).add_(noise, alpha=width)
+            seen = x.to(dtype) if dtype != x.dtype else x.clone()
+            x.add_(checked(score(seen, time), seen, "the score").to(x.dtype), alpha=step).add_(noise, alpha=width)
     bad = (~torch.isfinite(x.flatten(1)).all(1)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteStateError(
@@ -229,7 +237,7 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
             "score, whose steepest direction must stay below 2 / step.",
             t=t, nfe=steps, bad_rows=bad, partial=x,
         )  # fmt: skip
-    return x
+    return x.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------- annealed Langevin
@@ -307,7 +315,7 @@ def annealed_langevin(
     Args:
         score: a score of an SDE with a Gaussian kernel.
         shape: (batch, *event).
-        scales: falling noise scales sigma / alpha, such as ``geometric_scales(50, 0.01, 232)``.
+        scales: falling noise scales sigma / alpha, such as ``geometric_scales(50.0, 0.01, 232)``.
         steps_per_scale: Langevin steps at each scale.
         eps: ε in ε_i = ε scale_i² / scale_L²; None chooses it by :func:`matched_eps`.
         seed: makes the result reproducible; sample i does not depend on the batch size.
@@ -342,7 +350,7 @@ def annealed_langevin(
         event=tuple(x.shape[1:]),
         score=lambda u, t: kernel.to_basis(score(kernel.from_basis(u + _level(kernel, u, t)), t)),
     )
-    with torch.no_grad(), evaluating(score):
+    with torch.inference_mode(False), torch.no_grad(), evaluating(score):
         problem.start(x.flatten(1))
         u = kernel.to_basis(x) - _level(kernel, x, torch.tensor(falling[0], dtype=torch.float64))
         step = _relative_step(kernel, falling, steps_per_scale, eps)

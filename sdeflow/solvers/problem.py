@@ -104,6 +104,7 @@ class Problem:
         self._bad_since = torch.empty(0)
         self._times: list[float] = []
         self._sums: list[Tensor] = []
+        self.failure: Exception | None = None
         self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
 
@@ -146,7 +147,11 @@ class Problem:
         rows, y = y, self.from_rows(y)
         t, rate = self.time(r)
         self._require_budget(y, float(t))
-        value = self._drift(y, t)
+        try:
+            value = self._drift(y, t)
+        except Exception as error:
+            self.failure = error  # the user's own, which libraries' errors must not be taken for
+            raise
         self._count(y, value, float(t))
         value = self.to_rows(value * (-rate if self.backward else rate))
         self._last = (r, rows, value)
@@ -195,23 +200,25 @@ class Problem:
 
     def called(self, u: Tensor, value: Tensor, i: int) -> None:
         """To be called after the score was called at time number ``i`` of :meth:`on_grid`."""
+        if self.nfe >= self.max_calls:
+            self._require_budget(u, self.grid_times[i])
         self.nfe += 1
         if self.on_call is not None:
             self.on_call()
+        self._times.append(self.grid_times[i])
         self._sums.append(value.sum())  # not read now: that would wait for an accelerator
         if len(self._sums) == _CHECK_EVERY:
-            self._read_sums(u.flatten(1), i)
+            self._read_sums(u.flatten(1))
 
-    def _read_sums(self, y: Tensor, last: int) -> None:
-        """Finds the first of the calls noted that was not finite, up to call number ``last`` of the grid."""
+    def _read_sums(self, y: Tensor) -> None:
+        """Finds the first of the calls noted that was not finite."""
         sums, self._sums = self._sums, []
         first = (~torch.isfinite(torch.stack(sums))).nonzero().flatten()
         if len(first):
-            number = last + 1 - len(sums) + int(first[0])
             bad = ~torch.isfinite(y).all(1)  # what is not finite stays so
-            self._bad_since = torch.where(bad, float(number + 1), self._bad_since)
-            self._times = self.grid_times[: last + 1]
-            self._read(y)
+            call = float(self.nfe - len(sums) + 1 + int(first[0]))
+            self._bad_since = torch.where(bad, call, self._bad_since)
+        self._read(y)
 
     def observe(self, step: int, t: float, y: Tensor) -> None:
         """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""
@@ -246,7 +253,7 @@ class Problem:
     def finish(self, y: Tensor) -> Tensor:
         """After a solve: the state (batch, n), once it is known to be finite."""
         if self._sums:
-            self._read_sums(y, len(self.grid_times) - 1)
+            self._read_sums(y)
         self._read(y)
         return y
 

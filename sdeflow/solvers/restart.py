@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class Restart:
         if "ode" not in getattr(self.solver, "kinds", ()):
             raise ValueError(f"Restart needs a solver object of the probability flow, not {self.solver!r}.")
         for interval in self.intervals:
-            low, high, repeats, steps = interval
-            if not 0.0 < low < high or int(repeats) < 1 or int(steps) < 1:
+            valid = isinstance(interval, Sequence) and len(interval) == 4 and all(isinstance(v, Real) for v in interval)
+            if not valid or not 0.0 < interval[0] < interval[1] or any(int(v) != v or v < 1 for v in interval[2:]):
                 raise ValueError(f"an interval is (low, high, K, n), 0 < low < high, K and n at least 1: {interval}.")
         object.__setattr__(self, "intervals", tuple(sorted(map(tuple, self.intervals), reverse=True)))
 
@@ -72,6 +73,11 @@ class Restart:
     def adaptive(self) -> bool:
         """Whether the solver inside chooses its steps."""
         return self.solver.adaptive
+
+    @property
+    def observable(self) -> bool:
+        """Whether the solver inside says when a step ends."""
+        return getattr(self.solver, "observable", True)
 
     @property
     def calls_per_step(self) -> int:

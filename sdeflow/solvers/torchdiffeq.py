@@ -86,8 +86,8 @@ class Torchdiffeq:
                 warnings.filterwarnings("ignore", message="The following arguments have no")  # SciPy, of min_step
                 out = odeint(drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
         except (UserWarning, AssertionError) as error:
-            if isinstance(drift, _Observed) and drift.failure is error:
-                raise  # an observer's own
+            if error is problem.failure or (isinstance(drift, _Observed) and drift.failure is error):
+                raise  # the score's or an observer's own
             raise self._failure(problem, error) from error
         if len(out) != 2:
             t = problem.last_time

@@ -65,6 +65,11 @@ class Torchsde:
         return not self.adaptive
 
     @property
+    def diagonal(self) -> bool:
+        """Whether noise that depends on the state must be one for each component."""
+        return self.method in ("milstein", "srk", "log_ode")
+
+    @property
     def calls_per_step(self) -> int:
         """Calls of the score in a step."""
         return {"srk": 10, "midpoint": 2, "heun": 2, "log_ode": 2}.get(self.method, 1)
@@ -75,7 +80,7 @@ class Torchsde:
         problem.start(y, end, eager_checks=self.adaptive)
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
-        if system.noise_type == "general" and self.method in ("milstein", "srk", "log_ode"):
+        if system.noise_type == "general" and self.diagonal:
             raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
         brownian = self._brownian(problem, y, end)
         observed = problem.on_step is not None and self.observable
@@ -107,6 +112,8 @@ class Torchsde:
                     atol=atol, dt_min=dt_min, extra=True, extra_solver_state=extra,
                 )  # fmt: skip
             except (UserWarning, AssertionError) as error:
+                if error is problem.failure:
+                    raise
                 t = problem.last_time
                 raise StepUnderflowError(
                     f"the adaptive step of {self.method} shrank to nothing at t = {t:.6g}: loosen rtol and atol.",

@@ -55,7 +55,9 @@ __all__ = ["PREDICTIONS", "VARIABLES", "Eta", "Transfer", "derive", "weights"]
 Eta = float | np.ndarray | Callable[[np.ndarray], np.ndarray]
 
 _NODES = 20
-_PANEL = 1.5  # of half-log-SNR; the integrands have poles at a distance of π/2
+_PANEL = 1.5  # of half-log-SNR, or of log t; the integrands have poles at a distance of π/2
+_EXPONENT = 8.0  # of (1 + eta²) half-log-SNR
+_TURN = 2.0  # of the norm of ∫ a dt
 
 # rho and dlog rho / dlog zeta, as functions of zeta and of the data's scale c.
 _SCALES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -145,13 +147,16 @@ def weights(moments: Tensor, nodes: np.ndarray) -> Tensor:
 
 
 class _Panels:
-    """Gauss-Legendre nodes in the half-log-SNR over every step.
+    """Gauss-Legendre nodes over every step: in the half-log-SNR, and for coupled states in log t.
+
+    A coupled state's log-SNR may nearly stand still while the state goes on turning, so that it is no variable to
+    integrate in; F is still a polynomial in it.
 
     Attributes:
         start, stop: the steps' times (n,), and ``first``, ``last`` the interpolation variable there.
         lam, t: at the nodes, (n, panels, nodes).
-        width: of each step's panels, signed, (n,).
-        weight: of dlambda at the nodes, (n, panels, nodes).
+        width: of each step's panels in the variable of integration, signed, (n,).
+        weight: of dlambda at the nodes, for coupled states of dt, (n, panels, nodes).
         powers: θ^k, (n, orders, panels, nodes).
         spread: eta² at the nodes.
         eta: for each step, (n,), or None where it varies within.
@@ -162,28 +167,68 @@ class _Panels:
     ) -> None:
         self.start, self.stop = torch.as_tensor(start), torch.as_tensor(stop)
         begin, end = (kernel.half_log_snr(t).detach().numpy() for t in (self.start, self.stop))
-        step = end - begin
-        count = max(1, math.ceil(float(np.abs(step).max()) / _PANEL))
+        self.eta = None if callable(eta) else torch.as_tensor(np.broadcast_to(np.float64(eta), begin.shape).copy())
+        most = 1.0 + (_of_log_snr(eta, np.concatenate([begin, end])) if callable(eta) else np.asarray(eta)).max() ** 2
         points, mass, _ = _gauss_legendre(_NODES)
+        if kernel.coupled:
+            earliest = _earliest(kernel)
+            low, high = np.log(np.asarray(start) + earliest), np.log(np.asarray(stop) + earliest)
+            count = _panels_of_coupled(kernel, self.start, self.stop, np.abs(high - low), most)
+        else:
+            low, high = begin, end
+            span = float(np.abs(end - begin).max())
+            count = max(1, math.ceil(span / _PANEL), math.ceil(most * span / _EXPONENT))
+        step = high - low
         inside = (np.arange(count)[:, None] + points) / count  # in [0, 1]
-        lam = begin[:, None, None] + step[:, None, None] * inside
-        needs_times = kernel.coupled or kernel.values.shape or variable == "t"
-        t = kernel.time_of(torch.as_tensor(lam)).numpy() if needs_times else np.zeros_like(lam)
+        at = low[:, None, None] + step[:, None, None] * inside
+        self.width = torch.as_tensor(step / count)
+        weight = (self.width[:, None, None] * torch.as_tensor(mass)).expand(-1, count, -1)
+        if kernel.coupled:
+            self.t = torch.as_tensor(np.exp(at) - earliest).clamp(kernel.cutoff, kernel.T)
+            self.weight = weight * torch.as_tensor(np.exp(at))
+            lam = kernel.half_log_snr(self.t).detach().numpy()
+        else:
+            lam, self.weight = at, weight
+            needs_times = kernel.values.shape or variable == "t"
+            at = torch.as_tensor(lam)
+            self.t = kernel.time_of(at) if needs_times else torch.zeros_like(at)
         psi = VARIABLES[variable]
         self.first, self.last = psi(begin, np.asarray(start)), psi(end, np.asarray(stop))
-        theta = (psi(lam, t) - self.first[:, None, None]) / (self.last - self.first)[:, None, None]
-        self.lam, self.t = torch.as_tensor(lam), torch.as_tensor(t)
-        self.width = torch.as_tensor(step / count)
-        self.weight = (self.width[:, None, None] * torch.as_tensor(mass)).expand(-1, count, -1)
+        theta = (psi(lam, self.t.numpy()) - self.first[:, None, None]) / (self.last - self.first)[:, None, None]
+        self.lam = torch.as_tensor(lam)
         self.powers = torch.as_tensor(np.stack([theta**k for k in range(orders)], axis=1))
-        self.eta = None if callable(eta) else torch.as_tensor(np.broadcast_to(np.float64(eta), step.shape).copy())
-        each = eta(lam) if callable(eta) else np.broadcast_to(self.eta.numpy()[:, None, None], lam.shape)
+        each = _of_log_snr(eta, lam) if self.eta is None else np.broadcast_to(self.eta[:, None, None], lam.shape)
         self.spread = torch.as_tensor(np.square(each))
 
     @property
     def noiseless(self) -> bool:
         """Whether eta is 0."""
         return not bool((self.spread > 0).any())
+
+
+def _of_log_snr(eta: Callable[[np.ndarray], np.ndarray], half_log_snr: np.ndarray) -> np.ndarray:
+    """eta as a function of the half-log-SNR, checked."""
+    value = np.asarray(eta(half_log_snr), dtype=np.float64)
+    if value.shape not in ((), half_log_snr.shape) or not (np.isfinite(value) & (value >= 0)).all():
+        raise ValueError("eta must map an array of half-log-SNR to as many finite numbers >= 0.")
+    return np.broadcast_to(value, half_log_snr.shape)
+
+
+def _earliest(kernel: Kernel) -> float:
+    """What is added to t before its logarithm is taken: 0, but where solves go down to t = 0."""
+    if kernel.cutoff > 0:
+        return 0.0
+    _, _, q = kernel.sde_coefficients(torch.zeros((), dtype=torch.float64))
+    spread = [float(variance) / max(float(q.max()), 1e-300) for variance in kernel.declaration.initial_variances]
+    return min([1e-4 * kernel.T, *(time for time in spread if time > 0)])
+
+
+def _panels_of_coupled(kernel: Kernel, start: Tensor, stop: Tensor, span: np.ndarray, most: float) -> int:
+    """How many panels resolve the longest step: of log t, and of the drift's own turning."""
+    between = start[:, None] + (stop - start)[:, None] * torch.linspace(0, 1, 9, dtype=torch.float64)
+    a = kernel.sde_coefficients(between)[0]
+    turn = (torch.linalg.matrix_norm(a).amax(1) * (stop - start).abs()).max()
+    return max(1, math.ceil(float(span.max()) / _PANEL * max(1.0, most / 3.0)), math.ceil(float(turn) / _TURN))
 
 
 @lru_cache(maxsize=4)
@@ -255,7 +300,7 @@ def _derive_coupled(kernel: Kernel, panels: _Panels, prediction: str, scale: Ten
         raise ValueError("the reference of a coupled SDE takes one scale for all coordinates.")
     phi, root, _ = kernel.coefficients(panels.t)
     a, _, q = kernel.sde_coefficients(panels.t)
-    dt = (panels.weight / kernel.half_log_snr_rate(panels.t))[..., None, None]
+    dt = panels.weight[..., None, None]
     force = 0.5 * (1.0 + panels.spread)[..., None, None] * q
     X, Y = _split(kernel, phi, root, prediction, scale)
     inner, ends = _collocation((a + force @ Y) * (dt / _mass()))  # Ψ from the panel's start, at nodes and at its end
