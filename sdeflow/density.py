@@ -5,11 +5,10 @@ With the Gaussian reference S Sᵀ = alpha c² alphaᵀ + sigma sigmaᵀ of the 
     log p(x) = log π(x_T) + log|S_T| - log|S_cutoff| - ∫ ½ div (Q r) dt,      Q = g gᵀ.
 
 What is linear is exact; the integrand vanishes for Gaussian data. It is known where the solver calls the score, and is
-integrated over the half-log-SNR by the polynomial of degree 4 through the five nodes nearest to each step: a fixed sum
-Σ_n w_n ½ div (Q r)_n with weights of the grid alone, so that the traces may be estimated afresh at each node.
+integrated over the half-log-SNR by the polynomial of degree 4 through the five nodes nearest to each step: a fixed
+sum Σ_n w_n ½ div (Q r)_n with weights of the grid alone, so that traces may be estimated afresh at each node.
 
-The error is that of log p itself. It is measured for each sample by comparing grids, of N and 1.5 N steps; where it is to
-be held to a tolerance, the samples that miss it, and they alone, are solved again on finer grids.
+The error is that of log p itself, measured for each sample by comparing two grids (:mod:`sdeflow.likelihood`).
 """
 
 from __future__ import annotations
@@ -25,62 +24,57 @@ from sdeflow.linear import Linear, multiplied, rows
 from sdeflow.model import Model
 from sdeflow.scores import GridScore
 from sdeflow.solvers import Clock, Exponential, Problem
+from sdeflow.solvers.program import identity
+from sdeflow.traces import Trace
 
 __all__ = ["Carried", "carry", "quadrature_weights", "reference", "reference_growth"]
 
 _DEGREE = 4
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-
 
 class Carried(NamedTuple):
-    """The state at T, and the integral of what the divergence adds to log p, (batch, columns) in float64."""
+    """log p of the flow with its trace's error, (batch,) each in nats and float64, and where the flow went."""
 
+    value: Tensor
+    stderr: Tensor
+    dof: Tensor
     x_T: Tensor
-    integrals: Tensor
     calls: int
 
 
 def carry(
     model: Model,
     x: Tensor,
-    divergence: Divergence,
-    columns: int,
+    trace: Trace,
     solver: Exponential,
     clock: Clock,
     steps: int,
-    dtype: torch.dtype,
+    *,
+    seed: int,
+    rows: Tensor | None = None,
+    batch: int | None = None,
     on_call: Callable[[], object] | None = None,
 ) -> Carried:
-    """The flow from the cutoff to T in ``steps`` steps, with -∫ ½ div (Q r) dt along it; steps + 1 calls.
+    """log p(x) by the flow from the cutoff to T in ``steps`` steps; one call more than its steps.
 
     Args:
         model: an SDE with a Gaussian kernel, and its score.
-        x: (batch, *event) in float64.
-        divergence: (field, u) -> its divergence, (columns, batch), from a graph in u.
-        columns: how many estimates of it.
+        x: (batch, *event), of the dtype in which the score is called; the state itself is carried in float64.
+        trace: how the divergence is found.
         solver: of the flow.
         clock: the time variable of the grid.
         steps: how many.
-        dtype: in which the score is called.
+        seed: of the probes.
+        rows: which rows of a batch of ``batch`` these are; None for all of it.
+        batch: the size of the whole batch.
         on_call: called at each call, for a progress bar.
     """
-    kernel, event = model.kernel, tuple(x.shape[1:])
+    event, dtype = tuple(x.shape[1:]), x.dtype
     inputs = model.solver_inputs(event, dtype)
-    u = model.to_solver(x, model.cutoff)
-    total = torch.zeros(len(x), columns, dtype=torch.float64, device=x.device)
-    plan: _Plan | None = None
+    u = model.to_solver(x.detach().double(), model.cutoff)
 
     def traced(times: Tensor, like: Tensor) -> GridScore:
-        def call(i: int, state: Tensor) -> Tensor:
-            with torch.enable_grad():
-                state = state.detach().requires_grad_(True)
-                output = plan.score.call(i, state)
-                change = divergence(multiplied(plan.push[i], output), state)
-            total.add_(change.detach().mT, alpha=plan.weight[i]).add_(plan.known[i])
-            return output.detach()
-
-        return GridScore(model.score.on_grid(times, like, dtype).readout, call)
+        return GridScore(model.score.on_grid(times, like, dtype).readout, lambda i, state: call(i, state))
 
     problem = Problem(
         _no_drift, clock, backward=False, max_calls=2 * steps + 10, on_call=on_call, **{**inputs, "on_grid": traced}
@@ -88,14 +82,27 @@ def carry(
     problem.start(u.flatten(1))
     times = solver.grid(problem, steps)
     plan = _Plan(model, torch.as_tensor(times), u, dtype)
-    program = solver.compile(problem, times, u)
-    u = program.run(problem, u)
-    program.score.call(len(times) - 1, u)
-    return Carried(model.from_solver(problem.finish(u.flatten(1)).reshape(x.shape), model.T), total, problem.nfe + 1)
+    shape = (len(x) if batch is None else batch, *event)
+    integral = trace.start(shape, plan.weight, seed=seed, rows=rows, device=x.device)
+
+    def call(i: int, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            state = state.detach().requires_grad_(True)
+            output = plan.score.call(i, state)
+            integral.add(multiplied(plan.push[i], output), state)
+        return output.detach()
+
+    u = solver.compile(problem, times, u).run(problem, u)
+    call(len(times) - 1, u)
+    x_T = model.from_solver(problem.finish(u.flatten(1)).reshape(x.shape), model.T)
+    found = integral.result()
+    value = model.prior_for(x.detach().clone()).log_prob(x_T) + found.value.detach()
+    value = value + reference_growth(model, x[:1].detach().double()) + plan.known
+    return Carried(value, found.stderr, found.dof, x_T, problem.nfe + 1)
 
 
 class _Plan:
-    """The integrand's numbers on a grid: Σ_n weight_n div (push_n F_n) + known_n, F the score's raw output.
+    """The integrand's numbers on a grid: Σ_n weight_n div (push_n F_n) + known, F the score's raw output.
 
     ½ Q s = -½ Q sigma⁻ᵀ eps with eps = of_state u + of_output F; what is linear in u has a known trace.
     """
@@ -105,9 +112,7 @@ class _Plan:
         self.score = model.score.on_grid(times, like, dtype)
         with torch.no_grad():
             path, (_, _, q) = kernel.path(like, times), kernel.equation(like, times)
-            ones = torch.ones((1,) * (like.ndim - 1), dtype=torch.float64)
-            identity = Linear.scaling(ones, False).values if not kernel.coupled else _eye(like)
-            of_state, of_output, _ = self.score.coefficients(n, identity)
+            of_state, of_output, _ = self.score.coefficients(n, identity(like, kernel.coupled))
             half = (q @ path.sigma.T.inverse).scaled(-0.5)
             inverse = reference(model, times, like).inverse
             known = half @ Linear(of_state, kernel.coupled)
@@ -116,12 +121,7 @@ class _Plan:
             weight = torch.as_tensor(quadrature_weights(lam.numpy())) / kernel.half_log_snr_rate(times)
             self.push = rows(half @ Linear(of_output, kernel.coupled), like)
             self.weight = (-weight).tolist()
-            self.known = (-weight * known.reshape(-1).expand(n)).tolist()
-
-
-def _eye(like: Tensor) -> Tensor:
-    k = like.shape[1]
-    return torch.eye(k, dtype=torch.float64).reshape(*(1,) * (like.ndim - 2), k, k)
+            self.known = float(-(weight * known.reshape(-1).expand(n)).sum())
 
 
 def _no_drift(y: Tensor, t: Tensor) -> Tensor:

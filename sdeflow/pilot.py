@@ -1,10 +1,10 @@
 r"""The pilot grid: steps placed where an exponential solver's error arises, measured once for a score.
 
-A step of length h and order p at u (a half-log-SNR) contributes an error h^{p+1} |B(u) F^{(p)}(u)| at the end of the
+A step of length h and order p at u (a half-log-SNR) contributes an error h^{p+1} ‖B(u) F^{(p)}(u)‖ at the end of the
 solve, B the weight with which a prediction F enters there. A short solve on a few samples of the prior measures F and
 its p-th divided differences; the grid then makes each step's share equal:
 
-    du/dn ∝ 1 / ρ(u),     ρ = |B F^{(p)}|^{1/(p+1)},  smoothed, plus a tenth of its maximum.
+    du/dn ∝ 1 / ρ(u),     ρ = ‖B F^{(p)}‖^{1/(p+1)},  smoothed, plus a tenth of its maximum.
 
 What is added keeps the grid safe where the few samples happen to see nothing. The measurement costs 32 calls on 32
 samples, and is kept for as long as the score lives and its parameters stay as they are.

@@ -4,7 +4,7 @@ With D = E[x_0 | x_t] (Tweedie) and D′ the same brought into range, the thresh
 
     s′ = s + (sigma sigmaᵀ)⁻¹ alpha (D′ - D),
 
-which is s itself, to the last bit, wherever D was in range. Two rules for D′:
+which is s itself, to the last bit, wherever D was in range. Two rules for D′::
 
     static     D′ = min(max(D, low), high)
     dynamic    with D = centre + half u for the range centre ± half, s = max(q-quantile of |u|, 1) in each sample and

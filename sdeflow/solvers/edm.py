@@ -1,12 +1,12 @@
 r"""EDM's stochastic sampler (Karras et al. 2022, algorithm 2), for every elementwise affine SDE.
 
 In z = x / alpha and zeta = sigma / alpha every such SDE is the one of EDM, in which z is data plus zeta times noise:
-dz/dzeta = eps(x, t) = -sigma s(x, t) along the probability flow. Step i of N from t to t' first adds noise,
+dz/dzeta = eps(x, t) = -sigma s(x, t) along the probability flow. Step i of N from t to t' first adds noise::
 
     gamma = min(S_churn / N, √2 - 1) where S_min <= zeta <= S_max, else 0,       zeta^ = (1 + gamma) zeta,
     x^    = (alpha^ / alpha) x + alpha^ √(zeta^² - zeta²) S_noise ξ,             ξ ~ N(0, 1),
 
-which with S_noise = 1 is the forward SDE's exact transition from t to t^, and then takes Heun's step on z in zeta,
+which with S_noise = 1 is the forward SDE's exact transition from t to t^, and then takes Heun's step on z in zeta::
 
     x_    = (alpha' / alpha^) x^ + alpha' (zeta' - zeta^) eps(x^, t^),
     x'    = (alpha' / alpha^) x^ + alpha' (zeta' - zeta^) ½ (eps(x^, t^) + eps(x_, t')).

@@ -1,6 +1,6 @@
 r"""Euler's and Heun's methods, for every equation, in the clock's variable r.
 
-For dy = f(y, r) dr + g(y, r) dw, with N steps of length 1 in r from 0 to N:
+For dy = f(y, r) dr + g(y, r) dw, with N steps of length 1 in r from 0 to N::
 
     EulerMaruyama    y_{k+1} = y_k + f(y_k, k) + g(y_k, k) ξ_k,      ξ_k ~ N(0, 1)          (sde, in Itô's sense)
     Euler            y_{k+1} = y_k + f(y_k, k)                                              (ode)

@@ -1,6 +1,6 @@
 r"""An adaptive solver of the reverse-time SDE with steps of each sample's own (Jolicoeur-Martineau et al. 2021).
 
-For du = f(u, t) dt + g(t) dw̄ run backwards, f = a u - g gᵀ s, one attempt from t to t - h of one sample is
+For du = f(u, t) dt + g(t) dw̄ run backwards, f = a u - g gᵀ s, one attempt from t to t - h of one sample is::
 
     x'  = u - h f(u, t) + g(t) ΔW                             Euler-Maruyama
     x~  = u - h f(x', t - h) + g(t - h) ΔW

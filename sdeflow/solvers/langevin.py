@@ -12,14 +12,14 @@ keeps p up to O(ε): for p = N(0, c²) its stationary variance is c² / (1 - ε 
 
 that is ε = e sigma² elementwise, while a coupled state, or a schedule per coordinate, gets a step along each direction
 in proportion to its noise. Whatever the data, sigmaᵀ (-∇² log p_t) sigma ⪯ 1 (it is 1 minus a covariance): below
-e = 2 no direction of any p_t is too steep, for every SDE and at every t. Three published rules are choices of e:
+e = 2 no direction of any p_t is too steep, for every SDE and at every t. Three published rules are choices of e::
 
     NCSN     e = ε / zeta_L², the same for all scales: in z = x / alpha, ε_i = ε zeta_i² / zeta_L², zeta = sigma / alpha
     "snr"    e = 2 α_i (r |ξ| / |sigmaᵀ s|)² for each sample, which elementwise is Song's ε = 2 α_i (r |ξ| / |s|)²
     "kernel" e = 2 r², a function of nothing: what "snr" comes to where p_t is close to its noise, and α_i = 1
 
 In Song's code α_i = 1 - beta_i for VP and sub-VP, and 1 for VE. For a step between t and an earlier s it is here
-(alpha_t / alpha_s)², the same number, and for a matrix |det(Φ_t Φ_s⁻¹)|^(2/k); never above 1.
+(alpha_t / alpha_s)², the same number, and for a matrix det(Φ_t Φ_s⁻¹)^(2/k); never above 1.
 
 Song & Ermon 2019 (arXiv:1907.05600), Song & Ermon 2020 (arXiv:2006.09011), Song et al. 2021 (arXiv:2011.13456).
 """
@@ -403,9 +403,9 @@ def number_of_scales(d: int, sigma_max: float, sigma_min: float) -> int:
 def matched_eps(scales: Sequence[float] | Tensor, steps_per_scale: int) -> float:
     """The ε with which ``steps_per_scale`` steps bring the variance of one scale closest to that of the next.
 
-    It minimises |(1 - ε/σ_L²)^{2T} (γ² - r) + r - 1|, r = 2ε / (σ_L² - σ_L² (1 - ε/σ_L²)²), T = ``steps_per_scale``
-    and γ the (largest) ratio of successive ``scales`` (arXiv:2006.09011, technique 4): the excess of the variance
-    after T steps on noise alone, whose stationary variance is r.
+    It minimises the size of (1 - ε/σ_L²)^{2T} (γ² - r) + r - 1, r = 2ε / (σ_L² - σ_L² (1 - ε/σ_L²)²),
+    T = ``steps_per_scale`` and γ the (largest) ratio of successive ``scales`` (arXiv:2006.09011, technique 4): the
+    excess of the variance after T steps on noise alone, whose stationary variance is r.
     """
     scales = np.asarray(torch.as_tensor(scales, dtype=torch.float64))
     ratio = float((scales[:-1] / scales[1:]).max())
