@@ -16,6 +16,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
 from sdeflow.model import Model, Prior, checked_state
 from sdeflow.noise import resolve_seed
@@ -175,6 +176,14 @@ class ReverseSDE(_Bound):
             progress=progress,
         )  # fmt: skip
         return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=True)
+
+    def elbo(self, x: Tensor, **options: object) -> Elbo:
+        """A lower bound on log p of this SDE's samples, in nats; see :func:`sdeflow.bounds.elbo`."""
+        return elbo(self.model, x, **options)
+
+    def kl_bound(self, data: Tensor, score_of_data: AnyScore = None, **options: object) -> KLBound:
+        """An upper bound on KL(data || this SDE's samples), in nats; see :func:`sdeflow.bounds.kl_bound`."""
+        return kl_bound(self.model, data, score_of_data, **options)
 
 
 class FlowODE(_Bound):

@@ -10,6 +10,12 @@ for any c > 0, and the integrand vanishes for Gaussian data of scale c. Only the
 
     exact        d vector-Jacobian products on one graph
     hutchinson   vᵀ (∂s/∂x) v with E[v vᵀ] = 1, Rademacher or Gaussian, fixed over the solve (arXiv:1810.01367)
+    hadamard, hutch++, fresh probes at each node: :mod:`sdeflow.traces`, where the nodes are known beforehand
+
+Two ways lead to the integral. With ``steps=`` or ``atol=`` alone it is taken on the exponential solver's own nodes
+(:mod:`sdeflow.density`), at half the calls; ``atol`` is then the error of log p itself in nats, held for each sample by
+comparing grids of N and 1.5 N steps until they agree. A solver of torchdiffeq carries log p as one more coordinate of
+the state, to rtol and atol.
 
 What is measured is the density at the cutoff, joint for a coupled state; in nats, in float64. The density of
 the data component alone is bounded by
@@ -30,16 +36,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow.density import reference, reference_growth
-from sdeflow.errors import DataError, ScoreError, TraceErrorWarning
+from sdeflow.density import carry, reference, reference_growth
+from sdeflow.errors import DataError, MaxStepsError, ScoreError, TraceErrorWarning
 from sdeflow.linear import Linear
 from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.pilot import pilot
 from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import evaluating
-from sdeflow.solvers import Problem, Solver
+from sdeflow.solvers import Exponential, Problem, Solver
 from sdeflow.solvers.clock import Clock, Grid
 from sdeflow.symbolic.equations import Equation
+from sdeflow.traces import Exact, Hadamard, Hutchinson, HutchPP, Trace
 
 __all__ = ["LogProb", "bits_per_dim", "data_log_prob", "log_prob"]
 
@@ -47,6 +55,7 @@ EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
 DEFAULT_PROBES = 16
 _NOISY_BITS = 0.01  # bits per dimension
+_FIRST_STEPS = 20  # of the coarsest grid
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 
 
@@ -57,9 +66,9 @@ class LogProb:
     Attributes:
         value: log p(x) at the cutoff.
         stderr: the standard error of the trace estimate; 0 for the exact trace, NaN for a single probe.
-        solver_error: the difference to a solve with ten times the tolerance (or half the steps), whose
-            error is larger than that of ``value``.
-        nfe: calls of the score for ``value``.
+        solver_error: the difference to a solve with ten times the tolerance, or fewer steps, whose error is larger
+            than that of ``value``; with ``atol`` twice what the order leaves of it.
+        nfe: calls of the score: for ``value``, or of all grids where the steps were chosen.
     """
 
     value: Tensor
@@ -73,7 +82,7 @@ def log_prob(
     equation: Equation,
     x: Tensor,
     *,
-    trace: str | None = None,
+    trace: str | Trace | None = None,
     probes: int | None = None,
     probe: str = "rademacher",
     solver: str | Solver | None = None,
@@ -93,11 +102,15 @@ def log_prob(
         model: the SDE with its score and prior.
         equation: its probability flow.
         x: (batch, *event), finite.
-        trace: "exact" or "hutchinson"; None is exact up to 128 dimensions, and 16 probes above.
+        trace: "exact" or "hutchinson"; None is exact up to 128 dimensions, and 16 probes above. With the exponential
+            solver also "hadamard", "hutch++" or an object of :mod:`sdeflow.traces`.
         probes: how many probes; giving it chooses Hutchinson.
         probe: "rademacher" or "gaussian".
-        solver, steps, rtol, atol, grid, max_calls, progress: as ``FlowODE.decode``. The error is held per
-            sample, of the state and of log p alike.
+        solver: a method of torchdiffeq, or an :class:`~sdeflow.solvers.Exponential` of eta 0.
+        steps: steps of the solver; without one, calls of the score (at least 2), by the exponential solver.
+        atol: alone, the error of log p itself in nats, of each sample, by exponential steps on the pilot grid.
+        rtol: with or without ``atol``, tolerances of torchdiffeq's dopri5, per sample, of the state and of log p alike.
+        grid, max_calls, progress: as ``FlowODE.decode``.
         seed: of the probes.
         full: whether to return a :class:`LogProb` with standard error, solver error and calls.
         warn_above: the standard error in nats above which a plain call warns.
@@ -111,8 +124,24 @@ def log_prob(
         ValueError: for options that make no sense.
         SolverError: for a solve that did not end well; never a number then.
     """
-    plan = make_plan("likelihood", solver, steps, rtol, atol, max_calls, checked_state(x).dtype)
+    checked_state(x)
     model.require_dtype(x)
+    if _by_exponential_steps(model, solver, steps, rtol, atol):
+        estimator = _estimator(x, trace, probes, probe)
+        hidden, seed = None if progress is None else not progress, resolve_seed(seed)
+        with (
+            evaluating(model.score), torch.inference_mode(False), torch.no_grad(),
+            tqdm(desc="log p", disable=hidden, leave=False) as bar,
+        ):  # fmt: skip
+            on_call = None if bar.disable else bar.update
+            if steps is None:
+                found = _to_tolerance(model, x, estimator, solver, atol, grid, seed, max_calls, on_call)
+            else:
+                found = _in_steps(model, x, estimator, solver, steps, grid, seed, full, on_call)
+        if not full:
+            _warn_if_noisy(found.stderr, warn_above)
+        return found if full else found.value
+    plan = make_plan("likelihood", solver, steps, rtol, atol, max_calls, x.dtype)
     vectors = _probes(x, trace, probes, probe, seed)
     clock = model.clock(grid)
     with evaluating(model.score):
@@ -243,9 +272,21 @@ def _probes(
     x: Tensor, trace: str | None, probes: int | None, probe: str, seed: int | torch.Generator | None
 ) -> Tensor | None:
     """Probe vectors (probes, batch, *event), or None for the exact trace."""
-    d = math.prod(x.shape[1:])
     if trace not in (None, "exact", "hutchinson"):
-        raise ValueError(f'trace must be "exact" or "hutchinson", not {trace!r}.')
+        raise ValueError(
+            f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {trace!r}: others go with steps='
+        )
+    if _is_exact(x, trace, probes, probe):
+        return None
+    stream = NoiseStream(seed, "probe")
+    draw = stream.rademacher if probe == "rademacher" else stream.normal
+    shape = (len(x), probes or DEFAULT_PROBES, *x.shape[1:])
+    return draw(shape, torch.float64, x.device).movedim(1, 0).contiguous()
+
+
+def _is_exact(x: Tensor, trace: str | None, probes: int | None, probe: str) -> bool:
+    """Whether the trace is to be exact; the options checked."""
+    d = math.prod(x.shape[1:])
     if probe not in ("rademacher", "gaussian"):
         raise ValueError(f'probe must be "rademacher" or "gaussian", not {probe!r}.')
     if probes is not None and (isinstance(probes, bool) or not isinstance(probes, int) or probes < 1):
@@ -254,12 +295,136 @@ def _probes(
         raise ValueError("the exact trace takes no probes.")
     if trace == "exact" and d > EXACT_LIMIT:
         raise ValueError(f'the exact trace in {d} dimensions takes {d} products a call; use trace="hutchinson".')
-    if trace == "exact" or (trace is None and probes is None and d <= EXACT_BY_DEFAULT):
-        return None
-    stream = NoiseStream(seed, "probe")
-    draw = stream.rademacher if probe == "rademacher" else stream.normal
-    shape = (len(x), probes or DEFAULT_PROBES, *x.shape[1:])
-    return draw(shape, torch.float64, x.device).movedim(1, 0).contiguous()
+    return trace == "exact" or (trace is None and probes is None and d <= EXACT_BY_DEFAULT)
+
+
+def _by_exponential_steps(
+    model: Model, solver: str | Solver | None, steps: int | None, rtol: float | None, atol: float | None
+) -> bool:
+    """Whether the integral is taken on an exponential solver's nodes."""
+    if isinstance(solver, Exponential):
+        if solver.stochastic:
+            raise ValueError(f"the likelihood is the flow's: {solver} draws noise.")
+        if not model.log_snr_falls:
+            raise ValueError(f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not.")
+        if rtol is not None or (steps is None) == (atol is None):
+            raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
+        return True
+    steady = model.log_snr_falls and (not model.kernel.coupled or model.kernel.log_snr_falls_steadily)
+    alone = (steps is None) != (atol is None) and rtol is None
+    return solver is None and steady and alone
+
+
+def _estimator(x: Tensor, trace: str | Trace | None, probes: int | None, probe: str) -> Trace:
+    """The trace estimator meant."""
+    if isinstance(trace, Trace):
+        if probes is not None:
+            raise ValueError("a trace object has its own number of probes.")
+        return trace
+    if trace == "hadamard":
+        return Hadamard(probes or DEFAULT_PROBES)
+    if trace == "hutch++":
+        return HutchPP(probes or DEFAULT_PROBES)
+    if trace not in (None, "exact", "hutchinson"):
+        raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
+    if _is_exact(x, trace, probes, probe):
+        return Exact()
+    return Hutchinson(probes or DEFAULT_PROBES, probe)
+
+
+def _default_exponential(model: Model) -> Exponential:
+    return Exponential(2 if model.kernel.coupled else 3)
+
+
+def _in_steps(
+    model: Model, x: Tensor, trace: Trace, solver: Exponential | None, steps: int, grid: Grid, seed: int, full: bool,
+    on_call: Callable[[], object] | None,
+) -> LogProb:  # fmt: skip
+    """log p in a fixed number of steps; with ``full``, compared with two thirds of them."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, not {steps!r}.")
+    if solver is None:
+        solver, steps = _default_exponential(model), max(1, steps - 1)  # without a solver, calls are what is counted
+    if not len(x):
+        return _of_no_samples(x)
+    clock = _nodes(model, grid, solver, x)
+    found = carry(model, x, trace, solver, clock, steps, seed=seed, on_call=on_call)
+    error = torch.full_like(found.value, math.nan)
+    if full:  # with probes that do not differ between the grids, so that only the solver does
+        same = trace if isinstance(trace, Exact) else Hutchinson(2, fresh=False)
+        fine = found if same is trace else carry(model, x, same, solver, clock, steps, seed=seed, on_call=on_call)
+        rough = carry(model, x, same, solver, clock, max(1, 2 * steps // 3), seed=seed, on_call=on_call)
+        error = (fine.value - rough.value).abs()
+    return LogProb(found.value, found.stderr, error, found.calls)
+
+
+def _to_tolerance(
+    model: Model, x: Tensor, trace: Trace, solver: Exponential | None, atol: float, grid: Grid, seed: int,
+    max_calls: int | None, on_call: Callable[[], object] | None,
+) -> LogProb:  # fmt: skip
+    """log p of each sample to ``atol`` nats: grids of N, 1.5 N, ... steps until they agree.
+
+    Of order q, the finer of two has 1 / (1.5^q - 1) of their difference as its error. Twice that is taken, and as much
+    from the difference before, since two grids may agree by chance. A stochastic trace is compared with two fixed
+    probes, and taken on the grid that was found.
+    """
+    if not isinstance(atol, int | float) or isinstance(atol, bool) or not 0 < atol < math.inf:
+        raise ValueError(f"atol must be a positive error in nats, not {atol!r}.")
+    if not len(x):
+        return _of_no_samples(x)
+    solver, budget = solver or _default_exponential(model), max_calls or 10_000
+    clock = _nodes(model, "pilot" if grid is None else grid, solver, x)
+    same = trace if isinstance(trace, Exact) else Hutchinson(2, fresh=False)
+    value, stderr = (x.new_full((len(x),), math.nan, dtype=torch.float64) for _ in range(2))
+    error, steps_of = value.clone(), torch.zeros(len(x), dtype=torch.long)
+    rows, steps, calls = torch.arange(len(x)), _FIRST_STEPS, 0
+    before, last = None, None  # log p on the grid before, and the difference to the one before that
+    ratio = 1.5 ** (solver.convergence_order - model.kernel.coupled)  # coupled states come to their order late
+    while len(rows):
+        if calls + steps + 1 > budget:
+            raise MaxStepsError(
+                f"{len(rows)} of {len(x)} samples did not reach atol = {atol:g} nats in {calls} calls: loosen it, "
+                "raise max_calls, or look at those samples, where the score may be rough.",
+                nfe=calls, bad_rows=rows.tolist(),
+            )  # fmt: skip
+        part = carry(
+            model.of_indices(rows, len(x)), x[rows.to(x.device)], same, solver, clock, steps, seed=seed, rows=rows,
+            batch=len(x), on_call=on_call,
+        )  # fmt: skip
+        calls += part.calls
+        found = rows.to(x.device)
+        value[found], stderr[found] = part.value, part.stderr
+        if before is None:
+            before, steps = part.value, -(-3 * steps // 2)
+            continue
+        change = (part.value - before).abs()
+        error[found] = 2.0 / (ratio - 1.0) * (change if last is None else torch.maximum(change, last / ratio))
+        steps_of[rows] = steps
+        left = ~(error[found] <= atol)
+        before, last, rows = part.value[left], change[left], rows[left.cpu()]
+        steps = -(-3 * steps // 2)
+    if same is not trace:
+        for n in steps_of.unique().tolist():
+            rows = (steps_of == n).nonzero().flatten()
+            part = carry(
+                model.of_indices(rows, len(x)), x[rows.to(x.device)], trace, solver, clock, n, seed=seed, rows=rows,
+                batch=len(x), on_call=on_call,
+            )  # fmt: skip
+            calls += part.calls
+            value[rows.to(x.device)], stderr[rows.to(x.device)] = part.value, part.stderr
+    return LogProb(value, stderr, error, calls)
+
+
+def _nodes(model: Model, grid: Grid, solver: Exponential, x: Tensor) -> Clock:
+    """The time variable in which steps are uniform."""
+    if isinstance(grid, str) and grid == "pilot":
+        return pilot(model, solver, x).clock
+    return model.clock("log_snr" if grid is None else grid)
+
+
+def _of_no_samples(x: Tensor) -> LogProb:
+    empty = torch.zeros(0, dtype=torch.float64, device=x.device)
+    return LogProb(empty, empty, empty, 0)
 
 
 def _solve(

@@ -107,6 +107,12 @@ class Model:
 
         return self if last - first == batch else self.with_score(_relabelled(self.score, cut))
 
+    def of_indices(self, rows: Tensor, batch: int) -> Model:
+        """The same model of some rows of a batch, which labels that were fixed for the batch follow."""
+        if len(rows) == batch:
+            return self
+        return self.with_score(_relabelled(self.score, lambda y: y[rows.to(y.device)]))
+
     @property
     def score(self) -> ScoreFunction:
         """The score, or a ScoreError where there is none."""

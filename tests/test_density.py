@@ -1,0 +1,175 @@
+"""log p by exponential steps: orders, tolerances in nats, error bars that cover, and independence of the batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import correlated, gaussian, ring
+
+import sdeflow
+from sdeflow import SDE, catalog, traces, x
+from sdeflow.density import quadrature_weights
+from sdeflow.scores import GaussianMixture
+from sdeflow.solvers import Exponential
+
+
+def at_cutoff(sde, exact, n, seed=0):
+    data = exact.sample(n, seed=seed, dtype=torch.float64)
+    return sde.kernel.sample(data, sde.cutoff, seed=seed + 2)
+
+
+def test_the_quadrature_is_exact_to_degree_four_and_of_order_five():
+    nodes = np.array([2.0, 1.7, 1.1, 0.9, 0.2, -0.1, -1.0, -1.3])
+    weights = quadrature_weights(nodes)
+    for k in range(5):
+        assert abs(weights @ nodes**k - (nodes[-1] ** (k + 1) - nodes[0] ** (k + 1)) / (k + 1)) < 1e-12
+    errors = [
+        abs(quadrature_weights(u) @ np.exp(u) - (math.e - 1)) for u in (np.linspace(0, 1, n) for n in (9, 17, 33))
+    ]
+    assert math.log2(errors[0] / errors[1]) > 4.5 and math.log2(errors[1] / errors[2]) > 4.5
+    assert len(quadrature_weights(np.array([0.0, 1.0]))) == 2
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "SubVP", "CosineVP", "EDM", "FlowMatching"])
+def test_gaussian_data_are_exact_in_one_step(name):
+    sde = getattr(catalog, name)()
+    exact = gaussian(sde, std=0.7, d=5)
+    exact.data_std = torch.tensor(0.7, dtype=torch.float64)
+    points = at_cutoff(sde, exact, 6)
+    value = sde.flow_ode(exact).log_prob(points, steps=2)
+    torch.testing.assert_close(value, exact.log_prob(points, sde.cutoff), rtol=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "CosineVP", "CriticallyDampedLangevin"])
+def test_the_error_of_log_p_is_held_and_its_bar_covers(name):
+    """To ``atol`` in nats for each sample, against a solve that is twenty times finer; bars of 2 cover 95 %."""
+    sde = getattr(catalog, name)()
+    exact = ring(sde) if name != "CriticallyDampedLangevin" else _ring_of(sde)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 60)
+    truth = flow.log_prob(points, steps=500, grid="pilot")
+    for atol in (0.1, 0.01):
+        found = flow.log_prob(points, atol=atol, full=True)
+        error = (found.value - truth).abs()
+        assert float((error <= atol).double().mean()) >= 0.95
+        assert float((error <= 2 * found.solver_error).double().mean()) >= 0.95
+        assert bool((found.solver_error <= atol).all())
+
+
+def _ring_of(sde):
+    angle = torch.arange(8) * math.pi / 4
+    return GaussianMixture(sde, torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.01))
+
+
+def test_calls_of_the_design_on_the_ring():
+    """PERFORMANCE.md, section 4: 0.01 nats in 28 calls and 0.001 in 40 on the pilot grid, against the exact density."""
+    sde = catalog.VP()
+    exact = ring(sde, std=0.1)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 64)
+    truth = exact.log_prob(points, sde.cutoff)
+    for calls, bound in ((30, 1e-2), (42, 1e-3)):
+        assert float((flow.log_prob(points, steps=calls, grid="pilot") - truth).square().mean().sqrt()) < bound
+
+
+def test_steps_count_calls_and_a_wrong_score_is_found():
+    sde, calls = catalog.VP(), []
+    exact = correlated(sde)
+
+    def score(state, time):
+        calls.append(1)
+        return 0.95 * exact(state, time)
+
+    points = at_cutoff(sde, exact, 8)
+    flow = sde.flow_ode(score, prior=sde.prior_for(*exact.data_moments()))
+    off = flow.log_prob(points, steps=60) - exact.log_prob(points, sde.cutoff)
+    assert len(calls) == 60
+    assert float(off.abs().mean()) > 0.05
+
+
+@pytest.mark.parametrize(
+    "trace", ["hutchinson", "hadamard", "hutch++", traces.Hutchinson(8, fresh=True), traces.Exact()], ids=str
+)
+def test_every_trace_estimates_the_same_density(trace):
+    """Within four of its own standard errors of the exact trace, on average over samples."""
+    sde = catalog.VP()
+    exact = correlated(sde)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 40)
+    truth = flow.log_prob(points, steps=60)
+    probes = {} if isinstance(trace, traces.Trace) else {"probes": 8}
+    found = flow.log_prob(points, steps=60, trace=trace, seed=0, full=True, **probes)
+    if isinstance(trace, traces.Exact):
+        torch.testing.assert_close(found.value, truth)
+        return
+    z = (found.value - truth) / found.stderr.clamp_min(1e-9)
+    assert float(z.abs().median()) < 2.0 and float((z.abs() < 4).double().mean()) > 0.9
+    spread = float(found.stderr.square().mean().sqrt()) / math.sqrt(40)
+    assert abs(float((found.value - truth).mean())) < 4 * spread + 1e-9
+
+
+@pytest.mark.parametrize(
+    "options", [{"atol": 0.05}, {"steps": 40}, {"steps": 40, "trace": "hadamard", "probes": 4}], ids=str
+)
+def test_a_sample_alone_and_in_a_batch_agree(options):
+    sde = catalog.VP()
+    exact = correlated(sde)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 9)
+    whole = flow.log_prob(points, seed=0, warn_above=9, **options)
+    torch.testing.assert_close(
+        flow.log_prob(points[:4], seed=0, warn_above=9, **options), whole[:4], rtol=1e-9, atol=1e-9
+    )
+
+
+def test_labels_follow_the_samples_that_are_solved_again():
+    sde = catalog.VP()
+    centres = torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
+    kernel = sde.kernel
+
+    class Net(torch.nn.Module):
+        def forward(self, state, time, y):
+            alpha, sigma, _ = (v[:, None] for v in kernel.coefficients(kernel.time_of(0.5 * time.double())))
+            bend = 0.3 * torch.sin(3 * state)
+            return (-(state - alpha * centres[y]) / (0.04 * alpha**2 + sigma**2) + bend).to(state.dtype)
+
+    score = sdeflow.Score(Net(), sde, predicts="score", data_mean=0.0, data_std=0.7)
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    points = centres[y] + 0.2 * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = sde.flow_ode(score.given(y)).log_prob(points, atol=1e-4)
+    alone = [sde.flow_ode(score.given(y[i : i + 1])).log_prob(points[i : i + 1], atol=1e-4) for i in range(6)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"atol": 0.0}, {"atol": math.nan}, {"atol": True}, {"steps": 0}, {"steps": 10, "trace": "wrong"},
+     {"solver": Exponential(2)}, {"solver": Exponential(2), "steps": 5, "atol": 0.1},
+     {"solver": Exponential(2, eta=1.0), "steps": 5}, {"steps": 9, "trace": traces.Exact(), "probes": 3},
+     {"solver": "dopri5", "trace": "hadamard"}],
+    ids=str,
+)  # fmt: skip
+def test_options_that_make_no_sense_are_errors(options):
+    sde = catalog.VP()
+    with pytest.raises(ValueError):
+        sde.flow_ode(ring(sde)).log_prob(torch.zeros(2, 2, dtype=torch.float64), **options)
+
+
+def test_budgets_and_empty_batches():
+    sde = catalog.VP()
+    flow = sde.flow_ode(ring(sde, std=0.1))
+    with pytest.raises(sdeflow.errors.MaxStepsError, match="did not reach atol"):
+        flow.log_prob(torch.full((2, 2), 0.3, dtype=torch.float64), atol=1e-9, max_calls=60)
+    assert flow.log_prob(torch.zeros(0, 2), atol=0.1).shape == (0,)
+    general = SDE(x - x**3, 1, T=1).flow_ode(lambda s, time: -s, prior=sdeflow.Gaussian(0.0, 1.0))
+    assert general.log_prob(torch.zeros(2, 1), steps=8).shape == (2,)  # by torchdiffeq, as before
+
+
+def test_bounds_are_of_the_reverse_sde():
+    sde = catalog.VP()
+    exact = gaussian(sde, std=0.5, d=2)
+    data = exact.sample(50, seed=0, dtype=torch.float64)
+    bound = sde.reverse(exact).elbo(data, seed=0)
+    torch.testing.assert_close(bound.value, exact.log_prob(data), rtol=1e-6, atol=1e-6)
+    assert not hasattr(sde.flow_ode(exact), "elbo")
+    other = GaussianMixture(sde, torch.full((1, 2), 0.2), torch.tensor([0.3]))
+    found = sde.reverse(other).kl_bound(data, exact, seed=0)
+    truth = 2 * 0.5 * (0.25 / 0.3 - 1 - math.log(0.25 / 0.3)) + 0.5 * 2 * 0.04 / 0.3
+    assert abs(float(found.value) - truth) < 5 * float(found.stderr) + 0.02 * truth
