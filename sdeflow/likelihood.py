@@ -37,7 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.density import carry, reference, reference_growth
-from sdeflow.errors import DataError, MaxStepsError, ScoreError, TraceErrorWarning
+from sdeflow.dequantisation import Dequantisation, Uniform, bits_from
+from sdeflow.errors import MaxStepsError, ScoreError, TraceErrorWarning
 from sdeflow.linear import Linear
 from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
@@ -206,14 +207,17 @@ def data_log_prob(
 
 def bits_per_dim(
     model: Model, equation: Equation, images: Tensor, *, levels: int, low: float, high: float, full: bool = False,
+    dequantise: Dequantisation | None = None, draws: int = 1, importance: bool | None = None,
     seed: int | torch.Generator | None = None, **options: object,
 ) -> Tensor | LogProb:  # fmt: skip
-    """Bits per dimension of integer images by uniform dequantisation, an upper bound on the discrete code length.
+    """Bits per dimension of integer images by dequantisation, an upper bound on the discrete code length.
 
     Of a coupled SDE with auxiliary components it is that of :func:`data_log_prob`, again an upper bound.
-    Integer k in 0 .. levels - 1 stands for x = low + (high - low) (k + u) / levels, u ~ U(0, 1), and
+    Integer k in 0 .. levels - 1 stands for x = low + (high - low) (k + u) / levels, and with u ~ q
 
-        bits = -(log p(x) / d + log((high - low) / levels)) / log 2.
+        bits = -((log p(x) - log q(u | k)) / d + log((high - low) / levels)) / log 2;
+
+    several draws of u are averaged as weights p / q, which tightens the bound, or as logarithms.
 
     Args:
         model, equation: as :func:`log_prob`.
@@ -221,38 +225,39 @@ def bits_per_dim(
         levels: how many grey levels there are.
         low, high: the range of x that the model was trained on.
         full: whether to return a :class:`LogProb` in bits per dimension instead.
+        dequantise: q, of :mod:`sdeflow.dequantisation`; uniform by default.
+        draws: of u, for each image.
+        importance: whether draws are averaged as weights; by default where log p is no estimate itself, since noise in
+            it would be taken for probability.
         seed: of the dequantisation and the probes.
         options: as :func:`log_prob`.
 
     Raises:
         DataError: for images that are not integers in 0 .. levels - 1.
-        ValueError: for levels < 2 or low >= high.
+        ValueError: for levels < 2, low >= high, or importance weights of an estimate.
     """
-    if not isinstance(images, Tensor) or images.is_floating_point() or images.dtype == torch.bool or images.ndim < 2:
-        raise DataError("images must be an integer tensor (batch, *event); for floating states use log_prob.")
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"levels must be an integer of at least 2, not {levels!r}.")
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"low and high must be finite and low < high, not low={low!r}, high={high!r}.")
-    if images.numel() and (int(images.min()) < 0 or int(images.max()) >= levels):
-        raise DataError(f"images hold {int(images.min())} .. {int(images.max())}, outside 0 .. {levels - 1}.")
-    seed = resolve_seed(seed)
+    seed, auxiliary = resolve_seed(seed), model.declaration.auxiliary
     parameter = next(model.score.parameters(), None)
     dtype = parameter.dtype if parameter is not None else torch.get_default_dtype()
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
-    uniform = NoiseStream(seed, "dequantise").uniform(tuple(images.shape), dtype, images.device)
-    x = low + (high - low) * (images + uniform) / levels
+    scheme = Uniform() if dequantise is None else dequantise
+    drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=seed, draws=draws, dtype=dtype)
     d = math.prod(images.shape[1:])
     options.setdefault("warn_above", _NOISY_BITS * d * math.log(2.0))
-    measure = data_log_prob if model.declaration.auxiliary else log_prob
-    result = measure(model, equation, x, seed=seed, full=full, **options)
-    value = result.value if full else result
-    bits = -(value / d + math.log((high - low) / levels)) / math.log(2.0)
+    measure = data_log_prob if auxiliary else log_prob
+    many = full or draws > 1
+    found = measure(model.repeated(draws), equation, drawn.x.flatten(0, 1), seed=seed, full=many, **options)
+    if not many:
+        return bits_from(drawn, found[None]).value
+    value, stderr, error = (v.reshape(draws, -1) for v in (found.value, found.stderr, found.solver_error))
+    noisy = bool(auxiliary) or bool((stderr > 0).any() | stderr.isnan().any())
+    if importance and noisy and draws > 1:
+        raise ValueError("importance=True needs the exact trace, and an SDE without auxiliary components.")
+    bits = bits_from(drawn, value, stderr, not noisy if importance is None else importance)
     if not full:
-        return bits
-    scale = 1.0 / (d * math.log(2.0))
-    return LogProb(bits, result.stderr * scale, result.solver_error * scale, result.nfe)
+        return bits.value
+    return LogProb(bits.value, bits.stderr, error.mean(0) / (d * math.log(2.0)), found.nfe)
 
 
 def _warn_if_noisy(stderr: Tensor, limit: float) -> None:
