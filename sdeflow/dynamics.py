@@ -143,8 +143,9 @@ class ReverseSDE(_Bound):
                 A solver that is given a tensor for ``grid`` may do without: it takes the steps between its times.
             seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
             rtol, atol: without ``steps``, tolerances of an adaptive solve.
-            grid: the variable in which steps are uniform: "angle", "log_snr", "t" or a tensor of times; by default what
-                the solver prefers, or else the angle.
+            grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t", a tensor of times, or
+                "pilot", measured once for a score (:mod:`sdeflow.pilot`); by default what the solver prefers, or else
+                the angle.
             max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
             trajectory: whether to return (states, times) instead, the state after each step and its time: states
                 (steps + 1, batch, *event) from t = T to the cutoff, both included, and times (steps + 1,) in float64.
@@ -157,8 +158,8 @@ class ReverseSDE(_Bound):
             threshold: keeps E[x_0 | x_t] in range on the way: (low, high) clips it, a quantile in (0, 1) is Imagen's
                 dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.thresholding.Thresholded` score
                 yourself.
-            chunk: how many samples to solve at once; by default all, up to 2^24 elements. Solvers
-                that choose steps for the whole batch take no chunks.
+            chunk: how many samples to solve at once; by default all, up to 2^24 elements. Solvers that choose steps for
+                the whole batch take no chunks.
             progress: a progress bar; None shows it on a terminal only.
             dtype, device: of the state; by default the score's.
 
