@@ -109,10 +109,12 @@ class Kernel:
 
     @cached_property
     def log_snr_falls_steadily(self) -> bool:
-        """Whether half_log_snr never nearly stands still: by a tenth at least while t grows e-fold.
+        """Whether half_log_snr of a coupled state falls by a tenth at least while t grows e-fold; True elementwise.
 
-        The log-SNR of a coupled state that turns more than it decays is no good measure of a solver's steps.
+        Where the state turns more than it decays, it nearly stands still, and is no good measure of a solver's steps.
         """
+        if not self.coupled:
+            return True
         times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
         with torch.no_grad():
             return bool((self.half_log_snr_rate(times) * times < -0.1).all())

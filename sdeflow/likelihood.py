@@ -315,7 +315,7 @@ def _by_exponential_steps(
         if rtol is not None or (steps is None) == (atol is None):
             raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
         return True
-    steady = model.log_snr_falls and (not model.kernel.coupled or model.kernel.log_snr_falls_steadily)
+    steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily
     alone = (steps is None) != (atol is None) and rtol is None
     return solver is None and steady and alone
 

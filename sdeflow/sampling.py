@@ -155,7 +155,7 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
         with_kernel=model.log_snr_falls, coupled=model.declaration.coupled,
-        steady=model.kernel is None or not model.kernel.coupled or model.kernel.log_snr_falls_steadily,
+        steady=model.kernel is None or model.kernel.log_snr_falls_steadily,
     )  # fmt: skip
     solver = plan.solver
     if options.observed and not _observable(solver):

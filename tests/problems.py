@@ -107,3 +107,15 @@ def correlated(sde, d=4, n=3, seed=0):
     covariances = factor @ factor.mT + 0.05 * torch.eye(d, dtype=torch.float64)
     means = torch.randn(n, d, generator=generator, dtype=torch.float64)
     return GaussianMixture(sde, means, covariances, weights=torch.tensor([0.5, 0.3, 0.2]), full=True)
+
+
+class OneAtATime:
+    """A noise stream of unit impulses: row k gets a 1 in draw k and nothing else, to propagate moments exactly."""
+
+    seed, draws = 0, 0
+
+    def normal(self, shape, dtype=None, device="cpu"):
+        self.draws += 1
+        out = torch.zeros(shape, dtype=dtype)
+        out[self.draws] = 1.0
+        return out

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from problems import CATALOGUE, correlated, gaussian, ring
+from problems import CATALOGUE, OneAtATime, correlated, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
@@ -336,15 +336,6 @@ def propagated_variance(reverse, solver, steps):
     from sdeflow.solvers import Problem
 
     model, n = reverse.model, steps * getattr(solver, "calls_per_step", 1) + 1
-
-    class OneAtATime:
-        seed, draws = 0, 0
-
-        def normal(self, shape, dtype=None, device="cpu"):
-            self.draws += 1
-            out = torch.zeros(shape, dtype=dtype)
-            out[self.draws] = 1.0
-            return out
 
     problem = Problem(
         lambda y, time: y, model.clock("log_snr"), backward=True, noise=OneAtATime(), max_calls=10_000,

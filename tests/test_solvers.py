@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from problems import CATALOGUE, correlated, gaussian, ring
+from problems import CATALOGUE, OneAtATime, correlated, gaussian, ring
 from torch import Tensor
 
 import sdeflow
@@ -26,15 +26,6 @@ def propagated_variance(reverse, steps, method="euler"):
     model = reverse.model
     prior = model.prior_for(torch.empty(0, 1))
     n = steps + 1
-
-    class OneAtATime:
-        seed, draws = 0, 0
-
-        def normal(self, shape, dtype=None, device="cpu"):
-            self.draws += 1
-            out = torch.zeros(shape, dtype=dtype)
-            out[self.draws] = 1.0
-            return out
 
     problem = Problem(
         reverse._field((1,), torch.float64),

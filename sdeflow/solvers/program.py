@@ -20,11 +20,10 @@ from sdeflow.kernel import Kernel
 from sdeflow.linear import Factor, Linear, add_multiple, multiplied, rows
 from sdeflow.scores import GridScore
 from sdeflow.solvers.problem import Problem
-from sdeflow.solvers.weights import Transfer, weights
+from sdeflow.solvers.weights import Rule, Transfer, weights
 
-__all__ = ["Program", "Rule", "Steps", "kept"]
+__all__ = ["Program", "Steps", "identity", "kept", "predictions", "shaped"]
 
-Rule = Callable[[Tensor, np.ndarray, Tensor | None], Tensor]
 Nodes = Sequence[tuple[np.ndarray, np.ndarray | None]]
 
 _KEPT = 16  # grids for each kernel
@@ -113,17 +112,17 @@ class Program:
     ) -> None:
         self.steps, self.score, self.times, self.basis = steps, score, times.tolist(), basis
         transfer, n, coupled = steps.transfer, len(steps.state), kernel.coupled
-        of_noise, own = (shaped(v, like, coupled) for v in (transfer.of_noise, transfer.of_state))
-        of_state, of_output, constant = score.coefficients(n, identity(like, coupled))
-        if basis is not None and (kernel.basis is not None or coupled or max(of_state.numel(), of_output.numel()) > n):
-            raise ValueError("a solver's basis needs an elementwise SDE, and one data_std for all coordinates.")
-        of_state, of_output = (of_noise @ Linear(v, coupled) for v in (of_state, of_output))
-        self.of_state = rows(Linear(of_state.values + own.values, coupled), like)
-        self.of_output = rows(of_output, like)
-        self.constant = None if constant is None else of_noise(constant.to(of_noise.values.dtype)).to(like)
+        if basis is not None:
+            sizes = [v.numel() for v in score.coefficients(n, identity(like, coupled))[:2]]
+            if kernel.basis is not None or coupled or max(sizes) > n:
+                raise ValueError("a solver's basis needs an elementwise SDE, and one data_std for all coordinates.")
+        own, of_noise = transfer.of_state, transfer.of_noise
+        self.of_state, self.of_output, self.constant = predictions(own, of_noise, score, like, coupled)
         self.mean = None if mean is None else mean.to(like)
         if mean is not None:  # F and the steps are of u - alpha mean
-            alpha_0, alpha_1, keep = (shaped(v, like, coupled) for v in (*transfer.alpha, transfer.state))
+            alpha_0, alpha_1, keep, own = (
+                shaped(v, like, coupled) for v in (*transfer.alpha, transfer.state, transfer.of_state)
+            )
             self.mean_in_prediction = rows((own @ alpha_0).scaled(-1.0), like)
             self.mean_in_step = rows(Linear(alpha_1.values - (keep @ alpha_0).values, coupled), like)
         self.first_order = self._fused()
@@ -200,6 +199,20 @@ class Program:
         if self.mean is not None:
             add_multiple(u, self.mean_in_step[n], self.mean)
         return u if noise is None else u.add_(noise)
+
+
+def predictions(
+    of_state: Tensor, of_noise: Tensor, score: GridScore, like: Tensor, coupled: bool
+) -> tuple[list[Factor], list[Factor], Tensor | None]:
+    """F at each time from what the score returns: factors of the state and of the output, and a constant.
+
+    F = of_state u + of_noise eps, with eps as :meth:`~sdeflow.scores.GridScore.coefficients` has it.
+    """
+    own, map_of_noise = (shaped(v, like, coupled) for v in (of_state, of_noise))
+    of_u, of_output, constant = score.coefficients(len(of_state), identity(like, coupled))
+    of_u, of_output = (map_of_noise @ Linear(v, coupled) for v in (of_u, of_output))
+    constant = None if constant is None else map_of_noise(constant.to(of_noise.dtype)).to(like)
+    return rows(Linear(of_u.values + own.values, coupled), like), rows(of_output, like), constant
 
 
 def identity(like: Tensor, coupled: bool) -> Tensor:

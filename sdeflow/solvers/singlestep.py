@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.linear import Factor, Linear, add_multiple, multiplied, rows
+from sdeflow.linear import Factor, add_multiple, multiplied, rows
 from sdeflow.solvers.problem import Problem
-from sdeflow.solvers.program import identity, shaped
-from sdeflow.solvers.weights import PREDICTIONS, Transfer, derive, weights
+from sdeflow.solvers.program import predictions, shaped
+from sdeflow.solvers.weights import PREDICTIONS, RULES, Transfer, derive, weights
 
 __all__ = ["SingleStep"]
 
@@ -128,10 +128,8 @@ class _Plan:
         self.weights = []
         for transfer, use, end in zip(whole, self.uses, (*self.fractions, 1.0), strict=True):
             nodes = np.array([0.0, *self.fractions])[list(use)] / end
-            moments = transfer.moments[:, : len(use)]
-            if solver.rule == "midpoint" and len(use) == 2:
-                moments = torch.stack([moments[:, 0], 0.5 * moments[:, 0]], dim=1)
-            values = weights(moments, np.broadcast_to(nodes, (n, len(use))))
+            nodes = np.broadcast_to(nodes, (n, len(use)))
+            values = weights(RULES[solver.rule](transfer.moments[:, : len(use)], nodes, transfer.length), nodes)
             self.weights.append([ready(values[:, j]) for j in range(len(use))])
         self.noise = None
         if solver.stochastic:  # of each part of the step, and how it moves on
@@ -142,12 +140,7 @@ class _Plan:
             torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
             for name in ("of_state", "of_noise")
         )
-        own, of_noise = (shaped(v, like, coupled) for v in (own, of_noise))
-        of_state, of_output, constant = self.score.coefficients(len(at), identity(like, coupled))
-        of_state, of_output = (of_noise @ Linear(v, coupled) for v in (of_state, of_output))
-        self.of_state = rows(Linear(of_state.values + own.values, coupled), like)
-        self.of_output = rows(of_output, like)
-        self.constant = None if constant is None else of_noise(constant.to(of_noise.values.dtype)).to(like)
+        self.of_state, self.of_output, self.constant = predictions(own, of_noise, self.score, like, coupled)
 
     def step(self, problem: Problem, n: int, u: Tensor) -> Tensor:
         """The state at the end of step number ``n``."""

@@ -50,7 +50,10 @@ from torch import Tensor
 
 from sdeflow.kernel import Kernel
 
-__all__ = ["PREDICTIONS", "VARIABLES", "Eta", "Transfer", "derive", "weights"]
+__all__ = ["PREDICTIONS", "RULES", "VARIABLES", "Eta", "Rule", "Transfer", "derive", "weights"]
+
+Rule = Callable[[Tensor, np.ndarray, Tensor | None], Tensor]
+"""(moments (n, c, *shape), nodes θ (n, c), length (n, *shape)) -> the moments that a formula takes."""
 
 Eta = float | np.ndarray | Callable[[np.ndarray], np.ndarray]
 
@@ -144,6 +147,44 @@ def weights(moments: Tensor, nodes: np.ndarray) -> Tensor:
     return torch.linalg.solve(vandermonde, moments.flatten(2) if moments.ndim > 2 else moments[..., None]).reshape(
         moments.shape
     )
+
+
+def _midpoint(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
+    return _replaced(moments, 1, 0.5 * moments[:, 0]) if nodes.shape[1] == 2 else moments
+
+
+def _half_step(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
+    return _replaced(moments, 1, 0.5 * length) if nodes.shape[1] == 2 else moments
+
+
+def _half_curvature(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
+    if nodes.shape[1] != 3:
+        return _midpoint(moments, nodes, length)
+    return _replaced(moments, 2, 0.5 * moments[:, 2])
+
+
+def _uncentred(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
+    if nodes.shape[1] != 3:
+        return moments
+    back = torch.as_tensor(nodes[:, 1]).reshape(-1, *(1,) * (moments.ndim - 2))
+    return _replaced(moments, 2, moments[:, 2] + back * moments[:, 1])
+
+
+def _replaced(moments: Tensor, k: int, value: Tensor) -> Tensor:
+    """``moments`` (n, c, *shape) with M_k replaced."""
+    return torch.cat([moments[:, :k], value[:, None], moments[:, k + 1 :]], dim=1)
+
+
+RULES: dict[str, Rule] = {
+    "exact": lambda moments, nodes, length: moments,
+    "midpoint": _midpoint,
+    "half_step": _half_step,
+    "half_curvature": _half_curvature,
+    "uncentred": _uncentred,
+}
+"""Moments as published formulas have them. Those with two nodes replace M_1 by M_0 / 2 ("midpoint") or by half the step
+("half_step"); "half_curvature" halves M_2 (DPM-Solver++(3M) as released), "uncentred" leaves out the first derivative's
+correction (ER-SDE-3). "exact" is right to its full order."""
 
 
 class _Panels:
