@@ -137,6 +137,7 @@ class Dequantisation(Protocol):
         seed: int | torch.Generator | None = None,
         draws: int = 1,
         dtype: torch.dtype | None = None,
+        first_row: int = 0,
     ) -> Dequantised: ...
 
 
@@ -153,6 +154,7 @@ class Uniform:
         seed: int | torch.Generator | None = None,
         draws: int = 1,
         dtype: torch.dtype | None = None,
+        first_row: int = 0,
     ) -> Dequantised:
         """Draws of x; the first ``n`` of more draws are those of ``n`` draws.
 
@@ -162,12 +164,13 @@ class Uniform:
             seed: of the draws.
             draws: for each image.
             dtype: of x; by default torch's.
+            first_row: the number of the first image, where these are a part of a larger set.
 
         Raises:
             DataError: for images of another kind.
             ValueError: for levels, a range or a number of draws that make no sense.
         """
-        grid, stream = _begin(images, levels, low, high, seed, draws)
+        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
         # Drawn in the dtype of x, so that the same seed means the same images as it always has.
         u = torch.stack([stream.uniform(tuple(images.shape), _float(dtype), images.device) for _ in range(draws)])
         log_q = torch.zeros(draws, len(images), dtype=torch.float64, device=images.device)
@@ -223,9 +226,10 @@ class TruncatedNormal:
         seed: int | torch.Generator | None = None,
         draws: int = 1,
         dtype: torch.dtype | None = None,
+        first_row: int = 0,
     ) -> Dequantised:
         """Draws of x; arguments as :meth:`Uniform.sample`."""
-        grid, stream = _begin(images, levels, low, high, seed, draws)
+        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
         tau = self.tau(levels, low, high)
         level = torch.stack(
             [stream.uniform(tuple(images.shape), torch.float64, images.device) for _ in range(draws)]
@@ -267,13 +271,14 @@ class Variational(nn.Module):
         seed: int | torch.Generator | None = None,
         draws: int = 1,
         dtype: torch.dtype | None = None,
+        first_row: int = 0,
     ) -> Dequantised:
         """Draws of x, differentiable in the network's parameters; arguments as :meth:`Uniform.sample`.
 
         Raises:
             DataError: also for a network that does not return a pair of finite tensors of the images' shape.
         """
-        grid, stream = _begin(images, levels, low, high, seed, draws)
+        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
         middles = grid.state(images + 0.5).to(_float(dtype))
         mean, log_std = self._moments(middles)
         eps = torch.stack([stream.normal(tuple(images.shape), torch.float64, images.device) for _ in range(draws)])
@@ -399,14 +404,14 @@ def bits_per_dim(
 
 
 def _begin(
-    images: Tensor, levels: int, low: float, high: float, seed: int | torch.Generator | None, draws: int
+    images: Tensor, levels: int, low: float, high: float, seed: int | torch.Generator | None, draws: int, first_row: int
 ) -> tuple[Levels, NoiseStream]:
     """The grid of levels and the stream of draws, all checked."""
     grid = Levels(levels, low, high)
     grid.checked(images)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws must be a positive integer, not {draws!r}.")
-    return grid, NoiseStream(resolve_seed(seed), "dequantise")
+    return grid, NoiseStream(resolve_seed(seed), "dequantise", first_row)
 
 
 def _float(dtype: torch.dtype | None) -> torch.dtype:

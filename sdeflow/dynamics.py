@@ -10,6 +10,7 @@ E[x_0 | x], which looks cleaner and has another law. What a solve may do beside 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import sympy as sp
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
+from sdeflow.errors import DataError
+from sdeflow.latents import spherical
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
 from sdeflow.model import Model, Prior, checked_state
 from sdeflow.noise import resolve_seed
@@ -298,6 +301,53 @@ class FlowODE(_Bound):
         """The flow between T and cutoff, from x on."""
         self.model.require_dtype(checked_state(x))
         return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward)
+
+    def round_trip_error(self, x: Tensor, solver: str | Solver | None = None, **options: object) -> Tensor:
+        """How far decode(encode(x)) is from x in each sample, (batch,): the root mean square over the event.
+
+        Args:
+            x: (batch, *event).
+            solver: of both ways, with the ``options`` of :meth:`encode`.
+        """
+        there = self.encode(x, solver, **options)
+        back = self.decode(there, solver, **options)
+        return (back - x).double().flatten(1).square().mean(1).sqrt()
+
+    def interpolate(
+        self, x_a: Tensor, x_b: Tensor, points: int = 9, solver: str | Solver | None = None, **options: object
+    ) -> Tensor:
+        """States from x_a to x_b along the sphere of the prior, (points, batch, *event), both ends included.
+
+        Both are encoded, whitened by the Gaussian prior, interpolated by :func:`sdeflow.latents.spherical` and decoded.
+        The ends come back up to :meth:`round_trip_error`.
+
+        Args:
+            x_a, x_b: (batch, *event) each, at t = cutoff.
+            points: how many, at least 2.
+            solver: of both ways, with the ``options`` of :meth:`encode`.
+
+        Raises:
+            DataError: for states of different shapes.
+            ValueError: for a prior that is not Gaussian, and for fewer points.
+        """
+        if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+            raise ValueError(f"points must be an integer of at least 2, not {points!r}.")
+        if checked_state(x_a).shape != checked_state(x_b).shape:
+            raise DataError(f"x_a is {tuple(x_a.shape)} and x_b {tuple(x_b.shape)}: they must be of one shape.")
+        ends = self._of(self.model.repeated(2)).encode(torch.cat([x_a, x_b]), solver, **options)
+        path = spherical(self.model.prior_for(x_a), *ends.chunk(2), points)
+        x = self._of(self.model.repeated(points)).decode(path.flatten(0, 1), solver, **options)
+        return x.reshape(path.shape)
+
+    def latent_log_prob(self, z: Tensor) -> Tensor:
+        """log π(z) of latents z = x_T in nats, (batch,) in float64: the prior's density, not that of x."""
+        return self.model.prior_for(checked_state(z)).log_prob(z)
+
+    def _of(self, model: Model) -> FlowODE:
+        """The same equation with another model."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""

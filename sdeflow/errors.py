@@ -29,6 +29,7 @@ __all__ = [
     "SdeflowError",
     "SolverError",
     "StepUnderflowError",
+    "ToleranceWarning",
     "TraceErrorWarning",
     "TrainingDivergedError",
     "UnsafeExpressionError",
@@ -132,3 +133,7 @@ class DataScaleWarning(UserWarning):
 
 class TraceErrorWarning(UserWarning):
     """A log-likelihood's stochastic trace is noisier than its reader would expect."""
+
+
+class ToleranceWarning(UserWarning):
+    """A tolerance that was asked for could not be reached; the result says what was."""

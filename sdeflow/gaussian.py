@@ -48,23 +48,24 @@ class Gaussian:
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
         self._require_event(tuple(shape[1:]))
-        noise = NoiseStream(seed, "prior").normal(shape, dtype, device)
-        x = self._level(noise) + self._moved(device)(noise)
+        return self.coloured(NoiseStream(seed, "prior").normal(shape, dtype, device))
+
+    def coloured(self, noise: Tensor) -> Tensor:
+        """mean + root noise: a sample of this law from one of N(0, 1), (batch, *event)."""
+        x = self._level(noise) + self._moved(noise.device)(noise)
         return x if self.basis is None else self.basis.inverse(x)
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """root⁻¹ (x - mean), the inverse of :meth:`coloured`; standard normal for samples of this law."""
+        self._require_event(tuple(x.shape[1:]))
+        x = x if self.basis is None else self.basis.forward(x)
+        return self._moved(x.device).inverse(x - self._level(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
-        x = x.to(torch.float64)
-        if self.basis is not None:
-            x = self.basis.forward(x)
-        root = self._moved(x.device)
-        if not root.coupled:
-            return normal_log_density(x, self.mean.to(x.device), root.values)
-        z = root.inverse(x - self._level(x))
-        d = math.prod(x.shape[1:])
-        return (
-            -0.5 * z.square().flatten(1).sum(1) - root.log_det(tuple(x.shape[1:])) - 0.5 * d * math.log(2.0 * math.pi)
-        )
+        event = tuple(x.shape[1:])
+        z, log_det = self.whitened(x.to(torch.float64)), self._moved(x.device).log_det(event)
+        return -0.5 * z.square().flatten(1).sum(1) - log_det - 0.5 * math.prod(event) * math.log(2.0 * math.pi)
 
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""

@@ -316,7 +316,11 @@ class Kernel:
         mean = self.of_state(mean) if self.coupled and not mean.ndim else mean
         if self.coupled and mean.ndim < x.ndim - 1:
             mean = mean.reshape(*mean.shape, *(1,) * (x.ndim - 1 - mean.ndim))
-        level = mean.expand(x.shape[1:])[None]
+        try:
+            level = mean.expand(x.shape[1:])[None]
+        except RuntimeError as error:
+            sides = ", ".join(map(str, x.shape[1:]))
+            raise DataError(f"data_mean is of shape {tuple(mean.shape)}, the state of (batch, {sides}).") from error
         return self.to_basis(level)
 
     # ---------------------------------------------------------------- the kernel as a distribution

@@ -89,9 +89,11 @@ class Model:
         other._score, other._read_off = score, dict(self._read_off)
         return other
 
-    def repeated(self, times: int) -> Model:
-        """The same model of batches repeated ``times`` times: labels that were fixed for a batch are repeated too."""
-        return self.with_score(_relabelled(self.score, lambda y: y.repeat(times)))
+    def repeated(self, times: int, each: bool = False) -> Model:
+        """The same model of batches repeated ``times`` times, whole or ``each`` sample; labels of a batch follow."""
+        return self.with_score(
+            _relabelled(self.score, lambda y: y.repeat_interleave(times) if each else y.repeat(times))
+        )
 
     def of_probes(self, n: int) -> Model:
         """The same model of any ``n`` samples: labels that were fixed for a batch are cut or repeated to as many."""

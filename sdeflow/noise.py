@@ -75,6 +75,10 @@ class NoiseStream:
         half = self._draw(Tensor.uniform_, shape, torch.float32, "cpu") < 0.5
         return (1.0 - 2.0 * half).to(device=device, dtype=dtype or torch.get_default_dtype())
 
+    def skip(self, draws: int) -> None:
+        """Leaves out the next draws."""
+        self._draws += draws
+
     def _start(self, block: int) -> int:
         while len(self._starts) <= block:
             key = f"{self.seed}/{self.purpose}/{self._block + len(self._starts)}".encode()

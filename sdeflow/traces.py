@@ -65,7 +65,7 @@ from torch import Tensor
 from sdeflow.errors import ScoreError
 from sdeflow.noise import NoiseStream, resolve_seed
 
-__all__ = ["Estimate", "Exact", "Hadamard", "HutchPP", "Hutchinson", "Integral", "Trace", "pool", "until"]
+__all__ = ["Estimate", "Exact", "Hadamard", "HutchPP", "Hutchinson", "Integral", "Products", "Trace", "pool", "until"]
 
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 _GRAM = 2**9  # slots whose mutual products are kept, per sample
@@ -103,22 +103,24 @@ class Trace(ABC):
         rows: Tensor | None = None,
         device: torch.device | str = "cpu",
         create_graph: bool = False,
+        purpose: str = "probe",
     ) -> Integral:
         """The sum over the nodes, empty.
 
         Args:
             shape: (batch, *event) of the whole batch.
             weights: (nodes,), w_n in the order in which the nodes will be added; of any sign.
-            seed: of the probes. A sample's probes depend on the seed, the round and its row alone.
+            seed: of the probes. A sample's probes depend on the seed, the purpose, the round and its row alone.
             round: which of several independent passes with one seed this is.
             rows: (samples,) indices of the rows that will be added; None for all of them.
             device: where the fields live.
             create_graph: whether the value can be differentiated in turn.
+            purpose: a word that separates the probes of different sums with one seed.
         """
         weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
         if weights.ndim != 1 or not len(weights):
             raise ValueError(f"weights must be of shape (nodes,), not {tuple(weights.shape)}.")
-        purpose = "probe" if round == 0 else f"probe {round}"
+        purpose = purpose if round == 0 else f"{purpose} {round}"
         shape = tuple(shape)
         return self._integral(
             Integral._Setting(shape, weights, resolve_seed(seed), purpose, rows, device, create_graph)
@@ -147,6 +149,11 @@ class Integral(ABC):
             return self.shape[0] if self.rows is None else len(self.rows)
 
         @property
+        def first(self) -> int:
+            """The first row for which probes are drawn: those of rows before it are not needed."""
+            return 0 if self.rows is None or not len(self.rows) else int(self.rows.min())
+
+        @property
         def d(self) -> int:
             return math.prod(self.shape[1:])
 
@@ -155,10 +162,17 @@ class Integral(ABC):
         self.weights = setting.weights
         self.d = setting.d
         self.node = 0
-        self.products = 0
         self.value = torch.zeros(setting.samples, dtype=torch.float64, device=setting.device)
-        self._stream = NoiseStream(setting.seed, setting.purpose)
-        self._batched = True
+        self._stream = NoiseStream(setting.seed, setting.purpose, setting.first)
+        self._products = Products(setting.create_graph)
+
+    draws_per_node = 0
+    """How many draws of probes a node takes, beyond those at the start."""
+
+    def revisit(self, node: int) -> None:
+        """Makes the next :meth:`add`, the first of this sum, that of ``node``, with the probes it has."""
+        self.node = node
+        self._stream.skip(node * self.draws_per_node)
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """Adds w_n div F at the next node, and returns the estimate of div F there, (samples,) in float64.
@@ -197,7 +211,7 @@ class Integral(ABC):
             stderr, dof = self._error()
         else:
             stderr, dof = self.value.detach().clone(), self.value.detach().clone()
-        return Estimate(self.value, stderr, dof, self.products)
+        return Estimate(self.value, stderr, dof, self._products.count)
 
     @abstractmethod
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
@@ -209,24 +223,44 @@ class Integral(ABC):
 
     def _signs(self, *shape: int) -> Tensor:
         """The next draw of signs, (*shape, samples, d), the same in every dtype."""
-        return self._rows(self._stream.rademacher((self.setting.shape[0], *shape, self.d), torch.float32))
+        return self._rows(self._stream.rademacher, torch.float32, shape)
 
     def _normal(self, *shape: int) -> Tensor:
-        return self._rows(self._stream.normal((self.setting.shape[0], *shape, self.d), torch.float64))
+        return self._rows(self._stream.normal, torch.float64, shape)
 
-    def _rows(self, draw: Tensor) -> Tensor:
-        rows = self.setting.rows
-        draw = draw if rows is None else draw[rows.to(draw.device)]
-        return draw.movedim(0, -2).to(self.setting.device)
+    def _rows(self, draw: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A draw for the samples, from the first of their rows to the last."""
+        rows, first = self.setting.rows, self.setting.first
+        if rows is None or not len(rows):
+            drawn = draw((self.setting.samples, *shape, self.d), dtype)
+        else:
+            drawn = draw((int(rows.max()) + 1 - first, *shape, self.d), dtype)[rows.cpu() - first]
+        return drawn.movedim(0, -2).to(self.setting.device)
 
-    def _gradients(self, output: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+
+class Products:
+    """Vector-Jacobian products of fields of samples, as many at once as memory and the network allow.
+
+    Args:
+        create_graph: whether they can be differentiated in turn.
+
+    Attributes:
+        count: products taken so far.
+    """
+
+    def __init__(self, create_graph: bool = False) -> None:
+        self.create_graph = create_graph
+        self.count = 0
+        self._batched = True
+
+    def gradients(self, output: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         """Jᵀ v of each sample for vectors (k, samples, d), (k, samples, d), in the dtype of the output.
 
         Batched over k where the network's operations allow it, else one by one.
         """
         vectors = vectors.to(output.dtype).reshape(-1, *output.shape)
-        self.products += len(vectors)
-        options = {"retain_graph": True, "create_graph": self.setting.create_graph, "allow_unused": True}
+        self.count += len(vectors)
+        options = {"retain_graph": True, "create_graph": self.create_graph, "allow_unused": True}
 
         def checked(gradient: Tensor | None) -> Tensor:
             if gradient is None:
@@ -247,12 +281,28 @@ class Integral(ABC):
         parts = [checked(torch.autograd.grad(output, x, vector, **options)[0]) for vector in vectors]
         return torch.stack(parts).flatten(2)
 
-    def _forms(self, output: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    def forms(self, output: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         """vᵀ J v of each sample for vectors (k, samples, d), (k, samples) in float64."""
         size = max(1, _CHUNK // max(1, output.numel()))
         return torch.cat(
-            [_dot(self._gradients(output, x, chunk), chunk.to(output.dtype)) for chunk in vectors.split(size)]
+            [_dot(self.gradients(output, x, chunk), chunk.to(output.dtype)) for chunk in vectors.split(size)]
         )
+
+    def divergence(self, output: Tensor, x: Tensor) -> Tensor:
+        """tr J of each sample by all d products, (samples,) in float64."""
+        d = math.prod(output.shape[1:])
+        size = max(1, min(d, _CHUNK // output.numel()))
+        total = torch.zeros(len(output), dtype=torch.float64, device=output.device)
+        for first in range(0, d, size):
+            index = torch.arange(first, min(first + size, d), device=output.device)
+            basis = torch.zeros(len(index), 1, d, dtype=output.dtype, device=output.device)
+            basis[torch.arange(len(index)), 0, index] = 1.0
+            basis = basis.expand(-1, len(output), -1)
+            # Row i of J, entry i; the rest of the row has been computed in vain.
+            gradients = self.gradients(output, x, basis)
+            diagonal = gradients.gather(2, index[:, None, None].expand(-1, len(output), 1))
+            total = total + diagonal.sum((0, 2), dtype=torch.float64)
+        return total
 
 
 # ---------------------------------------------------------------- the estimators
@@ -268,18 +318,7 @@ class Exact(Trace):
 
 class _Exact(Integral):
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
-        size = max(1, min(self.d, _CHUNK // output.numel()))
-        total = torch.zeros_like(self.value)
-        for first in range(0, self.d, size):
-            index = torch.arange(first, min(first + size, self.d), device=output.device)
-            basis = torch.zeros(len(index), 1, self.d, dtype=output.dtype, device=output.device)
-            basis[torch.arange(len(index)), 0, index] = 1.0
-            basis = basis.expand(-1, len(output), -1)
-            # Row i of J, entry i; the rest of the row has been computed in vain.
-            gradients = self._gradients(output, x, basis)
-            diagonal = gradients.gather(2, index[:, None, None].expand(-1, len(output), 1))
-            total = total + diagonal.sum((0, 2), dtype=torch.float64)
-        return total
+        return self._products.divergence(output, x)
 
     def _error(self) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(self.value.detach()), torch.full_like(self.value.detach(), math.inf)
@@ -312,6 +351,7 @@ class _Hutchinson(Integral):
     def __init__(self, setting: Integral._Setting, trace: Hutchinson) -> None:
         super().__init__(setting)
         self._trace = trace
+        self.draws_per_node = int(trace.fresh)
         self._vectors: Tensor | None = None
         self._integrals = 0.0
         self._nodes = _Nodewise(self.value)
@@ -320,7 +360,7 @@ class _Hutchinson(Integral):
         if self._vectors is None or self._trace.fresh:
             draw = self._signs if self._trace.probe == "rademacher" else self._normal
             self._vectors = draw(self._trace.probes)
-        forms = self._forms(output, x, self._vectors)
+        forms = self._products.forms(output, x, self._vectors)
         weight = float(self.weights[self.node])
         self._integrals = self._integrals + weight * forms.detach()
         self._nodes.add(weight, forms.detach())
@@ -353,6 +393,8 @@ class HutchPP(Trace):
 
 
 class _HutchPP(Integral):
+    draws_per_node = 2
+
     def __init__(self, setting: Integral._Setting, probes: int) -> None:
         super().__init__(setting)
         self._rank = min(probes // 3, self.d)
@@ -360,7 +402,7 @@ class _HutchPP(Integral):
         self._nodes = _Nodewise(self.value)
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
-        sketch = self._gradients(output, x, self._signs(self._rank)).detach()
+        sketch = self._products.gradients(output, x, self._signs(self._rank)).detach()
         # The choice of Q carries no derivative: the value is unbiased for every Q, so its derivative is too.
         q = torch.linalg.qr(sketch.double().permute(1, 2, 0)).Q  # (samples, d, rank)
         # Uniform on the sphere of the complement: what is a multiple of the identity there costs nothing.
@@ -368,7 +410,7 @@ class _HutchPP(Integral):
         probes = probes - q @ (q.mT @ probes)
         norm = probes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         probes = probes * (math.sqrt(self.d - self._rank) / norm)
-        forms = self._forms(output, x, torch.cat([q, probes], dim=2).permute(2, 0, 1))
+        forms = self._products.forms(output, x, torch.cat([q, probes], dim=2).permute(2, 0, 1))
         within, rest = forms[: self._rank].sum(0), forms[self._rank :]
         self._nodes.add(float(self.weights[self.node]), rest.detach())
         return within + rest.mean(0)
@@ -401,8 +443,9 @@ class _Hadamard(Integral):
         self.probes = min(probes, self.padded)
         nodes = len(self.weights)
         self._diagonal = self._signs()  # D: (samples, d)
-        # One order for all samples: their signs differ, so their errors are uncorrelated.
-        order = self._stream.uniform((1, self.padded), torch.float64)[0].argsort()
+        # One order for all samples, whichever they are: their signs differ, so their errors are uncorrelated.
+        stream = NoiseStream(setting.seed, f"{setting.purpose} order")
+        order = stream.uniform((1, self.padded), torch.float64)[0].argsort()
         self.slots = torch.arange(nodes * self.probes) % self.padded
         self.columns = order[self.slots].reshape(nodes, self.probes)
         self._values: list[Tensor] = []
@@ -419,7 +462,7 @@ class _Hadamard(Integral):
         parts = []
         for first in range(0, self.probes, size):
             chunk = vectors[first : first + size]
-            gradients = self._gradients(output, x, chunk)
+            gradients = self._products.gradients(output, x, chunk)
             parts.append(_dot(gradients, chunk))
             if self._few and first == 0:
                 self._gram.append(self._against_all(gradients[: self._few].detach()))

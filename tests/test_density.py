@@ -9,7 +9,7 @@ from problems import correlated, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, traces, x
-from sdeflow.density import quadrature_weights
+from sdeflow.likelihood.nodes import quadrature_weights
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential
 

@@ -363,7 +363,7 @@ NETWORK = [
     ("25-late-sde", lambda: reverse(narrow_late).sample((4, D), "euler", 20, seed=0), ScoreError, "(4, 1)", "(4, 3)"),
     ("25-late-ode", lambda: flow(narrow_late).sample((4, D), "euler", 20, seed=0), ScoreError, "(4, 1)", "(4, 3)"),
     ("25-late-adaptive", lambda: flow(narrow_late).sample((4, D), seed=0), ScoreError, "(4, 1)", "(4, 3)"),
-    ("25-log-prob", lambda: flow(narrow_late).log_prob(states()), ScoreError, "(4, 1)", "(4, 3)"),
+    ("25-log-prob", lambda: flow(narrow_late).log_prob(states()), ScoreError, "(32, 1)", "(32, 3)"),
     ("26-dtype", lambda: small_score(net=lambda x, t: x.double())(states(), 1.0), ScoreError, "float64", "float32"),
     ("26-integers", lambda: small_score(net=lambda x, t: x.long())(states(), 1.0), ScoreError, "int64", "float32"),
     ("26-dtype-solve", lambda: flow(lambda x, t: -x.double()).sample((4, D), seed=0), ScoreError, "float64", "float32"),
@@ -487,7 +487,7 @@ LIKELIHOOD = [
     ("71-one-axis", lambda: flow().log_prob(torch.ones(4)), DataError, "(batch, *event)", "(4,)"),
     ("71-integers", lambda: flow().log_prob(torch.ones(4, D, dtype=torch.long)), DataError, "int64", "bits_per_dim"),
     ("71-list", lambda: flow().log_prob([[1.0, 2.0]]), DataError, "tensor", "[1.0, 2.0]"),
-    ("71-other-event", lambda: flow(mixture()).log_prob(torch.ones(4, 5)), DataError, "(batch, 3)", "(4, 5)"),
+    ("71-other-event", lambda: flow(mixture()).log_prob(torch.ones(4, 5)), DataError, "(3,)", "(batch, 5)"),
     ("71-encode-nan", lambda: flow().encode(with_nan(8, 5)), DataError, "[5]"),
     ("71-decode-nan", lambda: flow().decode(with_nan(8, 5)), DataError, "[5]"),
     ("71-decode-integers", lambda: flow().decode(torch.ones(4, D, dtype=torch.long)), DataError, "int64"),
@@ -933,7 +933,10 @@ def test_31_random_network_in_an_adaptive_method_meets_the_budget(act):
     with pytest.raises(MaxStepsError, match="randomness") as caught:
         act(score)
     error = caught.value
-    assert error.nfe == 400 and ou().cutoff <= error.t <= 3 and error.partial is not None
+    if error.bad_rows:  # log p on finer and finer grids
+        assert error.nfe <= 400 and error.bad_rows == [0, 1, 2, 3]
+    else:
+        assert error.nfe == 400 and ou().cutoff <= error.t <= 3 and error.partial is not None
 
 
 def test_32_network_that_changes_x_changes_nothing():

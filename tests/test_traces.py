@@ -259,7 +259,7 @@ def test_planted_mistakes_are_found(monkeypatch, trajectory):
         assert not calibrated(Hutchinson(4), trajectory)
     with monkeypatch.context() as patch:  # columns taken as independent over the nodes
         patch.setattr(traces, "_fitted", lambda scale, products, weights: torch.diag_embed(scale))
-        assert not calibrated(Hadamard(8), trajectory)
+        assert not calibrated(Hadamard(16), trajectory)
 
 
 # ---------------------------------------------------------------- batches, graphs, dtypes

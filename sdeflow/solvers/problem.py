@@ -112,6 +112,7 @@ class Problem:
         """Before a solve over r in [0, end]; ``eager_checks`` reads the finiteness at every call."""
         self._end = end
         self.eager_checks = eager_checks
+        y = y.detach()
         if not bool(torch.isfinite(y).all()):
             rows = _rows(~torch.isfinite(y).all(1))
             raise NonFiniteStateError(f"the initial state is not finite in samples {rows}.", nfe=0, bad_rows=rows)
@@ -206,9 +207,9 @@ class Problem:
         if self.on_call is not None:
             self.on_call()
         self._times.append(self.grid_times[i])
-        self._sums.append(value.sum())  # not read now: that would wait for an accelerator
+        self._sums.append(value.detach().sum())  # not read now: that would wait for an accelerator
         if len(self._sums) == _CHECK_EVERY:
-            self._read_sums(u.flatten(1))
+            self._read_sums(u.detach().flatten(1))
 
     def _read_sums(self, y: Tensor) -> None:
         """Finds the first of the calls noted that was not finite."""
@@ -253,8 +254,8 @@ class Problem:
     def finish(self, y: Tensor) -> Tensor:
         """After a solve: the state (batch, n), once it is known to be finite."""
         if self._sums:
-            self._read_sums(y)
-        self._read(y)
+            self._read_sums(y.detach())
+        self._read(y.detach())
         return y
 
     def _watch(self, y: Tensor, value: Tensor, t: float) -> None:
@@ -263,6 +264,7 @@ class Problem:
         The CPU says so at once; an accelerator is read every 50 calls, or at each one under ``eager_checks``.
         """
         self._times.append(t)
+        y, value = y.detach(), value.detach()
         on_cpu = value.device.type == "cpu"
         suspicious = not (on_cpu and math.isfinite(float(value.sum())))
         if suspicious:

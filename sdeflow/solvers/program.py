@@ -180,7 +180,9 @@ class Program:
             output = self.basis.forward(self.score.call(n, self.basis.inverse(u)))
         problem.called(u, output, n)
         factor = self.of_output[n]
-        if isinstance(factor, Linear):
+        if output.requires_grad and torch.is_grad_enabled():
+            out = multiplied(factor, output)  # memory that a graph holds must not be written again
+        elif isinstance(factor, Linear):
             out.copy_(factor(output))
         else:
             torch.mul(output, factor, out=out)

@@ -1,0 +1,248 @@
+"""log p of samples, with its error budget; of the data component alone, a bound."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdeflow.errors import TraceErrorWarning
+from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
+from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
+from sdeflow.likelihood.exponential import by_exponential
+from sdeflow.likelihood.options import Options, estimator
+from sdeflow.likelihood.result import LogProb
+from sdeflow.linear import Linear
+from sdeflow.model import Model, checked_state
+from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.scores import evaluating
+from sdeflow.solvers import Grid, Solver
+from sdeflow.symbolic.equations import Equation
+from sdeflow.traces import Exact, Hutchinson, Trace
+
+__all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
+
+_LARGEST = 2**22  # elements of states carried at once
+
+
+def log_prob(
+    model: Model,
+    equation: Equation,
+    x: Tensor,
+    *,
+    trace: str | Trace | None = None,
+    probes: int | str | None = None,
+    probe: str = "rademacher",
+    solver: str | Solver | None = None,
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    grid: Grid = None,
+    at: str = "cutoff",
+    gradient: str | None = None,
+    seed: int | torch.Generator | None = None,
+    first_row: int = 0,
+    chunk: int | None = None,
+    full: bool = False,
+    max_calls: int | None = None,
+    progress: bool | None = None,
+    warn_above: float = 0.1,
+) -> Tensor | LogProb:
+    """log p(x) in nats under the probability flow. Works inside ``torch.no_grad()`` and ``torch.inference_mode()``.
+
+    Without a solver it is held to ``atol`` = 1e-3 nats for each sample by exponential steps, on grids that are made
+    finer until they agree; an SDE without a Gaussian kernel is solved by torchdiffeq's dopri5 to rtol = atol = 1e-5.
+
+    Args:
+        model: the SDE with its score and prior.
+        equation: its probability flow.
+        x: (batch, *event), finite.
+        trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.traces`; None is exact up to
+            128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential solver.
+        probes: how many at each node; giving it chooses Hutchinson. "auto" adds probes until the standard error of
+            each sample is at most ``warn_above``, doubling them (Hadamard's, where no trace is named).
+        probe: "rademacher" or "gaussian".
+        solver: a method of torchdiffeq, or an :class:`~sdeflow.solvers.Exponential` of eta 0.
+        steps: steps of the solver; without one, calls of the score (at least 2), by the exponential solver.
+        atol: alone, the error of log p itself in nats, of each sample.
+        rtol: with or without ``atol``, tolerances of torchdiffeq's dopri5, per sample, of the state and of log p alike.
+        grid: as ``FlowODE.decode``; with ``atol`` alone "pilot" by default.
+        at: "cutoff" measures log p of the flow at the cutoff, in x itself. "data" measures the data's own density: x is
+            taken along the data's mean path to the cutoff, and the blur of the cutoff's noise is taken off to second
+            order (:mod:`sdeflow.likelihood.budget`); two calls more.
+        gradient: "backprop" or "adjoint", for a result that can be differentiated in x and in the parameters of the
+            score (once). Backpropagation goes through the steps taken, exactly, and keeps the graph of every call;
+            "adjoint" solves the adjoint equation on the same nodes when the gradient is asked for. By default
+            "adjoint" where x requires grad and the solver allows it, else none: parameters alone have to be meant.
+        seed: of the probes.
+        first_row: the number of the first sample where x is a part of a larger set, whose probes it then takes.
+        chunk: how many samples to solve at once; by default as many as make 4 million numbers. It changes no result
+            but for the tolerance.
+        full: whether to return a :class:`LogProb`, with all that is known of the error. It takes a rougher solve where
+            the steps are given, a call with its divergence at the cutoff, and four calls at T.
+        max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
+        progress: a progress bar; None shows it on a terminal only.
+        warn_above: the standard error in nats above which a plain call warns.
+
+    Returns:
+        (batch,) in float64, or a :class:`LogProb`.
+
+    Raises:
+        DataError: for a state that is not a finite floating tensor (batch, *event).
+        ScoreError: for a score through which no gradient flows.
+        ValueError: for options that make no sense.
+        SolverError: for a solve that did not end well; never a number then.
+    """
+    checked_state(x)
+    options = Options(
+        trace, probes, probe, solver, steps, rtol, atol, grid, at, gradient, 0, first_row, chunk, full, max_calls,
+        progress, warn_above,
+    ).seeded(seed, x)  # fmt: skip
+    found = of_states(model, equation, x, options)
+    if not full:
+        warn_if_noisy(found.stderr, warn_above)
+    return found if full else found.value
+
+
+def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> LogProb:
+    """log p of x (batch, *event); parts of the budget that nobody asked for are NaN."""
+    model.require_dtype(x)
+    exponential = options.by_exponential(model)
+    if not exponential:
+        plan_of(options, x.dtype)
+    if options.gradient is None and x.requires_grad and torch.is_grad_enabled():
+        options = replace(options, gradient="adjoint" if exponential else "backprop")
+    _require_gradient(model, options)
+    if not len(x):
+        empty = torch.zeros(0, dtype=torch.float64, device=x.device)
+        return LogProb(empty, empty, empty, empty, empty, 0)
+    size = options.chunk or max(1, _LARGEST // math.prod(x.shape[1:]))
+    rows = options.first_row + torch.arange(len(x), device=x.device)
+    no_bar = None if options.progress is None else not options.progress
+    with (
+        evaluating(model.score), torch.inference_mode(False),
+        nullcontext() if options.gradient else torch.no_grad(),
+        tqdm(desc="log p", disable=no_bar, leave=False) as bar,
+    ):  # fmt: skip
+        on_call = None if bar.disable else bar.update
+        if x.is_inference():
+            x = x.clone()
+        parts = [
+            _chunk(model.of_indices(part, len(x)), equation, x[part], rows[part], options, exponential, on_call)
+            for part in torch.arange(len(x), device=x.device).split(size)
+        ]
+    if len(parts) == 1:
+        return parts[0]
+    names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch")
+    return LogProb(*(torch.cat([getattr(p, name) for p in parts]) for name in names), sum(p.nfe for p in parts))
+
+
+def _chunk(
+    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, exponential: bool,
+    on_call: Callable[[], object] | None,
+) -> LogProb:  # fmt: skip
+    """log p of some samples."""
+    state, volume, from_data = x.double(), 0.0, options.at == "data"
+    if from_data:
+        state, volume = mean_path(model, x)
+    if exponential:
+        found = by_exponential(model, state, rows, options, x.dtype, on_call)
+    else:
+        found = by_torchdiffeq(model, equation, state, rows, options, x.dtype, on_call)
+    unknown = torch.full_like(found.value.detach(), math.nan)
+    value, left, mismatch = found.value + volume, unknown, unknown
+    if options.full or from_data:
+        of_cutoff = estimator(x, options) if exponential else Hutchinson() if found.stderr.any() else Exact()
+        change, left = truncation(model, x, of_cutoff, seed=options.seed, rows=rows, from_data=from_data)
+        value, left = (value + change, left) if from_data else (value, change)
+    if options.full:
+        mismatch = prior_mismatch(model, found.x_T, x.dtype)
+    return LogProb(value, found.stderr, found.error, left, mismatch, found.calls)
+
+
+def _require_gradient(model: Model, options: Options) -> None:
+    learned = [] if model.kernel is None else list(model.kernel.values.learned.values())
+    if options.gradient and any(p.requires_grad for p in learned):
+        raise ValueError(
+            f'gradient="{options.gradient}" does not reach the parameters of a learned schedule: freeze them with '
+            "requires_grad_(False)."
+        )
+
+
+def warn_if_noisy(stderr: Tensor, limit: float) -> None:
+    """A warning where the trace's standard error is large in some sample, or unknown."""
+    if not stderr.numel():
+        return
+    if bool(torch.isnan(stderr).any()):
+        message = "one probe tells nothing of its own error; take probes=2 or more."
+    elif float(stderr.max()) > limit:
+        message = f"the trace's standard error is up to {float(stderr.max()):.2g} nats; more probes= lower it."
+    else:
+        return
+    warnings.warn(message, TraceErrorWarning, stacklevel=4)
+
+
+def data_log_prob(
+    model: Model,
+    equation: Equation,
+    x: Tensor,
+    *,
+    samples: int = 16,
+    seed: int | torch.Generator | None = None,
+    full: bool = False,
+    **options: object,
+) -> Tensor | LogProb:
+    """A lower bound on log p(x) of the data component alone, in nats, (batch,): E_q [log p(x, v) - log q(v | x)].
+
+    q is the kernel's own law of the other components at the cutoff given x_0 = x. The average over ``samples`` draws of
+    v is returned; its expectation is the bound, and ``full`` gives its standard error as ``stderr``. Without auxiliary
+    components it is :func:`log_prob`.
+
+    Args:
+        model, equation: as :func:`log_prob`.
+        x: data (batch, *event).
+        samples: draws of the auxiliary components for each sample.
+        seed: of the draws and the probes.
+        options: as :func:`log_prob`, with at="cutoff".
+
+    Raises:
+        DataError, ValueError, SolverError: as :func:`log_prob`.
+    """
+    if not model.declaration.auxiliary:
+        return log_prob(model, equation, x, seed=seed, full=full, **options)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a positive integer, not {samples!r}.")
+    checked_state(x)
+    asked = Options(seed=resolve_seed(seed), full=full, **options)
+    found = of_data(model, equation, x, samples, asked)
+    return found if full else found.value
+
+
+def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: Options) -> LogProb:
+    """The bound of :func:`data_log_prob`."""
+    kernel = model.kernel
+    if kernel is None:
+        model.declaration.require_affine("The likelihood bound of the data component")
+    if options.at != "cutoff" or options.gradient is not None:
+        raise ValueError("the bound of the data component is measured at the cutoff, and without a gradient.")
+    states = kernel.lift(x.detach().double(), noisy=False).repeat_interleave(samples, 0)
+    path = kernel.path(states, torch.tensor(model.cutoff, dtype=torch.float64))
+    auxiliary = list(model.declaration.auxiliary)
+    root = Linear(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]), True)
+    level = (path.alpha(states) + path.offset)[:, auxiliary]
+    stream = NoiseStream(options.seed, "auxiliary", options.first_row * samples)
+    noise = stream.normal(tuple(level.shape), torch.float64, x.device)
+    states[:, auxiliary] = level + root(noise)
+    options = replace(options, first_row=options.first_row * samples)
+    joint = of_states(model.repeated(samples, each=True), equation, states.to(x.dtype), options)
+    normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
+    draws = (joint.value + 0.5 * noise.square().flatten(1).sum(1) + normaliser).reshape(len(x), samples)
+    stderr = draws.std(1) / math.sqrt(samples) if samples > 1 else torch.full_like(draws[:, 0], math.nan)
+    parts = (joint.solver_error, joint.truncation, joint.prior_mismatch)
+    return LogProb(draws.mean(1), stderr, *(part.reshape(len(x), samples).mean(1) for part in parts), joint.nfe)

@@ -1,0 +1,188 @@
+r"""The integral that carries a density along the probability flow, by the exponential multistep solver.
+
+With the Gaussian reference S Sᵀ = alpha c² alphaᵀ + sigma sigmaᵀ of the data's scale c and r = s + (S Sᵀ)⁻¹ u,
+
+    log p(x) = log π(x_T) + log|S_T| - log|S_cutoff| - ∫ ½ div (Q r) dt,      Q = g gᵀ.
+
+What is linear is exact; the integrand vanishes for Gaussian data. It is known where the solver calls the score, and is
+integrated over the half-log-SNR by the polynomial of degree 4 through the five nodes nearest to each step: a fixed
+sum Σ_n w_n ½ div (Q r)_n with weights of the grid alone, so that traces may be estimated afresh at each node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.likelihood.reference import reference, reference_growth
+from sdeflow.linear import Linear, multiplied, rows
+from sdeflow.model import Model
+from sdeflow.scores import GridScore
+from sdeflow.solvers import Clock, Exponential, Problem
+from sdeflow.solvers.program import identity
+from sdeflow.traces import Integral, Trace
+
+__all__ = ["Carried", "Carrier", "Integrand", "quadrature_weights"]
+
+_DEGREE = 4
+
+
+class Carried(NamedTuple):
+    """log p of the flow with its trace's error, (batch,) each in nats and float64, and where the flow went."""
+
+    value: Tensor
+    stderr: Tensor
+    dof: Tensor
+    x_T: Tensor
+    calls: int
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A fixed grid of an exponential solver, on which log p of any samples is measured.
+
+    Args:
+        trace: how the divergence is found.
+        solver: of the flow.
+        clock: the time variable of the grid.
+        steps: how many.
+        seed: of the probes.
+        dtype: in which the score is called; the state itself is carried in float64.
+        on_call: called at each call, for a progress bar.
+    """
+
+    trace: Trace
+    solver: Exponential
+    clock: Clock
+    steps: int
+    seed: int
+    dtype: torch.dtype
+    on_call: Callable[[], object] | None = None
+
+    def __call__(self, model: Model, x: Tensor, rows: Tensor, round: int = 0) -> Carried:
+        """log p of x at the cutoff, by the flow to T; one call of the score more than the solver's.
+
+        With gradients enabled the value can be differentiated, in x and in the score's parameters.
+
+        Args:
+            model: an SDE with a Gaussian kernel, and its score.
+            x: (batch, *event) in float64.
+            rows: which rows of all samples these are, (batch,), for their probes.
+            round: which of several independent draws of probes.
+        """
+        u, graph = model.to_solver(x, model.cutoff), torch.is_grad_enabled()
+
+        def traced(times: Tensor, like: Tensor) -> GridScore:
+            return GridScore(model.score.on_grid(times, like, self.dtype).readout, call)
+
+        def call(i: int, state: Tensor) -> Tensor:
+            with torch.enable_grad():
+                state = state if graph else state.detach()
+                state = state if state.requires_grad else state.requires_grad_(True)
+                output = integrand.score.call(i, state)
+                integral.add(multiplied(integrand.push[i], output), state)
+            return output if graph else output.detach()
+
+        problem = self.problem(model, u, on_grid=traced)
+        problem.start(u.flatten(1))
+        times = self.solver.grid(problem, self.steps)
+        integrand = Integrand(model, times, u, self.dtype)
+        integral = self.integral(integrand.weight, u, rows, round, create_graph=graph)
+        u = self.solver.compile(problem, times, u).run(problem, u)
+        call(len(times) - 1, u)
+        x_T = model.from_solver(problem.finish(u.flatten(1)).reshape(x.shape), model.T)
+        found = integral.result()
+        value = model.prior_for(x.detach().to(self.dtype)).log_prob(x_T) + found.value
+        value = value + reference_growth(model, x[:1].detach()) + integrand.known
+        return Carried(value, found.stderr, found.dof, x_T.detach(), problem.nfe + 1)
+
+    def problem(self, model: Model, u: Tensor, **other: object) -> Problem:
+        """What the solver is given, for its states like ``u``."""
+        inputs = {**model.solver_inputs(tuple(u.shape[1:]), self.dtype), **other}
+        budget = 2 * self.steps + 10
+        return Problem(_no_drift, self.clock, backward=False, max_calls=budget, on_call=self.on_call, **inputs)
+
+    def integral(self, weight: list[float], u: Tensor, rows: Tensor, round: int, create_graph: bool) -> Integral:
+        """The sum over the nodes, empty."""
+        where = {"rows": rows, "device": u.device}
+        return self.trace.start(tuple(u.shape), weight, seed=self.seed, round=round, create_graph=create_graph, **where)
+
+
+class Integrand:
+    """½ Q r = push F + pull u + level on a grid, F the score's raw output.
+
+    ½ Q s = -½ Q sigma⁻ᵀ eps with eps = of_state u + of_output F + constant; what is linear in u has a known trace, and
+    -∫ ½ div (Q r) dt = Σ_n weight_n div (push_n F_n) + known.
+
+    Attributes:
+        times: (n,) of the grid.
+        score: on it.
+        push: a map at each node.
+        weight: of each node.
+        known: what the linear part adds to the integral.
+    """
+
+    def __init__(self, model: Model, times: np.ndarray, like: Tensor, dtype: torch.dtype) -> None:
+        kernel, n = model.kernel, len(times)
+        self.times = torch.as_tensor(times)
+        self.score = model.score.on_grid(self.times, like, dtype)
+        self._model, self._like = model, like[:1].detach()
+        with torch.no_grad():
+            path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, self.times)
+            of_state, of_output, self._constant = self.score.coefficients(n, identity(like, kernel.coupled))
+            inverse = reference(model, self.times, like).inverse
+            self._half = (q @ path.sigma.T.inverse).scaled(-0.5)
+            self._of_reference = (q @ inverse.T @ inverse).scaled(0.5)
+            linear = (self._half @ Linear(of_state, kernel.coupled)).values + self._of_reference.values
+            self._linear = Linear(linear, kernel.coupled)
+            self.push = rows(self._half @ Linear(of_output, kernel.coupled), like)
+            rate = kernel.half_log_snr_rate(self.times)
+            weight = torch.as_tensor(quadrature_weights(kernel.half_log_snr(self.times).numpy())) / rate
+            self.weight = (-weight).tolist()
+            traces = self._linear.trace(tuple(like.shape[1:])).reshape(-1).expand(n)
+            self.known = -float((weight * traces).sum())
+
+    def rest(self) -> Callable[[int, Tensor], Tensor]:
+        """(n, u) -> ½ Q r - push F at node n; r is that of the data's mean too."""
+        kernel, like = self._model.kernel, self._like
+        pull, moments = rows(self._linear, like), self._model.score.data_moments()
+        level = None
+        if self._constant is not None:
+            level = self._half(self._constant.to(torch.float64))
+        mean = None if moments is None else kernel.data_level(moments[0], like)
+        if mean is not None:
+            of_mean = (self._of_reference @ kernel.path(like, self.times).alpha)(mean)
+            level = -of_mean if level is None else level - of_mean
+
+        def rest(n: int, u: Tensor) -> Tensor:
+            value = multiplied(pull[n], u)
+            return value if level is None else value + level[n]
+
+        return rest
+
+
+def _no_drift(y: Tensor, t: Tensor) -> Tensor:
+    raise TypeError("the exponential solver does not ask for a drift")
+
+
+def quadrature_weights(nodes: np.ndarray, degree: int = _DEGREE) -> np.ndarray:
+    """Weights (n,) with which values at ``nodes`` (n,) sum to their integral from the first node to the last.
+
+    Over each interval the polynomial through the degree + 1 nodes around it is integrated.
+    """
+    n = len(nodes)
+    size = min(degree + 1, n)
+    points, mass = np.polynomial.legendre.leggauss(size)
+    total = np.zeros(n)
+    for i in range(n - 1):
+        first = min(max(i - (size - 2) // 2, 0), n - size)
+        centre, half = 0.5 * (nodes[i] + nodes[i + 1]), 0.5 * (nodes[i + 1] - nodes[i])
+        vandermonde = np.vander((nodes[first : first + size] - centre) / half, size, increasing=True)
+        moments = half * mass @ np.vander(points, size, increasing=True)
+        total[first : first + size] += np.linalg.solve(vandermonde.T, moments)
+    return total

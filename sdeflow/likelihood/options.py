@@ -1,0 +1,116 @@
+"""How log p is asked for: checked once, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdeflow.model import Model
+from sdeflow.noise import resolve_seed
+from sdeflow.solvers import Exponential, Grid, Solver
+from sdeflow.traces import Exact, Hadamard, Hutchinson, HutchPP, Trace
+
+__all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exact"]
+
+EXACT_BY_DEFAULT = 128
+EXACT_LIMIT = 4096
+DEFAULT_PROBES = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`sdeflow.likelihood.log_prob` was asked for; see there."""
+
+    trace: str | Trace | None = None
+    probes: int | str | None = None
+    probe: str = "rademacher"
+    solver: str | Solver | None = None
+    steps: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    grid: Grid = None
+    at: str = "cutoff"
+    gradient: str | None = None
+    seed: int = 0
+    first_row: int = 0
+    chunk: int | None = None
+    full: bool = False
+    max_calls: int | None = None
+    progress: bool | None = None
+    warn_above: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.at not in ("cutoff", "data"):
+            raise ValueError(f'at must be "cutoff" or "data", not {self.at!r}.')
+        if self.gradient not in (None, "backprop", "adjoint"):
+            raise ValueError(f'gradient must be "backprop", "adjoint" or None, not {self.gradient!r}.')
+        _require_count("steps", self.steps, 1)
+        _require_count("max_calls", self.max_calls, 1)
+        _require_count("chunk", self.chunk, 1)
+        _require_count("first_row", self.first_row, 0)
+        if self.probes != "auto":
+            _require_count("probes", self.probes, 1, ', or "auto"')
+        if self.probe not in ("rademacher", "gaussian"):
+            raise ValueError(f'probe must be "rademacher" or "gaussian", not {self.probe!r}.')
+
+    def seeded(self, seed: int | torch.Generator | None, x: Tensor) -> Options:
+        """With the seed of the probes; where none are drawn, none is taken from torch's global generator."""
+        return self if seed is None and is_exact(x, self) else replace(self, seed=resolve_seed(seed))
+
+    @property
+    def target(self) -> float | None:
+        """The standard error of the trace in nats that probes are added for, or None."""
+        return self.warn_above if self.probes == "auto" else None
+
+    def by_exponential(self, model: Model) -> bool:
+        """Whether the integral is taken on an exponential solver's nodes."""
+        solver, named = self.solver, (self.steps, self.rtol, self.atol)
+        if isinstance(solver, Exponential):
+            if solver.stochastic:
+                raise ValueError(f"the likelihood is the flow's: {solver} draws noise.")
+            if not model.log_snr_falls:
+                raise ValueError(f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not.")
+            if self.rtol is not None or (self.steps is None) == (self.atol is None):
+                raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
+            if solver.basis is not None:
+                raise ValueError("the likelihood takes no solver with a basis of its own.")
+            return True
+        steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily
+        return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
+
+
+def is_exact(x: Tensor, options: Options) -> bool:
+    """Whether the trace is to be exact."""
+    d = math.prod(x.shape[1:])
+    if options.trace == "exact" and options.probes is not None:
+        raise ValueError("the exact trace takes no probes.")
+    if options.trace == "exact" and d > EXACT_LIMIT:
+        raise ValueError(f'the exact trace in {d} dimensions takes {d} products a call; use trace="hutchinson".')
+    if options.trace == "exact" or isinstance(options.trace, Exact):
+        return True
+    return options.trace is None and options.probes is None and d <= EXACT_BY_DEFAULT
+
+
+def estimator(x: Tensor, options: Options) -> Trace:
+    """The trace estimator meant, on nodes that are known beforehand."""
+    trace, auto = options.trace, options.probes == "auto"
+    if isinstance(trace, Trace):
+        if options.probes is not None and not (auto and hasattr(trace, "probes")):
+            raise ValueError("a trace object has its own number of probes.")
+        return trace
+    probes = 4 if auto else options.probes or DEFAULT_PROBES
+    if trace == "hadamard" or (auto and trace is None):
+        return Hadamard(probes)
+    if trace == "hutch++":
+        return HutchPP(max(6, probes) if auto else probes)
+    if trace not in (None, "exact", "hutchinson"):
+        raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
+    return Exact() if is_exact(x, options) else Hutchinson(probes, options.probe)
+
+
+def _require_count(name: str, value: int | None, least: int, other: str = "") -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be an integer of at least {least}{other}, not {value!r}.")

@@ -1,0 +1,52 @@
+"""What is known of a log-likelihood: the value, and where its error comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["LogProb", "Solved"]
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """A log-likelihood and its error budget, each (batch,) in nats and float64.
+
+    Attributes:
+        value: log p(x), at the cutoff or of the data, as asked for.
+        stderr: the standard error of the trace estimate; 0 for the exact trace, NaN for a single probe.
+        solver_error: what the solver may be off by. With ``atol`` twice what the order leaves of the difference between
+            two grids; else the difference to a rougher solve, whose error is larger than that of ``value``.
+        truncation: log p of the data minus log p at the cutoff, as estimated; where that has been applied, what may be
+            left of it. NaN where there is no Gaussian kernel to tell.
+        prior_mismatch: log p_T(x_T) - log π(x_T): how much of log p is due to the prior not being the law that the
+            score has at T.
+        nfe: calls of the score for ``value``, those of all grids where the steps were chosen; the budget takes some
+            more.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    solver_error: Tensor
+    truncation: Tensor = field(default_factory=lambda: torch.zeros(()))
+    prior_mismatch: Tensor = field(default_factory=lambda: torch.zeros(()))
+    nfe: int = 0
+
+    @property
+    def error(self) -> Tensor:
+        """One bar for all of it, the root of the sum of squares: twice that is more than all four together."""
+        parts = (self.stderr, self.solver_error, self.truncation, self.prior_mismatch)
+        return sum(part.square() for part in parts).sqrt()
+
+
+class Solved(NamedTuple):
+    """What one solve found of some samples: log p in nats, (batch,) each, and x_T (batch, *event)."""
+
+    value: Tensor
+    stderr: Tensor
+    error: Tensor
+    x_T: Tensor
+    calls: int
