@@ -192,3 +192,24 @@ def test_bits_tighten_with_importance_weighted_draws():
     assert bool((one.mean(0) > truth - 4 * one.std(0) / math.sqrt(24)).all())
     assert bool(((many.value - truth).abs() < 4 * many.stderr + 2e-3).all())
     assert float((one.mean(0) - many.value).max()) > 0.05
+
+
+def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
+    """Grids that stop coming closer: a warning with what was reached, and an error where that is far from atol."""
+    sde = catalog.VP()
+    exact = ring(sde)
+
+    def rounded(state, time):
+        s = exact(state, time)
+        return s + ((64 * s).round() / 64 - s).detach()
+
+    points, prior = at_cutoff(sde, exact, 4), sde.prior_for(*exact.data_moments())
+    with pytest.warns(sdeflow.errors.ToleranceWarning, match="rounds"):
+        found = sde.flow_ode(rounded, prior=prior).log_prob(points, atol=1e-4, full=True)
+    assert 1e-4 < float(found.solver_error.max()) < 1e-2
+    draw = torch.Generator().manual_seed(0)
+    noisy = sde.flow_ode(
+        lambda state, time: exact(state, time) * (1 + torch.rand(state.shape, generator=draw)), prior=prior
+    )
+    with pytest.raises(sdeflow.errors.MaxStepsError, match="randomness"):
+        noisy.log_prob(points)

@@ -8,7 +8,8 @@ noise is blurred as by the heat equation, log q_P = log q + ½ (div P s + sᵀ P
 
 A second call at twice the noise tells how C changes on the way to no noise at all: with C' the same at that score,
 C + ½ (C - C') is correct to second order, and |C - C'| / 2 says how far to trust it. Data on a lower-dimensional set
-have no density, and a C of the size of their missing dimensions.
+have no density, and a C of the size of their missing dimensions. With auxiliary components the joint law at the cutoff
+is what is meant: their noise is not small there.
 
 **The prior.** What the flow measures with is π, and the score at T belongs to some p_T. Along the straight line from a
 point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_π[p_T / π] = 1.
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Path
 from sdeflow.linear import Linear
 from sdeflow.model import Model
@@ -55,7 +57,7 @@ def truncation(
         from_data: what the flow measures is log p_c(y) + log|Φ|, for :func:`mean_path`; else log p_c(x).
     """
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    if not model.cutoff or not len(x):
+    if not model.cutoff or not len(x) or model.declaration.auxiliary:
         return zero, zero
     if model.kernel is None:
         return zero + math.nan, zero + math.nan
@@ -127,6 +129,9 @@ def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> Tensor:
     prior, event = model.prior_for(x_T[:1].to(dtype)), tuple(x_T.shape[1:])
     draws = prior.sample((_DRAWS, *event), seed=0, dtype=torch.float64, device=x_T.device)
     centre = draws.mean(0, keepdim=True)
+    if isinstance(prior, Gaussian):  # in pairs about the centre, whose odd moments cancel
+        centre = prior.coloured(torch.zeros_like(centre))
+        draws = torch.cat([draws[::2], 2.0 * centre - draws[::2]])
 
     def relative(model: Model, x: Tensor) -> Tensor:
         """log p_T / π at x, minus that at the centre."""

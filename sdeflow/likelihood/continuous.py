@@ -80,7 +80,8 @@ def _probes(x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | N
         )
     if isinstance(options.trace, Exact) or is_exact(x, options):
         return None
-    probes = 4 * 2**round if options.probes == "auto" else options.probes or DEFAULT_PROBES
+    probes = DEFAULT_PROBES if options.probes in (None, "auto") else options.probes
+    probes = probes * 2**round
     first = int(rows.min()) if len(rows) else 0
     stream = NoiseStream(options.seed, "probe" if round == 0 else f"probe {round}", first)
     draw = stream.rademacher if options.probe == "rademacher" else stream.normal

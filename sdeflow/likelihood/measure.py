@@ -113,6 +113,10 @@ def log_prob(
 def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> LogProb:
     """log p of x (batch, *event); parts of the budget that nobody asked for are NaN."""
     model.require_dtype(x)
+    if options.at == "data" and model.declaration.auxiliary:
+        raise ValueError(
+            'at="data": this state has auxiliary components; data_log_prob bounds the density of the data.'
+        )
     exponential = options.by_exponential(model)
     if not exponential:
         plan_of(options, x.dtype)

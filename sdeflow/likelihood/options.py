@@ -101,11 +101,11 @@ def estimator(x: Tensor, options: Options) -> Trace:
         if options.probes is not None and not (auto and hasattr(trace, "probes")):
             raise ValueError("a trace object has its own number of probes.")
         return trace
-    probes = 4 if auto else options.probes or DEFAULT_PROBES
+    probes = DEFAULT_PROBES if auto or options.probes is None else options.probes
     if trace == "hadamard" or (auto and trace is None):
-        return Hadamard(probes)
+        return Hadamard(probes // 2 if auto else probes)
     if trace == "hutch++":
-        return HutchPP(max(6, probes) if auto else probes)
+        return HutchPP(probes)
     if trace not in (None, "exact", "hutchinson"):
         raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
     return Exact() if is_exact(x, options) else Hutchinson(probes, options.probe)

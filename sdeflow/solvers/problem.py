@@ -136,13 +136,13 @@ class Problem:
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
-        u = float(r) / self._end
+        u = _number(r) / self._end
         t, rate = self.clock(1.0 - u if self.backward else u)
         return torch.tensor(t, dtype=torch.float64), rate / self._end
 
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
         """dy/dr, shaped as y."""
-        r = float(r)
+        r = _number(r)
         if self._last is not None and self._last[0] == r and self._last[1] is y:
             return self._last[2]  # torchsde asks for the first drift twice
         rows, y = y, self.from_rows(y)
@@ -290,6 +290,10 @@ class Problem:
             f"{' ...' if len(rows) > 8 else ''}.{self.hint}",
             t=t, nfe=self.nfe, bad_rows=rows, partial=y.detach(),
         )  # fmt: skip
+
+
+def _number(r: Tensor | float) -> float:
+    return float(r.detach() if isinstance(r, Tensor) else r)  # steps chosen by an error have its graph
 
 
 def _rows(mask: Tensor) -> list[int]:
