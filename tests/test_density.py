@@ -201,7 +201,7 @@ def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
 
     def rounded(state, time):
         s = exact(state, time)
-        return s + ((64 * s).round() / 64 - s).detach()
+        return s + ((8 * s).round() / 8 - s).detach()
 
     points, prior = at_cutoff(sde, exact, 4), sde.prior_for(*exact.data_moments())
     with pytest.warns(sdeflow.errors.ToleranceWarning, match="rounds"):

@@ -141,7 +141,8 @@ def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, optio
             change = 2.0 / (_FINER**order - 1.0) * (found.value - before).abs()
             error[left] = torch.fmax(change, last / _FINER ** (order + 2))
             still = ~(error[left] <= atol)
-            stalls = stalls + 1 if steps >= _STALLED and bool((change[still] > 0.6 * last[still]).all()) else 0
+            slow = change[still] > 0.6 * last[still]
+            stalls = stalls + 1 if steps >= _STALLED and int(2 * slow.sum()) > len(slow) else 0
             left = left[still]
             if stalls == 2 and len(left):
                 reached = f"on finer grids than {steps} steps: they come no closer than {float(error[left].max()):.2g}"
