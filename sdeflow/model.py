@@ -89,6 +89,14 @@ class Model:
         other._score, other._read_off = score, dict(self._read_off)
         return other
 
+    def with_own_prior(self) -> Model:
+        """The same model with the prior that follows from the data's moments or the score, whichever was given."""
+        if self._prior is None or self.kernel is None:
+            return self
+        other = copy.copy(self)
+        other._prior, other._read_off = None, {}
+        return other
+
     def repeated(self, times: int, each: bool = False) -> Model:
         """The same model of batches repeated ``times`` times, whole or ``each`` sample; labels of a batch follow."""
         return self.with_score(

@@ -12,7 +12,8 @@ have no density, and a C of the size of their missing dimensions. With auxiliary
 is what is meant: their noise is not small there.
 
 **The prior.** What the flow measures with is π, and the score at T belongs to some p_T. Along the straight line from a
-point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_π[p_T / π] = 1.
+point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_q[p_T / q] = 1 for any q near
+p_T: the prior that the data's moments or the score itself suggest.
 """
 
 from __future__ import annotations
@@ -119,27 +120,30 @@ def _deblurring(
 def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> Tensor:
     """log p_T(x_T) - log π(x_T), (batch,) in nats, p_T the law whose gradient the score is at T.
 
-    The constant is a mean over 64 draws of π; of a score with labels for each sample, over the labels too.
+    The constant is a mean over 64 draws; of a score with labels for each sample, over the labels too.
 
     Args:
         model: the SDE with its score and prior.
         x_T: (batch, *event) in float64.
         dtype: in which the score is called.
     """
-    prior, event = model.prior_for(x_T[:1].to(dtype)), tuple(x_T.shape[1:])
-    draws = prior.sample((_DRAWS, *event), seed=0, dtype=torch.float64, device=x_T.device)
+    like, event = x_T[:1].to(dtype), tuple(x_T.shape[1:])
+    prior, near = model.prior_for(like), model.with_own_prior().prior_for(like)
+    draws = near.sample((_DRAWS, *event), seed=0, dtype=torch.float64, device=x_T.device)
     centre = draws.mean(0, keepdim=True)
-    if isinstance(prior, Gaussian):  # in pairs about the centre, whose odd moments cancel
-        centre = prior.coloured(torch.zeros_like(centre))
+    if isinstance(near, Gaussian):  # in pairs about the centre, whose odd moments cancel
+        centre = near.coloured(torch.zeros_like(centre))
         draws = torch.cat([draws[::2], 2.0 * centre - draws[::2]])
 
-    def relative(model: Model, x: Tensor) -> Tensor:
-        """log p_T / π at x, minus that at the centre."""
+    def from_centre(model: Model, x: Tensor) -> Tensor:
+        """log p_T at x, minus that at the centre."""
         way, total = x - centre, torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for node, mass in zip(_RAY, _MASS, strict=True):
             s = model.score((centre + 0.5 * (1.0 + node) * way).to(dtype), model.T).double()
             total += 0.5 * mass * (s * way).flatten(1).sum(1)
-        return total - prior.log_prob(x) + prior.log_prob(centre)
+        return total
 
-    of_draws = relative(model.of_probes(_DRAWS), draws)
-    return relative(model, x_T.detach()) - (torch.logsumexp(of_draws, 0) - math.log(_DRAWS))
+    of_draws = from_centre(model.of_probes(_DRAWS), draws) - near.log_prob(draws)
+    at_centre = math.log(_DRAWS) - torch.logsumexp(of_draws, 0)
+    x_T = x_T.detach()
+    return from_centre(model, x_T) + at_centre - prior.log_prob(x_T)
