@@ -8,6 +8,17 @@ its p-th divided differences; the grid then makes each step's share equal:
 
 What is added keeps the grid safe where the few samples happen to see nothing. The measurement costs 32 calls on 32
 samples, and is kept for as long as the score lives and its parameters stay as they are.
+
+For log p another size of the same local error δ = B_u F^{(p)}, B_u the weight at u itself, counts. An error of the
+state there changes log p by its product with the score, whatever follows (∇ log p_t is the adjoint of the flow), and
+the divergence is taken at predicted states, which are off by a multiple of h^{p+1} δ:
+
+    ρ = ((s·δ)² + (∂_δ div G)²)^{1/(2p+2)},     G = ½ Q s dt/du.
+
+Coherent errors of all coordinates, which a norm hardly sees, and passages between modes, where the divergence turns
+within few steps, get their share. ∂_δ is a central difference, two more calls at each node; the square of its trace is
+the product of two independent estimates, so that probes do not add their variance. The first solve has 48 calls on 64
+samples here, so that such passages are seen at all.
 """
 
 from __future__ import annotations
@@ -20,18 +31,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.linear import multiplied, rows
 from sdeflow.model import Model
-from sdeflow.scores import Conditional, ScoreFunction, evaluating
+from sdeflow.reference import reference
+from sdeflow.scores import Conditional, GridScore, ScoreFunction, evaluating
 from sdeflow.solvers import Clock, Exponential, Problem, Solver, make_clock
+from sdeflow.solvers.program import shaped
 from sdeflow.thresholding import Thresholded
+from sdeflow.traces import Hutchinson
 
 __all__ = ["Pilot", "pilot"]
 
-_CALLS = 32
-_SAMPLES = 32
+_CALLS, _SAMPLES = 32, 32
+_CALLS_IN_NATS, _SAMPLES_IN_NATS = 48, 64  # passages between modes are short and rare
 _FLOOR = 0.1
 _POINTS = 129
 _KEPT = 16  # grids for each score
+_APART = 0.05  # half a central difference, in norm relative to the reference's standard deviation
 
 _measured: weakref.WeakKeyDictionary[object, dict[tuple, Pilot]] = weakref.WeakKeyDictionary()
 
@@ -51,16 +67,18 @@ class Pilot:
     samples: int
 
 
-def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
+def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) -> Pilot:
     """The pilot grid of a score for ``solver``, measured where it is not known yet.
 
     Args:
         model: the SDE with its score and prior.
         solver: an :class:`~sdeflow.solvers.Exponential`; for another solver, the grid of the default one.
         like: states (batch, *event), for their shape, dtype and device.
+        likelihood: whether the error of log p counts, rather than that of samples.
 
     Raises:
         ValueError: for an SDE without a Gaussian kernel.
+        ScoreError: for a score through which no gradient flows, where the likelihood counts.
     """
     if model.kernel is None:
         raise ValueError('grid="pilot" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
@@ -70,13 +88,13 @@ def pilot(model: Model, solver: Solver, like: Tensor) -> Pilot:
     kernel, state = weakref.ref(model.kernel), [*model.score.parameters(), *model.score.buffers()]
     versions = tuple(tensor._version for tensor in state)  # training makes it another score
     given += (event, like.dtype, repr(model._prior), versions, known.prediction, known.order, known.variable)
-    key = (kernel, *given, *_identity_of(known))
+    key = (kernel, *given, *_identity_of(known), likelihood)
     try:
         found = _measured.setdefault(owner, {})
     except TypeError:  # neither hashable nor weakly referable
         found = {}
     if key not in found:
-        found[key] = _measure(model, known, like)
+        found[key] = _measure(model, known, like, likelihood)
         while len(found) > _KEPT:
             del found[next(iter(found))]
     return found[key]
@@ -100,49 +118,106 @@ def _identity_of(solver: Exponential) -> tuple:
     return scale, None if solver.basis is None else id(solver.basis)
 
 
-def _measure(model: Model, solver: Exponential, like: Tensor) -> Pilot:
-    model, event = model.of_probes(_SAMPLES), tuple(like.shape[1:])
-    kernel = model.kernel
+def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) -> Pilot:
+    n, samples = (_CALLS_IN_NATS, _SAMPLES_IN_NATS) if likelihood else (_CALLS, _SAMPLES)
+    model, event = model.of_probes(samples), tuple(like.shape[1:])
+    kernel, order = model.kernel, solver.order
     runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale, basis=solver.basis)
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+    states: list[Tensor] = []
+
+    def seen(times: Tensor, like_states: Tensor) -> GridScore:
+        score = model.score.on_grid(times, like_states, like.dtype)
+
+        def call(i: int, u: Tensor) -> Tensor:
+            states.append(u.double())
+            return score.call(i, u)
+
+        return GridScore(score.readout, call)
+
+    inputs = model.solver_inputs(event, like.dtype)
     with torch.no_grad(), evaluating(model.score):
-        x = model.prior_for(like[:0]).sample((_SAMPLES, *event), seed=0, dtype=dtype, device=like.device)
-        problem = Problem(
-            lambda y, t: y, model.clock("log_snr"), backward=True, **model.solver_inputs(event, like.dtype)
-        )
+        x = model.prior_for(like[:0]).sample((samples, *event), seed=0, dtype=dtype, device=like.device)
+        if likelihood:
+            inputs["on_grid"] = seen
+        problem = Problem(lambda y, t: y, model.clock("log_snr"), backward=True, **inputs)
         u = model.to_solver(x, model.T)
         problem.start(u.flatten(1))
-        times = problem.times(_CALLS)
+        times = problem.times(n)
         program = runner.compile(problem, times, u)
         record: list[Tensor] = []
         u = program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
         problem.finish(u.flatten(1))
-    lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
-    centres, density = _density(lam, torch.stack(record).double(), program.steps.transfer, solver.order)
+        calls = problem.nfe
+        lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
+        differences = _differences(lam, torch.stack(record).double(), order)
+        centres = np.array([lam[i : i + order + 1].mean() for i in range(len(differences))])
+        transfer = program.steps.transfer
+        if likelihood:
+            size = _sizes_in_nats(model, solver, transfer, torch.as_tensor(times), lam, states, differences, like.dtype)
+            calls += 2 * len(size)
+        else:
+            middle = 0.5 * (lam[1:] + lam[:-1])
+            size = differences.square().flatten(1).mean(1).sqrt().cpu().numpy()
+            size = size * np.exp(np.interp(centres, middle, np.log(_influence(transfer, np.diff(lam)))))
+    density = _density(size, order)
     fine = np.linspace(lam[0], lam[-1], 32 * _POINTS)
     rho = np.interp(fine, centres, density)
     work = np.concatenate([[0.0], np.cumsum(0.5 * (rho[1:] + rho[:-1]))])
     nodes = np.interp(np.linspace(0.0, work[-1], _POINTS), work, fine)
     grid = kernel.time_of(torch.as_tensor(nodes))
     grid[0], grid[-1] = model.T, model.cutoff
-    return Pilot(make_clock(grid, kernel, model.cutoff, model.T), problem.nfe, _SAMPLES)
+    return Pilot(make_clock(grid, kernel, model.cutoff, model.T), calls, samples)
 
 
-def _density(lam: np.ndarray, F: Tensor, transfer: object, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """ρ at the centres of order + 1 successive nodes."""
+def _differences(lam: np.ndarray, F: Tensor, order: int) -> Tensor:
+    """F^{(p)} at the centres of order + 1 successive nodes."""
     n = len(F)
-    differences = F
     for k in range(1, order + 1):
         width = torch.as_tensor(lam[k:n] - lam[: n - k]).reshape(-1, *(1,) * (F.ndim - 1))
-        differences = (differences[1:] - differences[:-1]) / width.to(F.device)
-    size = differences.square().flatten(1).mean(1).sqrt().cpu().numpy() * math.factorial(order)
-    centres = np.array([lam[i : i + order + 1].mean() for i in range(n - order)])
-    middle = 0.5 * (lam[1:] + lam[:-1])
-    weight = np.exp(np.interp(centres, middle, np.log(_influence(transfer, np.diff(lam)))))
-    density = (weight * size) ** (1.0 / (order + 1))
+        F = (F[1:] - F[:-1]) / width.to(F.device)
+    return F * math.factorial(order)
+
+
+def _density(size: np.ndarray, order: int) -> np.ndarray:
+    """ρ where the p-th derivatives have these sizes."""
+    density = size ** (1.0 / (order + 1))
     padded = np.pad(density, 2, mode="edge")
     smooth = np.convolve(padded, np.array([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0, mode="valid")
-    return centres, smooth + _FLOOR * smooth.max()
+    return smooth + _FLOOR * smooth.max()
+
+
+def _sizes_in_nats(
+    model: Model, solver: Exponential, transfer: object, times: Tensor, lam: np.ndarray, states: list[Tensor],
+    differences: Tensor, dtype: torch.dtype,
+) -> np.ndarray:  # fmt: skip
+    """What local errors δ = B_u F^{(p)} do to log p, root mean square over the samples."""
+    kernel, like = model.kernel, states[0]
+    length = torch.as_tensor(np.diff(lam)).reshape(-1, *(1,) * (transfer.moments.ndim - 2))
+    back, forward = (shaped(v, like, kernel.coupled) for v in (transfer.state, transfer.moments[:, 0] / length))
+    forcing = rows(back.inverse @ forward, like)
+    found = []
+    for i, derivative in enumerate(differences):
+        j = i + solver.order // 2  # the node nearest to the centre
+        delta = multiplied(forcing[j], derivative)
+        delta = delta if solver.basis is None else solver.basis.inverse(delta)
+        t, u = times[j].to(like.device), states[j]
+        size = reference(model, t, u).inverse(delta).flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
+        step = _APART / size.clamp_min(torch.finfo(torch.float64).tiny)
+        half = kernel.equation(u, t)[2].scaled(0.5 / kernel.half_log_snr_rate(t))
+        pair = [Hutchinson(2, fresh=False).start(u.shape, [0.5, -0.5], seed=k, device=u.device) for k in (0, 1)]
+        score = torch.zeros_like(u)
+        with torch.enable_grad():
+            for shifted in (u + step * delta, u - step * delta):
+                shifted = shifted.detach().requires_grad_(True)
+                s = model.solver_score(shifted, t, dtype)
+                for integral in pair:
+                    integral.add(half(s), shifted)
+                score += 0.5 * s.detach()
+        of_score = (score * delta).flatten(1).sum(1).square()
+        of_divergence = math.prod(integral.value / step.flatten() for integral in pair)
+        found.append((of_score + of_divergence).mean().clamp_min(0.0).sqrt())
+    return torch.stack(found).cpu().numpy()
 
 
 def _influence(transfer: object, h: np.ndarray) -> np.ndarray:

@@ -213,3 +213,30 @@ def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
     )
     with pytest.raises(sdeflow.errors.MaxStepsError, match="randomness"):
         noisy.log_prob(points)
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "CosineVP"])
+def test_the_pilot_of_the_likelihood_is_its_own_and_closer_at_the_same_calls(name):
+    sde = getattr(catalog, name)()
+    exact = ring(sde, std=0.1)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 256)
+    truth = flow.log_prob(points, steps=400, grid="pilot")
+    of_samples = flow.pilot((2,), Exponential(3), dtype=torch.float64)
+    assert of_samples.calls == 32
+    distances = torch.tensor([of_samples.clock(v)[0] for v in np.linspace(0, 1, 24)], dtype=torch.float64)
+    in_nats, in_distances = (
+        float((flow.log_prob(points, steps=24, grid=grid) - truth).square().mean().sqrt())
+        for grid in ("pilot", distances)
+    )
+    assert in_nats < 0.85 * in_distances < 0.02
+
+
+def test_a_solver_with_a_reference_along_the_data_measures_the_same_density():
+    sde = catalog.VP()
+    root = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    covariance = root @ torch.diag(torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64)) @ root.mT
+    exact = GaussianMixture(sde, torch.zeros(1, 4), covariance[None], full=True)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 9)
+    solver = Exponential.along(exact.sample(4000, seed=1, dtype=torch.float64), order=3)
+    found = flow.log_prob(points, solver=solver, steps=120, grid="pilot")
+    torch.testing.assert_close(found, exact.log_prob(points, sde.cutoff), rtol=0, atol=2e-3)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sdeflow.errors import ScoreError
 from sdeflow.likelihood.options import DEFAULT_PROBES, Options, is_exact
-from sdeflow.likelihood.reference import reference, reference_growth
 from sdeflow.likelihood.result import Solved
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream
 from sdeflow.plan import Plan, make_plan
+from sdeflow.reference import reference, reference_growth
 from sdeflow.solvers import Problem
 from sdeflow.solvers.clock import Clock
 from sdeflow.symbolic.equations import Equation

@@ -47,7 +47,11 @@ def by_exponential(
     if named is None:
         named = "log_snr" if options.steps is not None else "pilot"
     like = x.detach()[:1].to(dtype)
-    clock = pilot(model, chosen, like).clock if isinstance(named, str) and named == "pilot" else model.clock(named)
+    clock = (
+        pilot(model, chosen, like, likelihood=True).clock
+        if isinstance(named, str) and named == "pilot"
+        else model.clock(named)
+    )
     steps = options.steps or _FIRST_STEPS
     if options.steps is not None and options.solver is None:
         steps = max(1, steps - 1)  # without a solver, calls are what is counted

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.likelihood.reference import reference, reference_growth
 from sdeflow.linear import Linear, multiplied, rows
 from sdeflow.model import Model
+from sdeflow.reference import reference, reference_growth
 from sdeflow.scores import GridScore
 from sdeflow.solvers import Clock, Exponential, Problem
 from sdeflow.solvers.program import identity
@@ -93,7 +93,9 @@ class Carrier:
         times = self.solver.grid(problem, self.steps)
         integrand = Integrand(model, times, u, self.dtype)
         integral = self.integral(integrand.weight, u, rows, round, create_graph=graph)
-        u = self.solver.compile(problem, times, u).run(problem, u)
+        program, basis = self.solver.compile(problem, times, u), self.solver.basis
+        u = program.run(problem, u if basis is None else basis.forward(u))
+        u = u if basis is None else basis.inverse(u)
         call(len(times) - 1, u)
         x_T = model.from_solver(problem.finish(u.flatten(1)).reshape(x.shape), model.T)
         found = integral.result()

@@ -75,8 +75,6 @@ class Options:
                 raise ValueError(f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not.")
             if self.rtol is not None or (self.steps is None) == (self.atol is None):
                 raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
-            if solver.basis is not None:
-                raise ValueError("the likelihood takes no solver with a basis of its own.")
             return True
         steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily
         return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
