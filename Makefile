@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well test lint docs zoo bench bench-solvers readme clean
+.PHONY: demo few-calls double-well density ood bits test lint docs zoo bench bench-solvers readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -14,6 +14,15 @@ few-calls: $(VENV)/ready
 
 double-well: $(VENV)/ready
 	$(BIN)/python examples/double_well.py $(ARGS)
+
+density: $(VENV)/ready
+	$(BIN)/python examples/density.py $(ARGS)
+
+ood: $(VENV)/ready
+	$(BIN)/python examples/out_of_distribution.py $(ARGS)
+
+bits: $(VENV)/ready
+	$(BIN)/python examples/bits_per_dim.py $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2

@@ -32,10 +32,10 @@ TRAIN = 1437  # the first images train, the other 360 test
 
 
 class Dequantised(torch.utils.data.Dataset):
-    """Images as x = LOW + (HIGH - LOW) (k + u) / LEVELS, with a fresh u ~ U(0, 1) at every look."""
+    """Images as x = LOW + (HIGH - LOW) (k + u) / levels, with a fresh u ~ U(0, 1) at every look."""
 
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
+    def __init__(self, images: torch.Tensor, levels: int = LEVELS) -> None:
+        self.images, self.levels = images, levels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,7 +45,7 @@ class Dequantised(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         k = self.images[indices]
-        return list(LOW + (HIGH - LOW) * (k + torch.rand(k.shape)) / LEVELS)
+        return list(LOW + (HIGH - LOW) * (k + torch.rand(k.shape)) / self.levels)
 
 
 def declared() -> tuple[SDE, sdeflow.Score]:

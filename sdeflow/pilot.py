@@ -17,8 +17,8 @@ the divergence is taken at predicted states, which are off by a multiple of h^{p
 
 Coherent errors of all coordinates, which a norm hardly sees, and passages between modes, where the divergence turns
 within few steps, get their share. ∂_δ is a central difference, two more calls at every third node; the square of its
-trace is the product of two independent estimates, so that probes do not add their variance. The first solve has 48 calls
-on 64 samples here, so that such passages are seen at all; 78 calls together.
+trace is the product of two independent estimates, so that probes do not add their variance. The first solve has 48
+calls on 64 samples here, so that such passages are seen at all; 78 calls together.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sdeflow.dequantisation import Dequantisation, Uniform, bits_from
-from sdeflow.likelihood.exponential import DEFAULT_ATOL
 from sdeflow.likelihood.measure import of_data, of_states, warn_if_noisy
 from sdeflow.likelihood.options import Options
 from sdeflow.likelihood.result import LogProb
@@ -20,7 +19,6 @@ from sdeflow.symbolic.equations import Equation
 __all__ = ["bits_per_dim"]
 
 _NOISY_BITS = 0.01  # bits per dimension
-_ERROR_BITS = 1e-4  # of the solver, by default
 
 
 def bits_per_dim(
@@ -50,8 +48,8 @@ def bits_per_dim(
             it would be taken for probability.
         samples: draws of the auxiliary components.
         seed: of the dequantisation and the probes.
-        options: as :func:`~sdeflow.likelihood.log_prob`, in nats; by default the solver is held to 1e-4 bits per
-            dimension, and a standard error of the trace above 0.01 warns.
+        options: as :func:`~sdeflow.likelihood.log_prob`, in nats; a standard error of the trace above 0.01 bits
+            per dimension warns by default.
 
     Raises:
         DataError: for images that are not integers in 0 .. levels - 1.
@@ -60,8 +58,6 @@ def bits_per_dim(
     auxiliary, d = model.declaration.auxiliary, math.prod(images.shape[1:])
     nats = d * math.log(2.0)
     asked = Options(**{"warn_above": _NOISY_BITS * nats, **options, "seed": resolve_seed(seed)})
-    if asked.by_exponential(model) and asked.steps is None and asked.atol is None:
-        asked = replace(asked, atol=max(DEFAULT_ATOL, _ERROR_BITS * nats))
     parameter = next(model.score.parameters(), None)
     dtype = parameter.dtype if parameter is not None else torch.get_default_dtype()
     if dtype in (torch.float16, torch.bfloat16):
