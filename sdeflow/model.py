@@ -72,6 +72,7 @@ class Model:
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}
+        self._of_label: dict[float, Model] = {}
         self.T = self.declaration.T
         if exact is not None:
             self.cutoff = exact.cutoff
@@ -86,7 +87,7 @@ class Model:
         if score is self._score:
             return self
         other = copy.copy(self)
-        other._score, other._read_off = score, dict(self._read_off)
+        other._score, other._read_off, other._of_label = score, dict(self._read_off), {}
         return other
 
     def with_own_prior(self) -> Model:
@@ -122,6 +123,26 @@ class Model:
         if len(rows) == batch:
             return self
         return self.with_score(_relabelled(self.score, lambda y: y[rows.to(y.device)]))
+
+    def by_label(self, batch: int) -> list[tuple[Model, Tensor]]:
+        """A model for each label that was fixed for a batch, with its rows; this one with all rows where none was.
+
+        What is read off the score (a prior, a grid) then belongs to the label, and not to the batch.
+        """
+        parts = (part for part in self.score.modules() if isinstance(part, Conditional) and part.y.ndim)
+        labels = next((part.y for part in parts), None)
+        if labels is None or not len(labels):
+            return [(self, torch.arange(batch))]
+        if len(labels) != batch:
+            raise DataError(f"{len(labels)} labels were given for a batch of {batch}.")
+        groups = []
+        for label in labels.unique():
+            key = label.item()
+            if key not in self._of_label:
+                self._of_label[key] = self.with_score(_relabelled(self.score, lambda _, label=label: label))
+                self._of_label[key]._read_off = {}
+            groups.append((self._of_label[key], (labels == label).nonzero().flatten().cpu()))
+        return groups
 
     @property
     def score(self) -> ScoreFunction:

@@ -155,8 +155,9 @@ def test_options_that_make_no_sense_are_errors(options):
 def test_budgets_and_empty_batches():
     sde = catalog.VP()
     flow = sde.flow_ode(ring(sde, std=0.1))
-    with pytest.raises(sdeflow.errors.MaxStepsError, match="did not reach atol"):
+    with pytest.raises(sdeflow.errors.MaxStepsError, match="budget of 60 calls") as caught:
         flow.log_prob(torch.full((2, 2), 0.3, dtype=torch.float64), atol=1e-9, max_calls=60)
+    assert caught.value.bad_rows == [0, 1] and caught.value.partial.isnan().all()
     assert flow.log_prob(torch.zeros(0, 2), atol=0.1).shape == (0,)
     general = SDE(x - x**3, 1, T=1).flow_ode(lambda s, time: -s, prior=sdeflow.Gaussian(0.0, 1.0))
     assert general.log_prob(torch.zeros(2, 1), steps=8).shape == (2,)  # by torchdiffeq, as before
@@ -240,3 +241,60 @@ def test_a_solver_with_a_reference_along_the_data_measures_the_same_density():
     solver = Exponential.along(exact.sample(4000, seed=1, dtype=torch.float64), order=3)
     found = flow.log_prob(points, solver=solver, steps=120, grid="pilot")
     torch.testing.assert_close(found, exact.log_prob(points, sde.cutoff), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["VP", "VE"])
+def test_two_grids_that_agree_by_chance_are_not_believed(name):
+    """Of 400 samples of an easy mixture nearly all are within two bars, and within the default tolerance."""
+    sde = getattr(catalog, name)()
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.5]])
+    exact = GaussianMixture(sde, means, torch.tensor([0.04, 0.01]), weights=torch.tensor([0.3, 0.7]))
+    points = at_cutoff(sde, exact, 400)
+    found = sde.flow_ode(exact).log_prob(points, full=True)
+    error = (found.value - exact.log_prob(points, sde.cutoff)).abs()
+    assert float((error <= 2 * found.error).double().mean()) >= 0.98
+    assert float((error <= 1e-3).double().mean()) >= 0.99 and float(error.max()) < 3e-3
+
+
+def test_few_steps_have_an_error_too():
+    sde = catalog.VP()
+    exact = ring(sde)
+    points = at_cutoff(sde, exact, 5)
+    for steps in (1, 2, 3):
+        found = sde.flow_ode(exact).log_prob(points, steps=steps, full=True)
+        assert bool((found.solver_error > 0.01).all())
+
+
+def test_what_an_error_has_found_of_the_others_is_kept():
+    """A point that is far away takes more calls than there are; the others' values are in ``partial``."""
+    sde = catalog.VP()
+    exact = ring(sde)
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 4)
+    with pytest.raises(sdeflow.errors.MaxStepsError) as caught:
+        flow.log_prob(torch.cat([points, torch.tensor([[90.0, 90.0]], dtype=torch.float64)]), atol=1e-3, max_calls=700)
+    assert caught.value.bad_rows == [4] and bool(caught.value.partial[4].isnan())
+    torch.testing.assert_close(caught.value.partial[:4], flow.log_prob(points, atol=1e-3), rtol=0, atol=0)
+
+
+def test_labels_make_a_prior_and_a_grid_of_their_own():
+    """Nothing that is read off the score depends on which labels share a batch."""
+    sde = catalog.VP(0.1, 5.0)
+    centres = torch.tensor([-2.0, 0.5, 1.5], dtype=torch.float64)
+
+    class Net(torch.nn.Module):
+        def forward(self, state, time, y):
+            alpha, sigma, _ = (v[:, None] for v in sde.kernel.coefficients(time.double()))
+            return -(state - alpha * centres[y][:, None]) / (0.25 * alpha**2 + sigma**2)
+
+    score = sdeflow.Score(Net(), sde, predicts="score", time="t")
+    y = torch.tensor([2, 0, 1, 0, 2, 1])
+    points = centres[y][:, None] + 0.5 * torch.randn(
+        6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    truth = torch.distributions.Normal(centres[y][:, None], 0.5).log_prob(points).sum(1)
+    found = sde.flow_ode(score.given(y)).log_prob(points, at="data", full=True)
+    torch.testing.assert_close(found.value, truth, rtol=0, atol=2e-3)
+    assert float(found.prior_mismatch.abs().max()) < 1e-3
+    torch.testing.assert_close(
+        sde.flow_ode(score.given(y)).log_prob(points, at="data", chunk=2), found.value, rtol=1e-9, atol=1e-9
+    )

@@ -164,7 +164,7 @@ def test_probes_at_a_node_are_the_same_on_the_way_back():
 def test_the_adjoint_keeps_nothing_of_the_steps():
     """No more of the score's outputs live at once in 60 steps than in 10; backpropagation keeps them all."""
     sde = catalog.VP()
-    net, alive, most = Net(), [], {}
+    net, alive, most = Net().requires_grad_(False), [], {}
 
     class Counted(torch.autograd.Function):
         """The identity, whose graph holds a token for as long as it lives."""
@@ -217,7 +217,7 @@ def test_a_learned_schedule_is_refused_and_a_general_equation_is_not():
     rate = torch.nn.Parameter(torch.tensor(1.0))
     sde = SDE("-k*x", 1, params={"k": rate}, T=2.0)
     exact = GaussianMixture(sde, torch.zeros(1, 1), torch.ones(1))
-    with pytest.raises(ValueError, match="learned schedule"):
+    with pytest.raises(ValueError, match="SDE itself"):
         sde.flow_ode(exact).log_prob(points(3, 1), steps=8, gradient="backprop")
     rate.requires_grad_(False)
     assert sde.flow_ode(exact).log_prob(points(3, 1), steps=8, gradient="backprop").shape == (3,)
@@ -248,3 +248,31 @@ def test_planted_mistakes_in_the_adjoint_are_found(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(adjoint, "_moved", lambda base, past, nodes, *ends: moved(base, [past[0]], nodes[:1], *ends))
         assert off() > 4e-3
+
+
+def test_parameters_in_a_closure_are_reached_or_refused():
+    sde, net = catalog.VP(), Net()
+    flow = sde.flow_ode(lambda state, time: net(state, time) - state, prior=sde.prior_for(0.0, 1.0))
+    with pytest.raises(ValueError, match="closure"):
+        flow.log_prob(points(), steps=8, gradient="adjoint")
+    flow.log_prob(points().requires_grad_(True), steps=8).sum().backward()  # by backpropagation then
+    assert all(bool(parameter.grad.any()) for parameter in net.parameters())
+    tensor = torch.tensor([5.0, 9.0], dtype=torch.float64, requires_grad=True)
+    scaled = SDE("-b*x/2", "sqrt(b)", params={"b": tensor})
+    exact = GaussianMixture(scaled, torch.zeros(1, 2), torch.ones(1))
+    with pytest.raises(ValueError, match="SDE itself"):
+        scaled.flow_ode(exact).log_prob(points(), steps=8, gradient="backprop")
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_the_bound_of_the_data_component_has_its_gradient(gradient):
+    sde = catalog.CriticallyDampedLangevin()
+    exact = GaussianMixture(sde, torch.tensor([[-0.6, 0.0], [0.6, 0.4]]), torch.tensor([0.3, 0.2]))
+    flow, options = sde.flow_ode(exact), {"samples": 2, "seed": 0, "steps": 60}
+    state = points(3).requires_grad_(True)
+    (found,) = torch.autograd.grad(flow.data_log_prob(state, gradient=gradient, **options).sum(), state)
+    shift = torch.zeros_like(state)
+    shift[:, 0] = 1e-5
+    ahead, back = (flow.data_log_prob(state.detach() + s, **options) for s in (shift, -shift))
+    bound = 1e-4 if gradient == "backprop" else 0.1
+    assert float((found[:, 0] - (ahead - back).detach() / 2e-5).abs().max()) < bound * float(found.abs().max())

@@ -41,7 +41,8 @@ def bits_per_dim(
         levels: how many grey levels there are.
         low, high: the range of x that the model was trained on.
         full: whether to return a :class:`LogProb` in bits per dimension instead, ``value`` with the error budget of the
-            mean over draws; ``stderr`` is that of the draws and the trace together.
+            mean over draws; ``stderr`` is that of the draws and the trace together, and of the trace alone where one
+            draw leaves the spread of u unknown.
         dequantise: q, of :mod:`sdeflow.dequantisation`; uniform by default.
         draws: of u, for each image.
         importance: whether draws are averaged as weights; by default where log p is no estimate itself, since noise in
@@ -63,10 +64,12 @@ def bits_per_dim(
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
     scheme = Uniform() if dequantise is None else dequantise
+    if isinstance(scheme, type) or not hasattr(scheme, "sample"):
+        raise TypeError(f"dequantise must be an object of sdeflow.dequantisation, such as Uniform(), not {scheme!r}.")
     part = {"first_row": asked.first_row} if asked.first_row else {}
     drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=asked.seed, draws=draws, dtype=dtype, **part)
     x = drawn.x.transpose(0, 1).flatten(0, 1)  # the draws of an image in a row
-    asked = replace(asked, full=full or draws > 1, first_row=asked.first_row * draws)
+    asked = replace(asked, full=full, first_row=asked.first_row * draws)
     if auxiliary:
         found = of_data(model.repeated(draws, each=True), equation, x, samples, asked)
     else:

@@ -1,7 +1,7 @@
 r"""What the ends of the flow contribute to log p: the cutoff, below which no score is known, and the prior.
 
 **The cutoff.** The flow's density is that of x_c = y + noise, y = Φ x_0 + offset the data's mean path from 0 to the
-cutoff and P the covariance of the noise that this interval adds. A density q of y that is smooth on the scale of that
+cutoff and P the covariance of the kernel there, P0 included. A density q of y that is smooth on the scale of that
 noise is blurred as by the heat equation, log q_P = log q + ½ (div P s + sᵀ P s) + O(P²): with the score s at the cutoff
 
     log p_data(x) = log p_c(y) + log|Φ| + C,      C = -½ (div P s + sᵀ P s).
@@ -39,9 +39,7 @@ _DRAWS = 64  # of the prior, for the constant
 def mean_path(model: Model, x: Tensor) -> tuple[Tensor, float]:
     """y = Φ x + offset at the cutoff in float64, for data x, and log|Φ|."""
     x = x.double()
-    if not model.cutoff or model.kernel is None:
-        return x, 0.0
-    path = _added(model, x, model.cutoff)
+    path = _path(model, x, model.cutoff)
     return _moved(model, path, x), _volume(path, x)
 
 
@@ -58,11 +56,11 @@ def truncation(
         from_data: what the flow measures is log p_c(y) + log|Φ|, for :func:`mean_path`; else log p_c(x).
     """
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    if not model.cutoff or not len(x) or model.declaration.auxiliary:
+    if not len(x) or model.declaration.auxiliary:
         return zero, zero
     if model.kernel is None:
         return zero + math.nan, zero + math.nan
-    path = _added(model, x.double(), model.cutoff)
+    path = _path(model, x.double(), model.cutoff)
     y = _moved(model, path, x.double())
     noise = path.sigma.gram
     first, error, s = _deblurring(
@@ -73,7 +71,7 @@ def truncation(
         return first + shift, error
     time = torch.as_tensor(model.cutoff, dtype=torch.float64)
     later = float(model.kernel.time_of(model.kernel.half_log_snr(time) - 0.5 * math.log(2.0)))
-    further = _added(model, x.double(), later)
+    further = _path(model, x.double(), later)
     onward = further.alpha @ path.alpha.inverse
     twice, _, _ = _deblurring(
         model, _moved(model, further, x.double()), x.dtype, later, onward @ noise @ onward.T, trace, seed, rows
@@ -82,9 +80,8 @@ def truncation(
     return first + half, half.detach().abs() + error
 
 
-def _added(model: Model, x: Tensor, t: float) -> Path:
-    """Mean and noise from data known exactly at 0 to t."""
-    return model.kernel.transition(x, 0.0, t, exactly=True)
+def _path(model: Model, x: Tensor, t: float) -> Path:
+    return model.kernel.path(x, torch.as_tensor(t, dtype=torch.float64))
 
 
 def _moved(model: Model, path: Path, x: Tensor) -> Tensor:

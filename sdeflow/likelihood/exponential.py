@@ -22,11 +22,12 @@ from sdeflow.traces import Estimate, Exact, Hutchinson, until
 
 __all__ = ["by_exponential"]
 
-_ATOL, _BITS = 1e-3, 1e-4  # by default: nats, and bits per dimension where that is more
+_ATOL, _BITS, _RTOL = 1e-3, 1e-4, 1e-5  # by default: nats, bits per dimension and of log p, whichever is most
+_OF_TRACE = 0.3  # and this part of the standard error that is warned of, where the trace is an estimate
 _FIRST_STEPS = 20  # of the coarsest grid
 _FINER = 1.5  # each next one has so many times the steps
-_STALLED = 150  # steps from which grids that come no closer are taken at their word
-_ROUNDING = 100.0  # times atol: an error that stalls above is none of rounding
+_STALLED = 150  # steps from which grids that come no closer, twice, are taken at their word
+_ROUNDING = 100.0  # times the tolerance: an error that stalls above is none of rounding
 
 
 def by_exponential(
@@ -106,14 +107,14 @@ def _alone(carrier: Carrier, model: Model, x: Tensor, rows: Tensor) -> Carried:
 
 
 def _in_steps(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Solved:
-    """log p in a fixed number of steps; with ``full``, compared with two thirds of them."""
+    """log p in a fixed number of steps; with ``full``, compared with two thirds of them (of one step, with two)."""
     found = _measured(carrier, model, x, rows, options)
     error = torch.full_like(found.value.detach(), math.nan)
     if options.full:
         same = _same_for_all_grids(carrier)
-        fine = found if same is carrier else _alone(same, model, x, rows)
-        rough = _alone(replace(same, steps=max(1, 2 * carrier.steps // 3)), model, x, rows)
-        error = (fine.value.detach() - rough.value).abs()
+        here = found if same is carrier else _alone(same, model, x, rows)
+        other = _alone(replace(same, steps=2 * carrier.steps // 3 or 2), model, x, rows)
+        error = (here.value.detach() - other.value).abs()
     return Solved(found.value, found.stderr, error, found.x_T, found.calls)
 
 
@@ -124,18 +125,15 @@ def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, optio
     than what the pair before promises at two orders more: two grids may agree by chance, so three are the least. A
     stochastic trace is compared with two fixed probes, and taken on the grid that was found.
     """
-    atol = max(_ATOL, _BITS * math.log(2.0) * math.prod(x.shape[1:])) if options.atol is None else options.atol
-    if not isinstance(atol, int | float) or isinstance(atol, bool) or not 0 < atol < math.inf:
-        raise ValueError(f"atol must be a positive error in nats, not {atol!r}.")
     same, budget = _same_for_all_grids(carrier), options.max_calls or 10_000
     order = carrier.solver.convergence_order - model.kernel.coupled  # coupled states come to their order late
     value = x.detach().new_full((len(x),), math.nan)
     stderr, error, x_T = torch.zeros_like(value), value.clone(), x.detach().clone()
-    steps_of = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    left, steps, calls, stalls = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0, 0
+    steps_of, stalls = (torch.zeros(len(x), dtype=torch.long, device=x.device) for _ in range(2))
+    left, steps, calls = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0
     while len(left):
         if calls + steps + 1 > budget:
-            raise _not_reached(left, len(x), atol, f"within the budget of {budget} calls", calls)
+            raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
         found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
         before, last = value[left], error[left]
         value[left], stderr[left], x_T[left], steps_of[left] = found.value, found.stderr, found.x_T, steps
@@ -143,18 +141,12 @@ def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, optio
         if steps > _FIRST_STEPS:
             change = 2.0 / (_FINER**order - 1.0) * (found.value - before).abs()
             error[left] = torch.fmax(change, last / _FINER ** (order + 2))
-            still = ~(error[left] <= atol) | last.isnan()  # the first pair has none before it
-            slow = change[still] > 0.6 * last[still]
-            stalls = stalls + 1 if steps >= _STALLED and int(2 * slow.sum()) > len(slow) else 0
-            left = left[still]
-            if stalls == 2 and len(left):
-                reached = f"on finer grids than {steps} steps: they come no closer than {float(error[left].max()):.2g}"
-                problem = _not_reached(left, len(x), atol, reached, calls)
-                if not bool((error[left] <= _ROUNDING * atol).all()):
-                    raise problem
-                warnings.warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning, stacklevel=6)
-                break
+            slow = (change > 0.6 * last) & (steps >= _STALLED)
+            stalls[left] = torch.where(slow, stalls[left] + 1, 0)
+            reached = (error[left] <= _tolerance(carrier, options, value[left], x)) & ~last.isnan()
+            left = left[~reached & (stalls[left] < 2)]
         steps = math.ceil(_FINER * steps)
+    _look_at_stalls(carrier, options, value, error, stalls, x, calls)
     if same is carrier and options.gradient is None:
         return Solved(value, stderr, error, x_T, calls)
     value = torch.zeros_like(value)
@@ -166,10 +158,38 @@ def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, optio
     return Solved(value, stderr, error, x_T, calls)
 
 
-def _not_reached(left: Tensor, batch: int, atol: float, where: str, calls: int) -> MaxStepsError:
+def _tolerance(carrier: Carrier, options: Options, value: Tensor, x: Tensor) -> Tensor:
+    """The error in nats that each sample of log p ``value`` is held to."""
+    if options.atol is not None:
+        return torch.full_like(value, options.atol)
+    least = max(_ATOL, _BITS * math.log(2.0) * math.prod(x.shape[1:]))
+    if not isinstance(carrier.trace, Exact):
+        least = max(least, _OF_TRACE * options.warn_above)
+    return (_RTOL * value.abs()).clamp_min(least)
+
+
+def _look_at_stalls(
+    carrier: Carrier, options: Options, value: Tensor, error: Tensor, stalls: Tensor, x: Tensor, calls: int
+) -> None:
+    """Warns of samples whose grids come no closer: an error where that is too far to be rounding."""
+    tolerance = _tolerance(carrier, options, value, x)
+    bad = ((stalls >= 2) & ~(error <= tolerance)).nonzero().flatten()
+    if not len(bad):
+        return
+    closest = f"on finer grids: they come no closer than {float(error[bad].max()):.2g}"
+    problem = _not_reached(bad, value, closest, calls)
+    if not bool((error[bad] <= _ROUNDING * tolerance[bad]).all()):
+        raise problem
+    warnings.warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning, stacklevel=7)
+
+
+def _not_reached(bad: Tensor, value: Tensor, where: str, calls: int) -> MaxStepsError:
+    """What has been found of the others is in its ``partial``."""
+    value = value.clone()
+    value[bad] = math.nan
     return MaxStepsError(
-        f"{len(left)} of {batch} samples did not reach atol = {atol:g} nats {where}: loosen atol, raise max_calls, or "
-        "look at those samples, where the score may be rough. A score that draws its own randomness never lets grids "
-        "agree.",
-        nfe=calls, bad_rows=left.tolist(),
+        f"{len(bad)} of {len(value)} samples did not reach the tolerance of log p {where}: loosen atol, raise "
+        "max_calls, or look at those samples, where the score may be rough, or the data far away. A score that draws "
+        "its own randomness never lets grids agree.",
+        nfe=calls, bad_rows=bad.tolist(), partial=value,
     )  # fmt: skip

@@ -86,7 +86,7 @@ def log_prob(
         chunk: how many samples to solve at once; by default as many as make 4 million numbers. It changes no result
             but for the tolerance.
         full: whether to return a :class:`LogProb`, with all that is known of the error. It takes a rougher solve where
-            the steps are given, a call with its divergence at the cutoff, and four calls at T.
+            the steps are given, a call with its divergence at the cutoff, and eight calls at T.
         max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
         warn_above: the standard error in nats above which a plain call warns.
@@ -121,9 +121,7 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
     exponential = options.by_exponential(model)
     if not exponential:
         plan_of(options, x.dtype)
-    if options.gradient is None and x.requires_grad and torch.is_grad_enabled():
-        options = replace(options, gradient="adjoint" if exponential else "backprop")
-    _require_gradient(model, options)
+    options = _with_gradient(model, x, options, exponential)
     if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return LogProb(empty, empty, empty, empty, empty, 0)
@@ -138,14 +136,19 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
         on_call = None if bar.disable else bar.update
         if x.is_inference():
             x = x.clone()
+        groups = [
+            (of_label, part.to(x.device))
+            for of_label, members in model.by_label(len(x))
+            for part in members.split(size)
+        ]
         parts = [
-            _chunk(model.of_indices(part, len(x)), equation, x[part], rows[part], options, exponential, on_call)
-            for part in torch.arange(len(x), device=x.device).split(size)
+            _chunk(of_label, equation, x[part], rows[part], options, exponential, on_call) for of_label, part in groups
         ]
     if len(parts) == 1:
         return parts[0]
+    order = torch.cat([part for _, part in groups]).argsort()
     names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch")
-    return LogProb(*(torch.cat([getattr(p, name) for p in parts]) for name in names), sum(p.nfe for p in parts))
+    return LogProb(*(torch.cat([getattr(p, name) for p in parts])[order] for name in names), sum(p.nfe for p in parts))
 
 
 def _chunk(
@@ -171,13 +174,47 @@ def _chunk(
     return LogProb(value, found.stderr, found.error, left, mismatch, found.calls)
 
 
-def _require_gradient(model: Model, options: Options) -> None:
-    learned = [] if model.kernel is None else list(model.kernel.values.learned.values())
-    if options.gradient and any(p.requires_grad for p in learned):
+def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool) -> Options:
+    """The options with the gradient that is meant.
+
+    Raises:
+        ValueError: where it would miss something that requires grad.
+    """
+    chosen = options.gradient
+    if chosen is None and not (x.requires_grad and torch.is_grad_enabled()):
+        return options
+    values = model.values.values() if model.kernel is None else model.kernel.values.values()
+    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         raise ValueError(
-            f'gradient="{options.gradient}" does not reach the parameters of a learned schedule: freeze them with '
+            "the gradient of log p does not reach the parameters of the SDE itself: freeze them with "
             "requires_grad_(False)."
         )
+    hidden = len(x) > 0 and _reaches_more_than_parameters(model, x)
+    if chosen == "adjoint" and hidden:
+        raise ValueError(
+            'gradient="adjoint" finds the parameters of a score that is a module; this one uses others, in a closure. '
+            'Pass the module itself, or take gradient="backprop".'
+        )
+    return replace(options, gradient=chosen or ("adjoint" if exponential and not hidden else "backprop"))
+
+
+def _reaches_more_than_parameters(model: Model, x: Tensor) -> bool:
+    """Whether the score depends on tensors that require grad and are none of its parameters."""
+    one = model.of_indices(torch.zeros(1, dtype=torch.long), len(x))
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model.score):
+        output = one.score(x[:1].detach().clone(), model.T)
+    known = {id(p) for p in model.score.parameters()}
+    seen: set[object] = set()
+    queue = [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in known:
+            return True
+        queue += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def warn_if_noisy(stderr: Tensor, limit: float) -> None:
@@ -185,7 +222,7 @@ def warn_if_noisy(stderr: Tensor, limit: float) -> None:
     if not stderr.numel():
         return
     if bool(torch.isnan(stderr).any()):
-        message = "one probe tells nothing of its own error; take probes=2 or more."
+        message = "so few probes tell nothing of their own error; take more (2, and 6 of Hutch++)."
     elif float(stderr.max()) > limit:
         message = f"the trace's standard error is up to {float(stderr.max()):.2g} nats; more probes= lower it."
     else:
@@ -214,7 +251,7 @@ def data_log_prob(
         x: data (batch, *event).
         samples: draws of the auxiliary components for each sample.
         seed: of the draws and the probes.
-        options: as :func:`log_prob`, with at="cutoff".
+        options: as :func:`log_prob`, with at="cutoff"; gradients flow as there.
 
     Raises:
         DataError, ValueError, SolverError: as :func:`log_prob`.
@@ -234,9 +271,9 @@ def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: 
     kernel = model.kernel
     if kernel is None:
         model.declaration.require_affine("The likelihood bound of the data component")
-    if options.at != "cutoff" or options.gradient is not None:
-        raise ValueError("the bound of the data component is measured at the cutoff, and without a gradient.")
-    states = kernel.lift(x.detach().double(), noisy=False).repeat_interleave(samples, 0)
+    if options.at != "cutoff":
+        raise ValueError("the bound of the data component is measured at the cutoff.")
+    states = kernel.lift(x.double(), noisy=False).repeat_interleave(samples, 0)
     path = kernel.path(states, torch.tensor(model.cutoff, dtype=torch.float64))
     auxiliary = list(model.declaration.auxiliary)
     root = Linear(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]), True)

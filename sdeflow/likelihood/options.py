@@ -51,6 +51,13 @@ class Options:
         _require_count("max_calls", self.max_calls, 1)
         _require_count("chunk", self.chunk, 1)
         _require_count("first_row", self.first_row, 0)
+        atol = self.atol
+        if atol is not None and (
+            isinstance(atol, bool) or not isinstance(atol, int | float) or not 0 < atol < math.inf
+        ):
+            raise ValueError(f"atol must be a positive error in nats, not {atol!r}.")
+        if self.solver is None and self.steps is not None and (atol is not None or self.rtol is not None):
+            raise ValueError("give steps=, or atol= for an error of log p in nats, or rtol= and atol=; not both.")
         if self.probes != "auto":
             _require_count("probes", self.probes, 1, ', or "auto"')
         if self.probe not in ("rademacher", "gaussian"):
@@ -77,6 +84,8 @@ class Options:
                 raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
             return True
         steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily
+        if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
+            raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
         return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
 
 
