@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import sympy as sp
 import torch
 from problems import correlated, gaussian, ring
 
 import sdeflow
-from sdeflow import SDE, catalog, traces, x
+from sdeflow import SDE, catalog, t, traces, x
 from sdeflow.likelihood.nodes import quadrature_weights
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential
@@ -298,3 +299,25 @@ def test_labels_make_a_prior_and_a_grid_of_their_own():
     torch.testing.assert_close(
         sde.flow_ode(score.given(y)).log_prob(points, at="data", chunk=2), found.value, rtol=1e-9, atol=1e-9
     )
+
+
+def test_points_between_narrow_modes_are_right():
+    """There the flow contracts faster than the steps of a grid can follow, and dopri5 takes over."""
+    sde = catalog.VP()
+    exact = GaussianMixture(sde, torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.tensor([0.05, 0.2]))
+    points = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [3.0, 0.1]], dtype=torch.float64)
+    flow, truth = sde.flow_ode(exact), exact.log_prob(points, sde.cutoff)
+    assert float((flow.log_prob(points, steps=100, grid="pilot") - truth).abs().max()) > 1.0
+    found = flow.log_prob(points, full=True)
+    assert float((found.value - truth).abs().max()) < 1e-3 and bool((found.solver_error <= 2e-3).all())
+    points.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(flow.log_prob(points).sum(), points)
+    torch.testing.assert_close(gradient, exact(points.detach(), sde.cutoff), rtol=2e-3, atol=2e-3)
+
+
+def test_a_log_snr_that_stands_still_at_the_start_is_left_to_torchdiffeq():
+    sde = SDE(-x, sp.sqrt(2 * t), P0=0.04, T=3.0)  # g(0) = 0
+    exact = GaussianMixture(sde, torch.tensor([[-0.5], [0.5]]), torch.tensor([0.1, 0.1]))
+    points = torch.tensor([[-0.4], [0.1]], dtype=torch.float64)
+    found = sde.flow_ode(exact).log_prob(points)
+    torch.testing.assert_close(found, exact.log_prob(points, 0.0), rtol=0, atol=2e-2)

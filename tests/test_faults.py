@@ -363,7 +363,7 @@ NETWORK = [
     ("25-late-sde", lambda: reverse(narrow_late).sample((4, D), "euler", 20, seed=0), ScoreError, "(4, 1)", "(4, 3)"),
     ("25-late-ode", lambda: flow(narrow_late).sample((4, D), "euler", 20, seed=0), ScoreError, "(4, 1)", "(4, 3)"),
     ("25-late-adaptive", lambda: flow(narrow_late).sample((4, D), seed=0), ScoreError, "(4, 1)", "(4, 3)"),
-    ("25-log-prob", lambda: flow(narrow_late).log_prob(states()), ScoreError, "(32, 1)", "(32, 3)"),
+    ("25-log-prob", lambda: flow(narrow_late).log_prob(states()), ScoreError, "(64, 1)", "(64, 3)"),
     ("26-dtype", lambda: small_score(net=lambda x, t: x.double())(states(), 1.0), ScoreError, "float64", "float32"),
     ("26-integers", lambda: small_score(net=lambda x, t: x.long())(states(), 1.0), ScoreError, "int64", "float32"),
     ("26-dtype-solve", lambda: flow(lambda x, t: -x.double()).sample((4, D), seed=0), ScoreError, "float64", "float32"),

@@ -200,5 +200,5 @@ def test_an_offset_costs_nothing():
 
 def test_one_probe_warns_that_its_error_is_unknown():
     sde = catalog.VP()
-    with pytest.warns(sdeflow.errors.TraceErrorWarning, match="one probe"):
+    with pytest.warns(sdeflow.errors.TraceErrorWarning, match="so few probes"):
         sde.flow_ode(ring(sde)).log_prob(torch.ones(2, 2), probes=1, seed=0, steps=4)

@@ -115,7 +115,7 @@ class _Hamiltonian:
         integral.revisit(n)
         with torch.enable_grad():
             u = (M(z) if self.mean is None else M(z) + self.mean[n]).detach().requires_grad_(True)
-            pushed = multiplied(integrand.push[n], integrand.score.call(n, u))
+            pushed = multiplied(integrand.push[n], integrand.output(n, u))
             divergence = integral.add(pushed, u)
             G = M.inverse(pushed + self.rest(n, u)) / -self.rate[n]
             H = (p * G).sum() - (self.weight * divergence).sum() / self.rate[n]

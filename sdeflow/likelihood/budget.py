@@ -7,9 +7,9 @@ noise is blurred as by the heat equation, log q_P = log q + ½ (div P s + sᵀ P
     log p_data(x) = log p_c(y) + log|Φ| + C,      C = -½ (div P s + sᵀ P s).
 
 A second call at twice the noise tells how C changes on the way to no noise at all: with C' the same at that score,
-C + ½ (C - C') is correct to second order, and |C - C'| / 2 says how far to trust it. Data on a lower-dimensional set
-have no density, and a C of the size of their missing dimensions. With auxiliary components the joint law at the cutoff
-is what is meant: their noise is not small there.
+C + ½ (C - C') is correct to second order, and half the difference of C and C' says how far to trust it. Data on a
+lower-dimensional set have no density, and a C of the size of their missing dimensions. With auxiliary components the
+joint law at the cutoff is what is meant: their noise is not small there.
 
 **The prior.** What the flow measures with is π, and the score at T belongs to some p_T. Along the straight line from a
 point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_q[p_T / q] = 1 for any q near

@@ -20,7 +20,7 @@ from sdeflow.solvers.clock import Clock
 from sdeflow.symbolic.equations import Equation
 from sdeflow.traces import Estimate, Exact, Products, until
 
-__all__ = ["by_torchdiffeq", "plan_of"]
+__all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
 
 
 def plan_of(options: Options, dtype: torch.dtype) -> Plan:
@@ -54,7 +54,7 @@ def by_torchdiffeq(
     def run(round: int, part: Tensor) -> Estimate:
         part = part.to(x.device)
         vectors = _probes(x[part], rows[part], options, round)
-        solve = _Flow(model.of_indices(part, len(x)), equation, clock, dtype, vectors, options.gradient is not None)
+        solve = Flow(model.of_indices(part, len(x)), equation, clock, dtype, vectors, options.gradient is not None)
         estimate, x_T, nfe = solve(x[part], plan, on_call)
         found.append((estimate, x_T, vectors, nfe))
         return estimate
@@ -66,7 +66,7 @@ def by_torchdiffeq(
     first, x_T, vectors, _ = found[0]
     error = torch.full_like(first.value.detach(), math.nan)
     if options.full:
-        rough = _Flow(model, equation, clock, dtype, vectors, False)(x.detach(), plan.looser(), on_call)[0]
+        rough = Flow(model, equation, clock, dtype, vectors, False)(x.detach(), plan.looser(), on_call)[0]
         error = (first.value.detach() - rough.value).abs()
     return Solved(estimate.value, estimate.stderr, error, x_T, sum(nfe for *_, nfe in found))
 
@@ -78,10 +78,14 @@ def _probes(x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | N
             f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {options.trace!r}: others go '
             "with steps= or atol= alone."
         )
-    if isinstance(options.trace, Exact) or is_exact(x, options):
+    if is_exact(x, options):
         return None
     probes = DEFAULT_PROBES if options.probes in (None, "auto") else options.probes
-    probes = probes * 2**round
+    return fixed_probes(x, rows, options, probes * 2**round, round)
+
+
+def fixed_probes(x: Tensor, rows: Tensor, options: Options, probes: int, round: int = 0) -> Tensor:
+    """Probe vectors (probes, batch, *event), which stay as they are over a solve."""
     first = int(rows.min()) if len(rows) else 0
     stream = NoiseStream(options.seed, "probe" if round == 0 else f"probe {round}", first)
     draw = stream.rademacher if options.probe == "rademacher" else stream.normal
@@ -90,7 +94,7 @@ def _probes(x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | N
     return drawn.to(x.device).movedim(1, 0).contiguous()
 
 
-class _Flow:
+class Flow:
     """d/dt of (x, what the divergence adds to log p), and its solves."""
 
     def __init__(
@@ -105,6 +109,7 @@ class _Flow:
         columns = 1 if self.vectors is None else len(self.vectors)
 
         def row_norm(error: Tensor) -> Tensor:
+            error = error.detach()  # a step's length has no gradient
             of_state, of_log_p = error[:, :d], error[:, d:].mean(1)
             return torch.maximum(of_state.square().mean(1).sqrt(), of_log_p.abs())
 

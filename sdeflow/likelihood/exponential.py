@@ -10,33 +10,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.errors import MaxStepsError, ToleranceWarning
+from sdeflow.errors import MaxStepsError, SolverError, ToleranceWarning
 from sdeflow.likelihood import adjoint
+from sdeflow.likelihood.continuous import Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
 from sdeflow.likelihood.options import Options, estimator
 from sdeflow.likelihood.result import Solved
 from sdeflow.model import Model
 from sdeflow.pilot import pilot
-from sdeflow.solvers import Exponential
+from sdeflow.plan import Plan
+from sdeflow.solvers import Exponential, Torchdiffeq
+from sdeflow.symbolic.equations import Equation
 from sdeflow.traces import Estimate, Exact, Hutchinson, until
 
 __all__ = ["by_exponential"]
 
 _ATOL, _BITS, _RTOL = 1e-3, 1e-4, 1e-5  # by default: nats, bits per dimension and of log p, whichever is most
+_ATOL_IN_FLOAT32 = 5e-3  # where scores are networks, and rough
 _OF_TRACE = 0.3  # and this part of the standard error that is warned of, where the trace is an estimate
 _FIRST_STEPS = 20  # of the coarsest grid
 _FINER = 1.5  # each next one has so many times the steps
-_STALLED = 150  # steps from which grids that come no closer, twice, are taken at their word
-_ROUNDING = 100.0  # times the tolerance: an error that stalls above is none of rounding
+_MOST_STEPS = 520  # of the finest
+_FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
+_ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
 
 
 def by_exponential(
-    model: Model, x: Tensor, rows: Tensor, options: Options, dtype: torch.dtype, on_call: Callable[[], object] | None
-) -> Solved:
+    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, dtype: torch.dtype,
+    on_call: Callable[[], object] | None,
+) -> Solved:  # fmt: skip
     """log p of states x (batch, *event) in float64 at the cutoff.
 
     Args:
         model: an SDE with a Gaussian kernel, and its score.
+        equation: its probability flow.
         x: at the cutoff.
         rows: which rows of all samples these are, for their probes.
         options: as asked for.
@@ -57,7 +64,9 @@ def by_exponential(
     if options.steps is not None and options.solver is None:
         steps = max(1, steps - 1)  # without a solver, calls are what is counted
     carrier = Carrier(estimator(x, options), chosen, clock, steps, options.seed, dtype, on_call)
-    return (_in_steps if options.atol is None and options.steps else _to_tolerance)(carrier, model, x, rows, options)
+    if options.steps is not None:
+        return _in_steps(carrier, model, x, rows, options)
+    return _to_tolerance(carrier, model, equation, x, rows, options)
 
 
 def _measured(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Carried:
@@ -118,20 +127,24 @@ def _in_steps(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: 
     return Solved(found.value, found.stderr, error, found.x_T, found.calls)
 
 
-def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Solved:
+def _to_tolerance(
+    carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options
+) -> Solved:
     """log p of each sample to ``atol`` nats: on grids of N, 1.5 N, ... steps until two of them agree.
 
     Of order q, the finer of two has 1 / (1.5^q - 1) of their difference as its error. Twice that is taken, and no less
-    than what the pair before promises at two orders more: two grids may agree by chance, so three are the least. A
-    stochastic trace is compared with two fixed probes, and taken on the grid that was found.
+    than what the pair before promises at two orders more: two grids may agree by chance, so three are the least.
+    Samples that 518 steps do not settle are solved by dopri5, at tolerances ten times tighter until two agree: such as
+    lie between narrow modes, where the flow contracts faster than explicit steps of one grid for all can follow. A
+    stochastic trace is compared with two fixed probes, and taken on the grid, or at the tolerance, that was found.
     """
     same, budget = _same_for_all_grids(carrier), options.max_calls or 10_000
     order = carrier.solver.convergence_order - model.kernel.coupled  # coupled states come to their order late
     value = x.detach().new_full((len(x),), math.nan)
     stderr, error, x_T = torch.zeros_like(value), value.clone(), x.detach().clone()
-    steps_of, stalls = (torch.zeros(len(x), dtype=torch.long, device=x.device) for _ in range(2))
+    steps_of, rtol_of = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.zeros_like(value)
     left, steps, calls = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0
-    while len(left):
+    while len(left) and steps <= _MOST_STEPS:
         if calls + steps + 1 > budget:
             raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
         found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
@@ -141,44 +154,69 @@ def _to_tolerance(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, optio
         if steps > _FIRST_STEPS:
             change = 2.0 / (_FINER**order - 1.0) * (found.value - before).abs()
             error[left] = torch.fmax(change, last / _FINER ** (order + 2))
-            slow = (change > 0.6 * last) & (steps >= _STALLED)
-            stalls[left] = torch.where(slow, stalls[left] + 1, 0)
-            reached = (error[left] <= _tolerance(carrier, options, value[left], x)) & ~last.isnan()
-            left = left[~reached & (stalls[left] < 2)]
+            left = left[~((error[left] <= _tolerance(carrier, options, value[left], x)) & ~last.isnan())]
         steps = math.ceil(_FINER * steps)
-    _look_at_stalls(carrier, options, value, error, stalls, x, calls)
+    rtol, before = _FIRST_RTOL, torch.full_like(value, math.nan)
+    while len(left) and rtol >= (1e-9 if carrier.dtype == torch.float64 else 1e-6):
+        try:
+            found, ends, nfe = _adaptively(same, model, equation, x.detach(), rows, left, options, rtol, budget - calls)
+        except SolverError:  # noise, or the budget
+            break
+        calls += nfe
+        change = (found.value - before[left]).abs()
+        closer, before[left] = change < error[left], found.value
+        better = left[closer]
+        value[better], stderr[better], x_T[better] = found.value[closer], found.stderr[closer], ends[closer]
+        error[better], rtol_of[better] = change[closer], rtol
+        left = left[~(error[left] <= _tolerance(carrier, options, value[left], x))]
+        rtol *= 0.1
+    _look_at_the_rest(carrier, options, left, value, error, x, calls)
     if same is carrier and options.gradient is None:
         return Solved(value, stderr, error, x_T, calls)
     value = torch.zeros_like(value)
-    for n in steps_of.unique().tolist():
-        part = (steps_of == n).nonzero().flatten()
-        found = _measured(replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options)
-        calls += found.calls
+    for n, rtol in {*zip(steps_of.tolist(), rtol_of.tolist(), strict=True)}:
+        part = ((steps_of == n) & (rtol_of == rtol)).nonzero().flatten()
+        if rtol:
+            found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget)
+        else:
+            found = _measured(replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options)
+            nfe = found.calls
+        calls += nfe
         value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
     return Solved(value, stderr, error, x_T, calls)
+
+
+def _adaptively(
+    carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, part: Tensor, options: Options,
+    rtol: float, budget: int,
+) -> tuple[Estimate, Tensor, int]:  # fmt: skip
+    """log p of the samples ``part`` by dopri5, with as many probes as the carrier's trace has, fixed."""
+    probes = getattr(carrier.trace, "probes", None)
+    vectors = None if probes is None else fixed_probes(x[part], rows[part], options, probes)
+    graph = options.gradient is not None and x.requires_grad | torch.is_grad_enabled()
+    flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, vectors, graph)
+    return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 
 
 def _tolerance(carrier: Carrier, options: Options, value: Tensor, x: Tensor) -> Tensor:
     """The error in nats that each sample of log p ``value`` is held to."""
     if options.atol is not None:
         return torch.full_like(value, options.atol)
-    least = max(_ATOL, _BITS * math.log(2.0) * math.prod(x.shape[1:]))
+    least = _ATOL if carrier.dtype == torch.float64 else _ATOL_IN_FLOAT32
+    least = max(least, _BITS * math.log(2.0) * math.prod(x.shape[1:]))
     if not isinstance(carrier.trace, Exact):
         least = max(least, _OF_TRACE * options.warn_above)
     return (_RTOL * value.abs()).clamp_min(least)
 
 
-def _look_at_stalls(
-    carrier: Carrier, options: Options, value: Tensor, error: Tensor, stalls: Tensor, x: Tensor, calls: int
+def _look_at_the_rest(
+    carrier: Carrier, options: Options, left: Tensor, value: Tensor, error: Tensor, x: Tensor, calls: int
 ) -> None:
-    """Warns of samples whose grids come no closer: an error where that is too far to be rounding."""
-    tolerance = _tolerance(carrier, options, value, x)
-    bad = ((stalls >= 2) & ~(error <= tolerance)).nonzero().flatten()
-    if not len(bad):
+    """Warns of samples that did not reach the tolerance: an error where they are too far from it to be rounding."""
+    if not len(left):
         return
-    closest = f"on finer grids: they come no closer than {float(error[bad].max()):.2g}"
-    problem = _not_reached(bad, value, closest, calls)
-    if not bool((error[bad] <= _ROUNDING * tolerance[bad]).all()):
+    problem = _not_reached(left, value, f"and come no closer than {float(error[left].max()):.2g}", calls)
+    if not bool((error[left] <= _ROUNDING * _tolerance(carrier, options, value[left], x)).all()):
         raise problem
     warnings.warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning, stacklevel=7)
 
@@ -190,6 +228,6 @@ def _not_reached(bad: Tensor, value: Tensor, where: str, calls: int) -> MaxSteps
     return MaxStepsError(
         f"{len(bad)} of {len(value)} samples did not reach the tolerance of log p {where}: loosen atol, raise "
         "max_calls, or look at those samples, where the score may be rough, or the data far away. A score that draws "
-        "its own randomness never lets grids agree.",
+        "its own randomness never lets two solves agree.",
         nfe=calls, bad_rows=bad.tolist(), partial=value,
     )  # fmt: skip

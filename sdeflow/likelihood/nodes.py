@@ -84,7 +84,7 @@ class Carrier:
             with torch.enable_grad():
                 state = state if graph else state.detach()
                 state = state if state.requires_grad else state.requires_grad_(True)
-                output = integrand.score.call(i, state)
+                output = integrand.output(i, state)
                 integral.add(multiplied(integrand.push[i], output), state)
             return output if graph else output.detach()
 
@@ -148,6 +148,13 @@ class Integrand:
             self.weight = (-weight).tolist()
             traces = self._linear.trace(tuple(like.shape[1:])).reshape(-1).expand(n)
             self.known = -float((weight * traces).sum())
+
+    def output(self, i: int, u: Tensor) -> Tensor:
+        """F at node i, on a graph from u even where it is the same for all states."""
+        output = self.score.call(i, u)
+        if not output.requires_grad and torch.equal(self.score.call(i, u.detach() + 1.0), output):
+            output = output + 0.0 * u
+        return output
 
     def rest(self) -> Callable[[int, Tensor], Tensor]:
         """(n, u) -> ½ Q r - push F at node n; r is that of the data's mean too."""

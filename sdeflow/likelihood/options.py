@@ -83,7 +83,7 @@ class Options:
             if self.rtol is not None or (self.steps is None) == (self.atol is None):
                 raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
             return True
-        steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily
+        steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily and _falls_at_the_ends(model)
         if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
             raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
         return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
@@ -116,6 +116,13 @@ def estimator(x: Tensor, options: Options) -> Trace:
     if trace not in (None, "exact", "hutchinson"):
         raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
     return Exact() if is_exact(x, options) else Hutchinson(probes, options.probe)
+
+
+def _falls_at_the_ends(model: Model) -> bool:
+    """Whether the log-SNR falls at cutoff and T too, where the integrand over it would have a pole otherwise."""
+    ends = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
+    with torch.no_grad():
+        return bool((model.kernel.half_log_snr_rate(ends) < 0).all())
 
 
 def _require_count(name: str, value: int | None, least: int, other: str = "") -> None:

@@ -19,7 +19,7 @@ class LogProb:
         value: log p(x), at the cutoff or of the data, as asked for.
         stderr: the standard error of the trace estimate; 0 for the exact trace, NaN for a single probe.
         solver_error: what the solver may be off by. With ``atol`` twice what the order leaves of the difference between
-            two grids; else the difference to a rougher solve, whose error is larger than that of ``value``.
+            two grids; else the difference to a rougher solve, whose error is the larger where both resolve the flow.
         truncation: log p of the data, without P0, minus log p at the cutoff, as estimated; where that has been
             applied, what may be left of it. NaN where there is no Gaussian kernel to tell; 0 with auxiliary components,
             whose joint law at the cutoff is what is measured.
