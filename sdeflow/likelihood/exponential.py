@@ -177,7 +177,8 @@ def _to_tolerance(
     for n, rtol in {*zip(steps_of.tolist(), rtol_of.tolist(), strict=True)}:
         part = ((steps_of == n) & (rtol_of == rtol)).nonzero().flatten()
         if rtol:
-            found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget)
+            graph = options.gradient is not None and torch.is_grad_enabled()
+            found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
         else:
             found = _measured(replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options)
             nfe = found.calls
@@ -188,12 +189,11 @@ def _to_tolerance(
 
 def _adaptively(
     carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, part: Tensor, options: Options,
-    rtol: float, budget: int,
+    rtol: float, budget: int, graph: bool = False,
 ) -> tuple[Estimate, Tensor, int]:  # fmt: skip
     """log p of the samples ``part`` by dopri5, with as many probes as the carrier's trace has, fixed."""
     probes = getattr(carrier.trace, "probes", None)
     vectors = None if probes is None else fixed_probes(x[part], rows[part], options, probes)
-    graph = options.gradient is not None and x.requires_grad | torch.is_grad_enabled()
     flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, vectors, graph)
     return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 
