@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -71,13 +72,9 @@ def by_exponential(
 
 def _measured(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Carried:
     """log p on one grid, with the gradient asked for, and with probes until their error is small where that is."""
-    if options.gradient is None:
-        with torch.no_grad():
-            return _until(carrier, model, x, rows, options)
-    if options.gradient == "backprop":
-        with torch.enable_grad():
-            return _until(carrier, model, x, rows, options)
-    return _until(carrier, model, x, rows, options)
+    mode = {None: torch.no_grad, "backprop": torch.enable_grad}.get(options.gradient, nullcontext)
+    with mode():
+        return _until(carrier, model, x, rows, options)
 
 
 def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Carried:
