@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from problems import gaussian, ring
+from problems import ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
@@ -231,7 +231,6 @@ def test_a_learned_schedule_is_refused_and_a_general_equation_is_not():
 
 def test_planted_mistakes_in_the_adjoint_are_found(monkeypatch):
     sde = catalog.VP()
-    exact = gaussian(sde, std=0.7, d=2)
     exact = ring(sde, std=0.3)
     truth = exact(points(), sde.cutoff)
 

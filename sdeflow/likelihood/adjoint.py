@@ -95,9 +95,7 @@ class _Hamiltonian:
         for values in shaped(state.to(u.device), u, kernel.coupled).values:
             maps.append(Linear(values, kernel.coupled) @ maps[-1])
         self.M = maps[::-1]
-        moments = model.score.data_moments()
-        mean = None if moments is None else kernel.data_level(moments[0], u)
-        self.mean = None if mean is None else kernel.path(u, self.integrand.times.to(u.device)).alpha(mean)
+        self.mean = self.integrand.mean()
 
     def at_end(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """z and p at T, where M = 1."""

@@ -187,8 +187,7 @@ def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool)
     chosen = options.gradient
     if chosen is None and not (x.requires_grad and torch.is_grad_enabled()):
         return options
-    values = model.values.values() if model.kernel is None else model.kernel.values.values()
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+    if any(tensor.requires_grad for tensor in model.values.tensors.values()):
         raise ValueError(
             "the gradient of log p does not reach the parameters of the SDE itself: freeze them with "
             "requires_grad_(False)."

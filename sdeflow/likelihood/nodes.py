@@ -156,16 +156,19 @@ class Integrand:
             output = output + 0.0 * u
         return output
 
+    def mean(self) -> Tensor | None:
+        """alpha m at each node, m the data's mean in the basis; None where it is 0."""
+        kernel, like, moments = self._model.kernel, self._like, self._model.score.data_moments()
+        mean = None if moments is None else kernel.data_level(moments[0], like)
+        return None if mean is None else kernel.path(like, self.times.to(like.device)).alpha(mean)
+
     def rest(self) -> Callable[[int, Tensor], Tensor]:
         """(n, u) -> ½ Q r - push F at node n; r is that of the data's mean too."""
-        kernel, like = self._model.kernel, self._like
-        pull, moments = rows(self._linear, like), self._model.score.data_moments()
-        level = None
+        pull, level, mean = rows(self._linear, self._like), None, self.mean()
         if self._constant is not None:
             level = self._half(self._constant.to(torch.float64))
-        mean = None if moments is None else kernel.data_level(moments[0], like)
         if mean is not None:
-            of_mean = (self._of_reference @ kernel.path(like, self.times).alpha)(mean)
+            of_mean = self._of_reference(mean)
             level = -of_mean if level is None else level - of_mean
 
         def rest(n: int, u: Tensor) -> Tensor:
