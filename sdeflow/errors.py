@@ -33,6 +33,7 @@ __all__ = [
     "TraceErrorWarning",
     "TrainingDivergedError",
     "UnsafeExpressionError",
+    "WeightingError",
 ]
 
 
@@ -66,6 +67,10 @@ class ScoreError(SdeflowError, ValueError):
 
 class DataError(SdeflowError, ValueError):
     """Data or a state has the wrong kind, shape or values."""
+
+
+class WeightingError(SdeflowError, ValueError):
+    """A weighting or a density of times has values that make no sense."""
 
 
 class SolverError(SdeflowError, RuntimeError):

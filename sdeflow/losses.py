@@ -3,7 +3,8 @@ r"""Denoising score matching (Vincent 2011; arXiv:2011.13456, eq. 7).
     L(t) = w(t) E ‖s(x_t, t) - ∇ log p(x_t | x_0)‖²,   x_t ~ p(x_t | x_0)
 
 whose minimiser is ∇ log p_t whatever w > 0. Since ∇ log p(x_t | x_0) = -sigma⁻ᵀ eps, it is computed from the
-error of eps, in which nothing is large near t = 0. Two weightings are derived:
+error of eps, in which nothing is large near t = 0. The weightings are those of :mod:`sdeflow.weightings`; two are
+derived from the declaration:
 
     "score"        w = 1 / E|∇ log p(x_t | x_0)|² per coordinate = sigma²; for a coupled state ‖sigmaᵀ (s - ∇ log p)‖²
     "likelihood"   w = g², ‖gᵀ (s - ∇ log p)‖² in general: ½ ∫ L dt bounds the KL divergence (arXiv:2101.09258)
@@ -19,7 +20,6 @@ E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,35 +31,30 @@ from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
 from sdeflow.symbolic.symbols import t as time_symbol
+from sdeflow.weightings import Weighting, metric, of_times, overall_std, require_weighting
 
-__all__ = [
-    "KernelPairs",
-    "Pairs",
-    "Weighting",
-    "denoising_score_matching",
-    "require_weighting",
-    "score_error",
-    "weighted_error",
-]
-
-Weighting = str | Callable[[Tensor], Tensor]
+__all__ = ["KernelPairs", "Pairs", "Weighting", "denoising_score_matching", "score_error", "weighted_error"]
 
 
 def denoising_score_matching(
     score: Score, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "score", y: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sample, averaged over its coordinates, (batch,).
+    """L(t) of each sample at its time, averaged over its coordinates, (batch,).
 
     Args:
         score: a score whose SDE has a Gaussian kernel.
         x_0: data, (batch, *event); whole states (batch, k, *event) of a coupled SDE.
         t: times, (batch,), in [cutoff, T].
         noise: eps ~ N(0, 1), shaped as x_0.
-        weighting: "score", "likelihood", or w as a function of t.
+        weighting: "score", "likelihood", "edm", "min_snr", "p2", or w as a function of t.
         y: labels, (batch,), for a class-conditional network.
+
+    Raises:
+        ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
     """
     x_t = score.kernel.sample(x_0, t, noise=noise)
-    return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t)
+    data_std = overall_std(score.data_std) if weighting == "edm" else 1.0
+    return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t, data_std)
 
 
 class Pairs(NamedTuple):
@@ -87,6 +82,7 @@ class KernelPairs:
     """
 
     def __init__(self, score: Score, weighting: Weighting) -> None:
+        require_weighting(weighting, gaussian=False)
         self.kernel, self.weighting = score.kernel, weighting
         declaration = score.declaration
         self._g = compile_expressions(declaration.g, (time_symbol, *declaration.state), score.values, declaration.T)
@@ -99,8 +95,7 @@ class KernelPairs:
 
     def _root(self, x: Tensor, t: Tensor) -> Tensor:
         if callable(self.weighting):
-            weight = torch.as_tensor(self.weighting(t), device=t.device).double().expand_as(t)
-            return broadcast_to_event(weight.sqrt(), x)
+            return broadcast_to_event(of_times(self.weighting, t).sqrt(), x)
         g = self._g(broadcast_to_event(t, x), x)
         if self.weighting == "likelihood":
             return g
@@ -109,27 +104,20 @@ class KernelPairs:
         return g * (inner.path(x, t).sigma.values / q.values.sqrt()).to(x.dtype)
 
 
-def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tensor) -> Tensor:
-    """w ‖sigma⁻ᵀ error‖² per coordinate for an error of eps (batch, *event), (batch,) in its dtype.
+def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tensor, data_std: float = 1.0) -> Tensor:
+    """L(t) = errorᵀ M error per coordinate for an error of eps (batch, *event), (batch,) in its dtype.
+
+    Args:
+        kernel: the Gaussian kernel.
+        weighting: M of :func:`sdeflow.weightings.metric`.
+        error: of eps, (batch, *event).
+        t: times, (batch,).
+        data_std: the data's standard deviation, which "edm" knows.
 
     Raises:
         ValueError: for an unknown name.
     """
-    require_weighting(weighting)
     if weighting == "score":
         return error.square().flatten(1).mean(1)
     error = kernel.to_basis(error)
-    path = kernel.path(error, t)
-    of_score = path.sigma.T.inverse
-    if weighting == "likelihood":
-        _, _, q = kernel.equation(error, t)
-        metric = path.sigma.inverse @ q @ of_score
-        return (error * metric(error)).flatten(1).mean(1)
-    weight = torch.as_tensor(weighting(t), device=t.device).expand_as(t).to(error.dtype)
-    return weight * of_score(error).square().flatten(1).mean(1)
-
-
-def require_weighting(weighting: Weighting) -> None:
-    """Raises a ValueError for what is no weighting."""
-    if weighting not in ("score", "likelihood") and not callable(weighting):
-        raise ValueError(f'weighting must be "score", "likelihood" or a function of t, not {weighting!r}.')
+    return (error * metric(kernel, weighting, error, t, data_std)(error)).flatten(1).mean(1)

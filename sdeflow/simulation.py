@@ -50,7 +50,7 @@ from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
 from sdeflow.kernel import broadcast_to_event
 from sdeflow.linear import Linear
-from sdeflow.losses import Pairs, Weighting, require_weighting
+from sdeflow.losses import Pairs
 from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
@@ -59,6 +59,7 @@ from sdeflow.solvers import Clock, Problem, Solver, resolve
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
+from sdeflow.weightings import Weighting, of_times, require_weighting
 
 __all__ = ["LocalLaw", "SimulatedPairs", "simulate", "start"]
 
@@ -234,7 +235,7 @@ class SimulatedPairs:
     """
 
     def __init__(self, sde: DeclaredSDE, weighting: Weighting, gap: int, steps: int) -> None:
-        require_weighting(weighting)
+        require_weighting(weighting, gaussian=False)
         self.model = Model(sde, None, None)
         for name, value in (("gap", gap), ("simulation_steps", steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -275,8 +276,7 @@ class SimulatedPairs:
     def _metric(self, x_t: Tensor, t: Tensor, h: Tensor) -> Linear:
         """The root of the weight. It must not know x_s, or the minimiser would be another function than the score."""
         if callable(self.weighting):
-            weight = torch.as_tensor(self.weighting(t), device=t.device).double().expand_as(t).sqrt()
-            return self.law.scaling(weight, x_t)
+            return self.law.scaling(of_times(self.weighting, t).sqrt(), x_t)
         gram = self.law.gram(x_t, t) if self.weighting == "likelihood" else self.law.moments(x_t, t, h)[1]
         return Linear(_semidefinite_root(gram, self.law.coupled), self.law.coupled)
 

@@ -4,8 +4,8 @@ An SDE with a Gaussian kernel is trained by denoising score matching; one with a
 score; any other on simulated paths (:mod:`sdeflow.simulation`), many steps' paths at once.
 
 Each step draws a batch, one time per sample, and noise; Adam follows the gradient of the mean loss,
-clipped; an exponential moving average of the weights is what sampling uses afterwards. Times are
-stratified, u_i = (u + i / batch) mod 1 (arXiv:2107.00630), and uniform in log-SNR or in t.
+clipped; an exponential moving average of the weights is what sampling uses afterwards. The loss estimates the objective
+that the weighting stands for (:mod:`sdeflow.weightings`), whatever the law of the times (:mod:`sdeflow.times`).
 
 Everything random in step n comes from (seed, n) alone (paths from the seed and the block of n), so a run that was
 stopped and resumed is the run that was not: weights, optimiser, average and loss are equal bit by bit on the same
@@ -38,19 +38,20 @@ from sdeflow.errors import (
     ScoreError,
     TrainingDivergedError,
 )
-from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
-from sdeflow.losses import KernelPairs, Pairs, Weighting, denoising_score_matching, require_weighting, score_error
+from sdeflow.losses import KernelPairs, Pairs, denoising_score_matching, score_error
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
 from sdeflow.simulation import SimulatedPairs, start
 from sdeflow.storage import tables_of
+from sdeflow.times import Times, WeightedTimes, require_times
+from sdeflow.weightings import Weighting, mean_weight, of_times, overall_std, require_weighting, share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Fit", "fit", "sample_times"]
+__all__ = ["Fit", "fit"]
 
 _PATIENCE = 10  # steps in a row whose loss is not finite
 _UNUSUAL_STD = 50.0
@@ -79,8 +80,8 @@ def fit(
     data: Tensor | Dataset | DataLoader,
     steps: int,
     batch_size: int = 64,
-    weighting: Weighting = "score",
-    times: str | None = None,
+    weighting: Weighting | None = None,
+    times: Times | None = None,
     *,
     lr: float = 1e-3,
     schedule: Callable[[float], float] | str = "cosine",
@@ -104,14 +105,17 @@ def fit(
             DataLoader brings its own batches, and a resumed run starts it anew.
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
-        weighting: "score", "likelihood", or a function w(t); see :mod:`sdeflow.losses`.
-        times: "log_snr" or "t", the variable in which times are uniform; by default the first where the SDE has a
-            Gaussian kernel. The objective is the weighting's average over these times; it is not divided by their
-            density.
+        weighting: what the loss means, whatever the times: "likelihood", "score", "edm", "min_snr", "p2", or a
+            function w(t); see :mod:`sdeflow.weightings`. None is "likelihood" where the SDE has a Gaussian kernel, and
+            "score" elsewhere.
+        times: where the objective is sampled: "t", "log_snr", "edm", "importance", or a density of t; see
+            :mod:`sdeflow.times`. The loss is divided by the density, so this changes its variance alone. None is
+            "log_snr" for "likelihood", "edm" for "edm", "t" for "score" and without a Gaussian kernel, and
+            "importance" for the others.
         lr: Adam's step size, after a warm-up over the first 2 % of the steps.
         schedule: "cosine" to zero, "constant", or a function of the fraction of steps done.
         ema: the decay of the average, reached gradually.
-        clip: the largest norm of the gradient.
+        clip: the largest norm of the gradient of the loss over its value at an error of eps of unit variance.
         seed: of the order, the times and the noise; the global random state is left as it was.
         out: a folder for checkpoints.
         resume: whether to go on from the newest checkpoint in ``out``, if there is one.
@@ -132,8 +136,10 @@ def fit(
         CheckpointMismatch: when resuming a run of another SDE, network or seed.
         CheckpointError: where ``out`` cannot be written, or another process trains into it.
         ValueError: for options that make no sense.
+        WeightingError: for a weighting or a density of times with negative or infinite values.
     """
-    times = _check_options(score, steps, batch_size, times, lr, ema, clip, checkpoint_every)
+    _check_options(score, steps, batch_size, lr, ema, clip, checkpoint_every)
+    weighting, times = _resolved(score, weighting, times)
     objective = _objective(score, weighting, gap, simulation_steps)
     rate = _learning_rate(schedule, steps)
     if accelerator is None:
@@ -144,20 +150,28 @@ def fit(
     with torch.random.fork_rng(devices), lock:
         _seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator)
-        _prepare_score(score, objective, batches, accelerator)
+        example = _prepare_score(score, objective, batches, accelerator)
+        times_drawn = WeightedTimes(
+            times,
+            objective.schedule,
+            lambda t: objective.weights(score, example, t),
+            share(weighting),
+            gaussian=score.gaussian is not None,
+        )
         identity = {
             **_identity(score, weighting),
-            **{"seed": seed, "batch_size": batch_size, "times": times, "lr": lr, "ema": ema, "clip": clip},
+            **{"seed": seed, "batch_size": batch_size, "lr": lr, "ema": ema, "clip": clip},
+            "times": times if isinstance(times, str) else "a function",
             "schedule": schedule if isinstance(schedule, str) else "a function",
             "data": batches.fingerprint(),
             **objective.identity,
         }
-        run = _Run(score, objective, accelerator, lr, ema, clip, folder, identity)
+        run = _Run(score, objective, times_drawn, accelerator, lr, ema, clip, folder, identity)
         done = run.restore(steps) if resume else run.require_new_folder()
         result = Fit(steps=done)
         score.train()
         hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
-        drawn = _drawn(objective, batches, batch_size, times, seed, done, accelerator)
+        drawn = _drawn(objective, batches, batch_size, times_drawn, seed, done, accelerator)
         with tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden) as bar:
             for step in range(done, steps):
                 loss = run.step(*next(drawn), step, rate(step))
@@ -174,15 +188,6 @@ def fit(
     return result
 
 
-def sample_times(kernel: Kernel | Model, n: int, times: str, noise: NoiseStream) -> Tensor:
-    """n stratified times in [cutoff, T], uniform in "log_snr" or in "t", (n,) in float64."""
-    u = (noise.uniform((1,), torch.float64) + torch.arange(n, dtype=torch.float64) / n) % 1.0
-    if times == "t":
-        return kernel.cutoff + (kernel.T - kernel.cutoff) * u
-    first, last = kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))
-    return kernel.time_of(first + (last - first) * u)
-
-
 class _Denoising:
     """Denoising score matching to a Gaussian kernel."""
 
@@ -190,8 +195,11 @@ class _Denoising:
     most_steps = 1  # drawn at once
 
     def __init__(self, score: Score, weighting: Weighting) -> None:
-        require_weighting(weighting)
         self.schedule, self.weighting = score.kernel, weighting
+
+    def weights(self, score: Score, example: Tensor, t: Tensor) -> Tensor:
+        """The objective's integrand at an error of eps of unit variance, at times (n,)."""
+        return mean_weight(self.schedule, self.weighting, example, t, overall_std(score.data_std))
 
     def states(self, data: Tensor) -> Tensor:
         """Whole states from data; P0 is part of the kernel."""
@@ -211,6 +219,11 @@ class _Matching:
     def __init__(self, score: Score, pairs: KernelPairs | SimulatedPairs, identity: dict, most_steps: int) -> None:
         self.schedule = Model(score, None, None)
         self.pairs, self.identity, self.most_steps = pairs, identity, most_steps
+
+    def weights(self, score: Score, example: Tensor, t: Tensor) -> Tensor:
+        """The weight of times (n,): w(t) where a function says it, else one."""
+        weighting = self.pairs.weighting
+        return of_times(weighting, t) if callable(weighting) else torch.full_like(t, share(weighting))
 
     def states(self, data: Tensor) -> Tensor:
         """Whole states from data."""
@@ -246,7 +259,7 @@ def _drawn(
     objective: _Denoising | _Matching,
     batches: Batches,
     batch_size: int,
-    times: str,
+    times: WeightedTimes,
     seed: int,
     done: int,
     accelerator: Accelerator,
@@ -267,8 +280,8 @@ def _drawn(
             parts.append(next(source))
         sizes, device = [len(x) for x, _ in parts], parts[0][0].device
         noise = NoiseStream(mixed_seed(seed, first, accelerator.process_index), "training")
-        t = torch.cat([sample_times(objective.schedule, size, times, noise) for size in sizes]).to(device)
-        drawn = objective.draw(torch.cat([x for x, _ in parts]) if block > 1 else parts[0][0], t, noise)
+        t, weight = (torch.cat(parts).to(device) for parts in zip(*(times.draw(n, noise) for n in sizes), strict=True))
+        drawn = (weight, *objective.draw(torch.cat([x for x, _ in parts]) if block > 1 else parts[0][0], t, noise))
         for step, (_, y), *of_step in zip(
             range(first, first + block), parts, *(part.split(sizes) for part in drawn), strict=True
         ):
@@ -286,6 +299,7 @@ class _Run:
         self,
         score: Score,
         objective: _Denoising | _Matching,
+        times: WeightedTimes,
         accelerator: Accelerator,
         lr: float,
         ema: float,
@@ -293,7 +307,7 @@ class _Run:
         folder: Path | None,
         identity: dict,
     ) -> None:
-        self.score, self.accelerator, self.lr, self.clip = score, accelerator, lr, clip
+        self.score, self.times, self.accelerator, self.lr, self.clip = score, times, accelerator, lr, clip
         self.folder, self.identity = folder, identity
         optimiser = torch.optim.Adam([p for p in score.parameters() if p.requires_grad], lr=lr)
         self.loss, self.optimiser = accelerator.prepare(_Loss(score, objective), optimiser)
@@ -314,7 +328,7 @@ class _Run:
         self.optimiser.zero_grad()
         with self.accelerator.autocast():
             loss = self.loss(y, *drawn)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss / self.times.total)
         norm = self.accelerator.clip_grad_norm_(self.score.parameters(), self.clip)
         value = float(self.accelerator.reduce(loss.detach(), "mean"))
         if math.isfinite(value) and math.isfinite(float(norm)):
@@ -411,8 +425,9 @@ class _Loss(torch.nn.Module):
         super().__init__()
         self.score, self.objective = score, objective
 
-    def forward(self, y: Tensor | None, *drawn: Tensor) -> Tensor:
-        return self.objective.loss(self.score, y, *drawn).mean()
+    def forward(self, y: Tensor | None, weight: Tensor, *drawn: Tensor) -> Tensor:
+        loss = self.objective.loss(self.score, y, *drawn)
+        return (weight.to(loss.dtype) * loss).mean()
 
 
 def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
@@ -434,8 +449,10 @@ def _seed_global(seed: int, accelerator: Accelerator) -> None:
         torch.manual_seed(seed)
 
 
-def _prepare_score(score: Score, objective: _Denoising | _Matching, batches: Batches, accelerator: Accelerator) -> None:
-    """Measures the data's moments where they were not given, and tries the network on a few samples."""
+def _prepare_score(
+    score: Score, objective: _Denoising | _Matching, batches: Batches, accelerator: Accelerator
+) -> Tensor:
+    """Measures the data's moments where they were not given, and tries the network on a few samples: one of them."""
     kernel = score.gaussian
     seen = objective.states(batches.first.double())
     std = float(seen.std(correction=0))
@@ -473,19 +490,18 @@ def _prepare_score(score: Score, objective: _Denoising | _Matching, batches: Bat
         ) from error
     finally:
         score.train(training)
+    return x[:1].detach().cpu()
 
 
 def _check_options(
     score: Score,
     steps: int,
     batch_size: int,
-    times: str | None,
     lr: float,
     ema: float,
     clip: float,
     checkpoint_every: int,
-) -> str:
-    """``times``, its default resolved."""
+) -> None:
     if not isinstance(score, Score):
         raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}.")
     if not any(p.requires_grad for p in score.parameters()):
@@ -493,15 +509,26 @@ def _check_options(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}.")
-    times = times or ("t" if score.gaussian is None else "log_snr")
-    if times not in ("log_snr", "t"):
-        raise ValueError(f'times must be "log_snr" or "t", not {times!r}.')
-    if times == "log_snr" and score.gaussian is None:
-        raise ValueError('times="log_snr" needs a Gaussian kernel, which this SDE has not; use times="t".')
     for name, value, allowed in (("lr", lr, lr > 0), ("ema", ema, 0 <= ema < 1), ("clip", clip, clip > 0)):
         if not allowed or not math.isfinite(value):
             raise ValueError(f"{name} = {value!r} makes no sense.")
-    return times
+
+
+_BEST_TIMES = {"likelihood": "log_snr", "score": "t", "edm": "edm"}
+
+
+def _resolved(score: Score, weighting: Weighting | None, times: Times | None) -> tuple[Weighting, Times]:
+    """The weighting and the law of times, their defaults resolved, checked."""
+    gaussian = score.gaussian is not None
+    if weighting is None:
+        weighting = "likelihood" if gaussian else "score"
+    require_weighting(weighting, gaussian)
+    if times is None:
+        times = (
+            "t" if not gaussian else "importance" if callable(weighting) else _BEST_TIMES.get(weighting, "importance")
+        )
+    require_times(times, gaussian)
+    return weighting, times
 
 
 def _learning_rate(schedule: Callable[[float], float] | str, steps: int) -> Callable[[int], float]:

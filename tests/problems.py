@@ -4,7 +4,9 @@ import sympy as sp
 import torch
 
 from sdeflow import SDE, catalog, state, t, x
+from sdeflow.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
+from sdeflow.times import WeightedTimes
 
 R = sp.Rational
 
@@ -119,3 +121,9 @@ class OneAtATime:
         out = torch.zeros(shape, dtype=dtype)
         out[self.draws] = 1.0
         return out
+
+
+def training_times(kernel, n, times, seed):
+    """n times as fit draws them for the likelihood, (n,)."""
+    law = WeightedTimes(times, kernel, lambda at: kernel.half_log_snr_rate(at).abs(), 1.0, gaussian=True)
+    return law.draw(n, NoiseStream(seed, "test"))[0]

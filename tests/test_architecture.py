@@ -15,7 +15,7 @@ LAYERS = {
     "basis": 1, "linear": 1, "parameters": 1, "chebyshev": 1, "quadrature": 1, "compile": 1,
     "gaussian": 2, "coefficients": 2, "kernel": 2, "reducible": 2, "pearson": 2,
     "scores": 3, "thresholding": 3,
-    "solvers": 4, "losses": 4, "batches": 4, "checkpoint": 4, "traces": 4,
+    "solvers": 4, "weightings": 4, "times": 4, "losses": 4, "batches": 4, "checkpoint": 4, "traces": 4,
     "model": 5, "plan": 5, "reference": 5, "pilot": 5, "bridge": 5, "simulation": 5, "priors": 5, "likelihood": 5,
     "sampling": 5, "bounds": 5, "dequantisation": 5, "latents": 5, "dynamics": 5, "training": 5, "storage": 5,
     "derivation": 5, "explanation": 5, "certificate": 5,

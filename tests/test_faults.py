@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from problems import training_times
 from scipy.integrate import solve_ivp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -54,7 +55,6 @@ from sdeflow.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Clock, Problem, Torchdiffeq, Torchsde
 from sdeflow.symbolic.symbols import s
-from sdeflow.training import sample_times
 
 D = 3
 PACKAGE = Path(sdeflow.__file__).parent
@@ -791,7 +791,7 @@ def test_24_noise_that_pauses_can_be_solved():
     level = sde.kernel.half_log_snr(torch.linspace(sde.cutoff, 1, 200, dtype=torch.float64))
     there = sde.kernel.time_of(level)
     torch.testing.assert_close(sde.kernel.half_log_snr(there), level, rtol=1e-9, atol=1e-9)
-    drawn = sample_times(sde.kernel, 256, "log_snr", NoiseStream(0, "t"))
+    drawn = training_times(sde.kernel, 256, "log_snr", 0)
     assert sde.cutoff <= float(drawn.min()) and float(drawn.max()) <= 1.0
 
 
@@ -1250,7 +1250,7 @@ def test_55_times_stay_in_the_horizon(sde):
     score = Score(Net(), sde(), predicts="noise")
     cutoff, T = score.kernel.cutoff, score.kernel.T
     for times, n in (("t", 2**20), ("log_snr", 2**16)):
-        drawn = torch.cat([sample_times(score.kernel, n, times, NoiseStream(i, "t")) for i in range(2)])
+        drawn = torch.cat([training_times(score.kernel, n, times, seed) for seed in range(2)])
         assert cutoff <= float(drawn.min()) and float(drawn.max()) <= T
         assert float(drawn.min()) < cutoff + 1e-3 * T and float(drawn.max()) > T * (1 - 1e-3)
         score.kernel.require_times(drawn.float())

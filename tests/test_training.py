@@ -6,8 +6,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sdeflow
 from sdeflow import Score, catalog, fit
-from sdeflow.noise import NoiseStream
-from sdeflow.training import sample_times
 
 
 def small(sde, **options):
@@ -33,19 +31,6 @@ def test_a_trained_score_approaches_the_exact_one(predicts):
             ours += float((score.noise(state, time) - truth).square().mean())
             theirs += float((blind.noise(state, time) - truth).square().mean())
     assert ours < 0.15 * theirs
-
-
-@pytest.mark.parametrize("times", ["log_snr", "t"])
-def test_times_are_stratified_and_stay_inside(times):
-    kernel = catalog.SubVP().kernel
-    drawn = sample_times(kernel, 1000, times, NoiseStream(0, "test"))
-    assert kernel.cutoff <= drawn.min()
-    assert drawn.max() <= kernel.T
-    values = kernel.half_log_snr(drawn) if times == "log_snr" else drawn
-    ends = torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64)
-    first, last = kernel.half_log_snr(ends) if times == "log_snr" else ends
-    cells = ((values - first) / (last - first) * 1000).floor().clamp(0, 999)
-    assert cells.unique().numel() >= 998  # one in each of a thousand cells, but for rounding at their walls
 
 
 def test_data_sets_loaders_and_labels():
