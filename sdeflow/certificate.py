@@ -848,9 +848,7 @@ class _Examination:
             change = kernel.reduction.map
             return tuple(float(evaluate(e, {**numbers, time_symbol: at})) if e.is_finite is not False else
                          (-math.inf if e == -sp.oo else math.inf) for e in (change.lower, change.upper))  # fmt: skip
-        shape = len(kernel.shape)
-        ends = sorted([kernel._origin, kernel._origin + kernel._scale * (1.0 if shape == 2 else math.inf)])
-        return ends[0], ends[1]
+        return kernel.ends
 
 
 def _vanish(residuals: list[sp.MatrixBase]) -> list[bool]:

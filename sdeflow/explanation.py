@@ -65,8 +65,11 @@ def _other_way(
 ) -> tuple[str, str, str]:
     """The way of an SDE that is not affine, why, and what is available."""
     form, obstacle = exact_form(declaration, numbers), f"no Gaussian kernel, for {declaration.obstacle}"
-    if tensors and form is not None and (not isinstance(form, Reduction) or form.at_values):
-        obstacle += f"; its exact kernel takes numbers, and {', '.join(map(str, tensors))} is a tensor"
+    if tensors and form is not None and form.at_values:
+        obstacle += (
+            f"; it has an exact kernel at the parameters' present values only, and {', '.join(map(str, tensors))} is a "
+            "tensor, which may take others"
+        )
         return "local linearisation", obstacle, _BY_SIMULATION.format(", by a Gaussian law over short times")
     if isinstance(form, Reduction):
         drift = form.a * sp.Symbol("y") + form.b

@@ -40,7 +40,12 @@ from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, 
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Kernel", "Path", "broadcast_to_event"]
+__all__ = ["Kernel", "Path", "broadcast_to_event", "inside_ends"]
+
+_NEXT, _LEAST = (
+    4.0,
+    1e-300,
+)  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
 
 
 class Path(NamedTuple):
@@ -527,3 +532,14 @@ def broadcast_to_event(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (batch,) shaped to multiply x (batch, *event), in the dtype of x."""
     coefficient = coefficient.to(x.dtype)
     return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def inside_ends(x: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` kept within the numbers of ``dtype`` that lie between the ends, none of them an end."""
+    limits = torch.finfo(dtype)
+    least = max(_NEXT * limits.tiny, _LEAST)
+    step = [torch.clamp_min(limits.eps * end.detach().abs(), least) for end in (low, high)]
+    low = torch.where(torch.isfinite(low), low.detach() + step[0], low.detach())
+    high = torch.where(torch.isfinite(high), high.detach() - step[1], high.detach())
+    inner = torch.maximum(torch.minimum(x.detach(), high), low)
+    return torch.where(inner == x.detach(), x, inner)

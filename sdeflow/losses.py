@@ -16,6 +16,13 @@ of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated 
 
 for with a weight that knew x_0, such as the kernel's own standard deviation, the minimiser would be
 E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
+
+**Where paths reach an end of the domain** (a square-root process of dimension delta < 2, a Jacobi process with A or
+B < 1, a change of state that folds), p_t goes to the end as u^(nu) with -1 < nu < 0, u the distance from it. The score
+is nu / u there and g² is linear in u, so that E[g² |∇ log p|²], which "likelihood" is, is infinite, in Lamperti's
+coordinate too. The weight of "score" falls by one more power of u: its root has the factor sqrt(u / (u + sigma²)), with
+sigma² in the units of u, which makes every target bounded near the end. The weight depends on (x_t, t) alone, and the
+minimiser is still the score.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.compile import compile_expressions
+from sdeflow.errors import WeightingError
 from sdeflow.kernel import Kernel, broadcast_to_event
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
@@ -78,12 +86,24 @@ class KernelPairs:
     Args:
         score: a score whose SDE has such a kernel, one behind a change of the state or of the Pearson class.
         weighting: "likelihood", root = g(x_t, t); "score", that times the standard deviation over g of the affine SDE
-            behind it, which makes a target of unit size for y = H(x); or w(t).
+            behind it, which makes a target of unit size for y = H(x), and times what keeps it bounded at an end that
+            paths reach (see the module); or w(t).
+
+    Raises:
+        WeightingError: for a weighting under which the loss is infinite, since paths come too near an end.
     """
 
     def __init__(self, score: Score, weighting: Weighting) -> None:
         require_weighting(weighting, gaussian=False)
         self.kernel, self.weighting = score.kernel, weighting
+        infinite = self.kernel.unbounded if callable(weighting) else self.kernel.attained
+        if infinite and weighting != "score":
+            what = "w(t) |∇ log p|²" if callable(weighting) else "g² |∇ log p|²"
+            raise WeightingError(
+                f"E[{what}], the loss of this weighting, is infinite: the density of this SDE falls too slowly towards "
+                'an end of the domain, where its score is infinite. Use weighting="score", which weighs states near '
+                "the end so that the loss is finite, and has the same minimiser."
+            )
         declaration = score.declaration
         self._g = compile_expressions(declaration.g, (time_symbol, *declaration.state), score.values, declaration.T)
 
@@ -101,7 +121,8 @@ class KernelPairs:
             return g
         inner = self.kernel.inner
         _, _, q = inner.equation(x, t)
-        return g * (inner.path(x, t).sigma.values / q.values.sqrt()).to(x.dtype)
+        scale = inner.path(x, t).sigma.values / q.values.sqrt()
+        return g * (scale * self.kernel.damping(x, t)).to(x.dtype)
 
 
 def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tensor, data_std: float = 1.0) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian, normal_log_density
-from sdeflow.kernel import Kernel, broadcast_to_event
+from sdeflow.kernel import Kernel, broadcast_to_event, inside_ends
 from sdeflow.noise import kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
@@ -49,7 +49,8 @@ class ReducibleKernel:
 
     Args:
         declaration: dx = f dt + g dw, such that ``reduce(f, g, values)`` finds a map.
-        values: numbers of its parameters.
+        values: numbers and tensors of its parameters.
+        like: a kernel of the same declaration, whose derivation is shared.
 
     Attributes:
         reduction: the map and the affine SDE of y.
@@ -65,12 +66,20 @@ class ReducibleKernel:
         ScheduleError: for coefficients that are singular, complex or explosive on the horizon.
     """
 
-    def __init__(self, declaration: Declaration, values: Mapping[sp.Symbol, float] | None = None) -> None:
+    def __init__(
+        self,
+        declaration: Declaration,
+        values: Mapping[sp.Symbol, float | Tensor] | None = None,
+        like: ReducibleKernel | None = None,
+    ) -> None:
         self.declaration = declaration
         self.values = values if isinstance(values, Values) else Values(values or {})
-        self.reduction = self._reduce()
+        self.reduction = self._reduce() if like is None else like.reduction
         change = self.reduction.map
-        self.inner = Kernel(self.reduction.inner(declaration), self.values)
+        if like is None:
+            self.inner = Kernel(self.reduction.inner(declaration), self.values)
+        else:
+            self.inner = like.inner.with_values(self.values)
         self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
         slope, curvature = sp.diff(change.to_state, y), sp.diff(change.log_slope, y)
         self._to_line = self._compile(change.to_line, state_symbol)
@@ -108,7 +117,11 @@ class ReducibleKernel:
 
     def __deepcopy__(self, memo: dict) -> ReducibleKernel:
         values = copy.deepcopy(self.values, memo)
-        return self if values is self.values else ReducibleKernel(self.declaration, values)
+        return self if values is self.values else ReducibleKernel(self.declaration, values, like=self)
+
+    def with_values(self, values: Values) -> ReducibleKernel | None:
+        """The same kernel with other values of the parameters; None where another map may serve them."""
+        return ReducibleKernel(self.declaration, values, like=self) if self.reduction.holds_at(values.numbers) else None
 
     # ---------------------------------------------------------------- symbolic side
 
@@ -204,7 +217,7 @@ class ReducibleKernel:
     def sample(
         self, x_0: Tensor, t: Tensor | float, seed: int | torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """x_t = X(m + sigma noise, t), shaped as x_0; the arguments are those of ``Kernel.sample``.
+        """x_t = X(m + sigma noise, t), shaped as x_0, and never an end of the domain.
 
         Args:
             x_0: (batch, *event).
@@ -214,7 +227,15 @@ class ReducibleKernel:
         """
         mean, std = self.line_moments(x_0, t)
         noise = kernel_noise(x_0, seed) if noise is None else noise
-        return self._to_state(mean + std * noise, self._times(x_0, t)).to(x_0.dtype)
+        return self._drawn(mean + std * noise, self._times(x_0, t), x_0.dtype)
+
+    def _drawn(self, line: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """X(y, t) in ``dtype``, kept off the ends, on which rounding may put it."""
+        low, high = (
+            torch.tensor(infinite, dtype=line.dtype, device=line.device) if end is None else end(time)
+            for end, infinite in zip(self._ends, (-math.inf, math.inf), strict=True)
+        )
+        return inside_ends(self._to_state(line, time), low, high, dtype).to(dtype)
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
@@ -248,6 +269,24 @@ class ReducibleKernel:
             mean = mean * torch.tanh(line * mean / var)
         return torch.where(inside, ((mean - line) / var - curvature) / slope, math.nan).to(x_t.dtype)
 
+    @property
+    def attained(self) -> bool:
+        """Whether paths reach an end of the domain, where E[g² |∇ log p|²] is then infinite."""
+        return self.reduction.map.fold
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether E|∇ log p|² is infinite, as it is where paths reach an end of the domain."""
+        return self.reduction.map.fold
+
+    def damping(self, x: Tensor, t: Tensor) -> Tensor:
+        """A factor in [0, 1] that falls as |y| towards a fold, in float64: it makes g ∇ log p bounded there."""
+        if not self.reduction.map.fold:
+            return torch.ones((), dtype=torch.float64, device=x.device)
+        time = self._times(x, t)
+        line, _ = self._located(x.to(torch.float64), time)
+        return (line.square() / (line.square() + self.inner.path(x, t).sigma.values.square())).sqrt()
+
     def _noisy_moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         mean, std = self.line_moments(x_0, t)
         if std.device.type == "cpu" and not bool((std > 0).all()):
@@ -276,7 +315,7 @@ class PushForward:
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
         line = self.law.sample(shape, seed, torch.float64, device)
-        return self.kernel.restore(line, self.t).to(dtype or torch.get_default_dtype())
+        return self.kernel._drawn(line, self.kernel._times(line, self.t), dtype or torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64; -inf outside the domain."""

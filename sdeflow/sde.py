@@ -59,7 +59,8 @@ class SDE:
 
     Attributes:
         declaration: what was declared, frozen.
-        kind: "affine", with a Gaussian perturbation kernel, "reducible" to that by a change of the state, or "general".
+        kind: "affine", with a Gaussian perturbation kernel; "reducible" to that by a change of the state; "pearson",
+            with an exact kernel in special functions; or "general".
         T, cutoff: as above.
 
     Raises:
@@ -174,6 +175,10 @@ class SDE:
             other.__dict__.pop(derived, None)
         if self.declaration.affine is not None:
             other.kernel = self.kernel.with_values(other.values)
+        elif self._exact_kernel is not None:
+            shared = self._exact_kernel.with_values(other.values)
+            if shared is not None:  # else the values make it another SDE, which is classified anew
+                other._exact_kernel = shared
         return other
 
     def bind(self, score: AnyScore) -> SDE:
@@ -184,10 +189,12 @@ class SDE:
 
     @cached_property
     def kind(self) -> str:
-        """ "affine", "reducible" to an affine SDE by a change of the state, or "general"."""
+        """ "affine", "reducible" to an affine SDE by a change of the state, "pearson", or "general"."""
         if self.declaration.affine is not None:
             return "affine"
-        return "reducible" if isinstance(self._exact_kernel, ReducibleKernel) else "general"
+        if self._exact_kernel is None:
+            return "general"
+        return "reducible" if isinstance(self._exact_kernel, ReducibleKernel) else "pearson"
 
     @property
     def T(self) -> float:
@@ -221,9 +228,7 @@ class SDE:
         try:
             return ReducibleKernel(declaration, self.values)
         except NotAffineError:
-            if self.values.tensors:
-                return None  # SciPy's special functions take numbers; explain() says so
-        from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
+            from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
 
         return pearson_kernel(declaration, self.values)
 

@@ -70,6 +70,7 @@ class Map:
         fold: whether both y and -y are sent to x.
         mean: E[X(y, t)] for y of mean ``line_mean`` and variance ``line_var``; None where it has no closed form.
         var: Var[X(y, t)], likewise.
+        signs: expressions in the parameters with the sign that each must have.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Map:
     fold: bool = False
     mean: sp.Expr | None = None
     var: sp.Expr | None = None
+    signs: tuple[tuple[sp.Expr, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ class Reduction:
     def inner(self, declaration: Declaration) -> Declaration:
         """The affine SDE of y, its state written x."""
         return replace(declaration, f=self.a * x + self.b, g=self.map.c)
+
+    def holds_at(self, values: Mapping[sp.Symbol, float]) -> bool:
+        """Whether other values of the parameters give the same map."""
+        numbers = rationals(values)
+        signs = all(sign_at(expr, numbers) == sign for expr, sign in self.map.signs)
+        return not self.at_values and signs and _is_regular(self.map, self.a, self.b, numbers)
 
 
 def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
@@ -148,10 +156,15 @@ def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values
     if b.has(sp.zoo, sp.nan):  # terms that cancel, but not one by one at y = 0, where a fold has its end
         b = drift - a * x
     a, b = (sp.simplify(e) if sp.count_ops(e) < 100 else e for e in (a, b))
-    parts = (a, b, change.c, change.to_state, change.to_line)
-    if any(e.has(sp.zoo, sp.nan, sp.I) or e.subs(numbers).has(sp.zoo, sp.nan, sp.I) for e in parts):
-        return None  # such as log(σx + ρ)/σ at σ = 0
+    if not _is_regular(change, a, b, {}) or not _is_regular(change, a, b, numbers):
+        return None
     return None if change.fold and b != 0 else Reduction(change, a, b, at_values)
+
+
+def _is_regular(change: Map, a: sp.Expr, b: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> bool:
+    """Whether a map and its drift are finite and real at ``numbers``, as log(σx + ρ)/σ is not at σ = 0."""
+    parts = (a, b, change.c, change.to_state, change.to_line)
+    return not any(e.subs(numbers).has(sp.zoo, sp.nan, sp.I) for e in parts)
 
 
 def _line_drift(f: sp.Expr, g: sp.Expr, change: Map) -> sp.Expr:
@@ -206,7 +219,8 @@ def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
     mean = -k + side * sp.exp(line_mean + line_var / 2)
     var = sp.exp(2 * line_mean + line_var) * (sp.exp(line_var) - 1)
     to_state, to_line = -k + side * sp.exp(y), sp.log(side * (x + k))
-    return Map("exp", to_state, to_line, c * lead, lower, upper, y, False, mean, var)
+    signs = () if lead.has(t) else ((lead, side),)
+    return Map("exp", to_state, to_line, c * lead, lower, upper, y, False, mean, var, signs)
 
 
 def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
@@ -219,7 +233,7 @@ def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
     mean = -k + side * (line_mean**2 + line_var) / 4
     var = line_var * (2 * line_mean**2 + line_var) / 8
     noise = side * c * sp.sqrt(side * lead)
-    return Map("square", to_state, to_line, noise, lower, upper, sp.log(y / 2), True, mean, var)
+    return Map("square", to_state, to_line, noise, lower, upper, sp.log(y / 2), True, mean, var, ((lead, side),))
 
 
 def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
@@ -230,17 +244,17 @@ def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, num
     if not side:
         return None
     w, noise = sp.sqrt(side * spread), c * sp.sqrt(lead)
-    growth, to_line = sp.exp(line_var), (x - middle) / w
+    growth, to_line, signs = sp.exp(line_var), (x - middle) / w, ((lead, 1), (spread, side))
     var = w**2 * (growth - 1) * (growth * sp.cosh(2 * line_mean) + side) / 2
     if side > 0:
         mean = middle + w * sp.sinh(line_mean) * sp.exp(line_var / 2)
         log_slope = sp.log(w) + sp.log(sp.cosh(y))
         ends = (-sp.oo, sp.oo)
-        return Map("sinh", middle + w * sp.sinh(y), sp.asinh(to_line), noise, *ends, log_slope, False, mean, var)
+        return Map("sinh", middle + w * sp.sinh(y), sp.asinh(to_line), noise, *ends, log_slope, False, mean, var, signs)
     mean = middle + w * sp.cosh(line_mean) * sp.exp(line_var / 2)
     log_slope = sp.log(w) + sp.log(sp.sinh(y))
     ends = (middle + w, sp.oo)
-    return Map("cosh", middle + w * sp.cosh(y), sp.acosh(to_line), noise, *ends, log_slope, True, mean, var)
+    return Map("cosh", middle + w * sp.cosh(y), sp.acosh(to_line), noise, *ends, log_slope, True, mean, var, signs)
 
 
 def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
@@ -251,5 +265,6 @@ def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbe
     to_line = sp.log((x - middle + r) / (middle + r - x))
     log_slope = sp.log(r / 2) - 2 * sp.log(sp.cosh(y / 2))
     return Map(
-        "logistic", middle + r * sp.tanh(y / 2), to_line, -2 * c * lead * r, middle - r, middle + r, log_slope, False
-    )
+        "logistic", middle + r * sp.tanh(y / 2), to_line, -2 * c * lead * r, middle - r, middle + r, log_slope, False,
+        signs=((spread, -1),),
+    )  # fmt: skip

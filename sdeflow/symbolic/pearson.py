@@ -67,6 +67,8 @@ class Pearson:
         c: its noise.
         mean: E[x_t | x_0] in x_0, ``decay`` and ``spread``.
         var: Var[x_t | x_0], likewise.
+        signs: expressions with the sign that each must have: those of g² and of the shape.
+        at_values: whether it holds only for the values that the parameters have, which are then substituted.
     """
 
     kind: Literal["square root", "Jacobi"]
@@ -77,6 +79,13 @@ class Pearson:
     c: sp.Expr
     mean: sp.Expr
     var: sp.Expr
+    signs: tuple[tuple[sp.Expr, int], ...]
+    at_values: bool = False
+
+    def holds_at(self, values: Mapping[sp.Symbol, float]) -> bool:
+        """Whether other values of the parameters give the same standard form."""
+        numbers = rationals(values)
+        return not self.at_values and all(sign_at(expr, numbers) == sign for expr, sign in self.signs)
 
     def inner(self, declaration: Declaration) -> Declaration:
         """The affine SDE that gives alpha and sigma²."""
@@ -95,7 +104,8 @@ def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = 
     found = _classify(f, g, numbers)
     if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
-    return _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
+    found = _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
+    return None if found is None else replace(found, at_values=True)
 
 
 def exact_form(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> Reduction | Pearson | None:
@@ -128,7 +138,8 @@ def _square_root(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: d
         return None
     u_0 = decay**2 * side * (x_0 - origin)
     mean, var = origin + side * (u_0 + delta * spread), 2 * spread * (2 * u_0 + delta * spread)
-    return Pearson("square root", origin, sp.Integer(side), (delta,), a / 2, sp.sqrt(side * slope) / 2, mean, var)
+    noise, signs = sp.sqrt(side * slope) / 2, ((slope, side), (delta, 1))
+    return Pearson("square root", origin, sp.Integer(side), (delta,), a / 2, noise, mean, var, signs)
 
 
 def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | None:
@@ -157,7 +168,8 @@ def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) 
         + D * (B - A) / theta * forget * fading(theta / 2 + 1)
         - D**2 * forget**2 * fading(sp.Integer(1))
     )
-    return Pearson("Jacobi", p, length, (A, B), sp.Integer(0), sp.sqrt(s), mean, var)
+    signs = ((s, 1), (squared, 1), (A, 1), (B, 1))
+    return Pearson("Jacobi", p, length, (A, B), sp.Integer(0), sp.sqrt(s), mean, var, signs)
 
 
 def _constant(expr: sp.Expr) -> sp.Expr | None:
