@@ -286,6 +286,14 @@ class Kernel:
         left = later.sigma.scaled((-torch.expm1(kept.log())).clamp_min(0.0).sqrt())
         return Path(alpha, left, later.offset - alpha.values * earlier.offset)
 
+    def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
+        """A draw of x_t given that the state at s is exactly ``x``, shaped and typed as x (batch, *event)."""
+        state = self._state(x).to(torch.float64)
+        path = self.transition(state, s, t, exactly=True)
+        mean = path.alpha(self.to_basis(state)) + path.offset
+        eps = noise.normal(tuple(x.shape), torch.float64, x.device)
+        return self.from_basis(mean + path.sigma(eps)).to(x.dtype)
+
     def _coupled_transition(self, x: Tensor, s: float, t: float) -> Path:
         """The moments integrated from s on: the inverse of Φ_s may have lost all digits."""
         if s == t:

@@ -253,7 +253,19 @@ class PearsonKernel(ABC):
             noise: standard normal numbers z shaped as x_0, instead of a seed: x_t is then the quantile of x_t at
                 Φ(z) (in u, where x falls with u).
         """
-        origin, scale, law = self._standard(x_0, x_0, t)
+        if noise is not None:
+            return self._sampled(x_0, t, 0.0, None, noise)
+        return self._sampled(x_0, t, 0.0, NoiseStream(seed, "kernel"), None)
+
+    def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
+        """A draw of x_t given that the state at s is ``x``, shaped and typed as x (batch, *event)."""
+        return self._sampled(x, t, s, noise, None)
+
+    def _sampled(
+        self, x_0: Tensor, t: Tensor | float, s: float, stream: NoiseStream | None, noise: Tensor | None
+    ) -> Tensor:
+        """A draw of x_t given the state x_0 at s, from a stream or from given noise."""
+        origin, scale, law = self._standard(x_0, x_0, t, s)
         with torch.no_grad():
             fixed = law.mapped(lambda part: part.detach().cpu())
             noisy = fixed.var > 0
@@ -261,7 +273,6 @@ class PearsonKernel(ABC):
                 level = torch.special.ndtr(noise.detach().to("cpu", torch.float64)).expand_as(fixed.u)
                 u = self._quantile(level, fixed)
             else:
-                stream = NoiseStream(seed, "kernel")
                 u = self._draw(lambda: stream.uniform(tuple(x_0.shape), torch.float64), fixed)
             u, noisy = u.to(x_0.device), noisy.to(x_0.device)
         if law.needs_grad:
@@ -343,18 +354,18 @@ class PearsonKernel(ABC):
 
     # ---------------------------------------------------------------- helpers
 
-    def _standard(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Standard]:
-        """origin, scale and the law of u_t."""
+    def _standard(self, x_t: Tensor, x_0: Tensor, t: Tensor | float, s: float = 0.0) -> tuple[Tensor, Tensor, Standard]:
+        """origin, scale and the law of u_t given the state x_0 at s."""
         origin, scale, shape = self._form(x_t)
         u_0 = self._standard_start(x_0, origin, scale)
         u = (x_t.to(torch.float64) - origin) / scale
-        return origin, scale, Standard(u, u_0, *self._alpha_var(x_t, t), shape)
+        return origin, scale, Standard(u, u_0, *self._alpha_var(x_t, t, s), shape)
 
-    def _alpha_var(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """alpha and sigma², shaped to go with ``x``."""
+    def _alpha_var(self, x: Tensor, t: Tensor | float, s: float = 0.0) -> tuple[Tensor, Tensor]:
+        """alpha and sigma² from s to t, shaped to go with ``x``."""
         if self.values.shape:
             self.inner.require_event(tuple(x.shape[1:]))
-        path = self.inner.path(x, self.inner.times_for(x, t))
+        path = self.inner.transition(x, s, t) if s else self.inner.path(x, self.inner.times_for(x, t))
         return path.alpha.values, path.sigma.values.square()
 
     def _standard_start(self, x_0: Tensor, origin: Tensor, scale: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian, normal_log_density
 from sdeflow.kernel import Kernel, broadcast_to_event, inside_ends
-from sdeflow.noise import kernel_noise
+from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
@@ -228,6 +228,12 @@ class ReducibleKernel:
         mean, std = self.line_moments(x_0, t)
         noise = kernel_noise(x_0, seed) if noise is None else noise
         return self._drawn(mean + std * noise, self._times(x_0, t), x_0.dtype)
+
+    def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
+        """A draw of x_t given that the state at s is ``x``, shaped and typed as x (batch, *event)."""
+        before = self._times(x, s)
+        line = self._located(self._require_inside(x, before), before)[0]
+        return self._drawn(self.inner.advance(line, s, t, noise), self._times(x, t), x.dtype)
 
     def _drawn(self, line: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """X(y, t) in ``dtype``, kept off the ends, on which rounding may put it."""

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import sympy as sp
 import torch
@@ -46,6 +47,7 @@ from tqdm import tqdm
 
 from sdeflow.basis import Basis
 from sdeflow.batches import mixed_seed
+from sdeflow.boundary import Boundary
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
 from sdeflow.kernel import broadcast_to_event
@@ -55,7 +57,7 @@ from sdeflow.model import Model, checked_state
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import Clock, Problem, Solver, resolve
+from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, resolve
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -80,6 +82,7 @@ def simulate(
     rtol: float | None = None,
     atol: float | None = None,
     dtype: torch.dtype | None = None,
+    boundary: str | None = None,
     max_calls: int | None = None,
     progress: bool | None = None,
 ) -> Tensor:
@@ -89,12 +92,15 @@ def simulate(
         sde: the declaration.
         x_0: (batch, *event); of a coupled state (batch, k, *event).
         ts: increasing times in [0, T].
-        solver: a name of torchsde's or a solver object; "euler" by default.
+        solver: a name of torchsde's or a solver object; "euler" by default. "exact" draws each state from the
+            transition law, for every SDE with an exact kernel (affine, reducible, Pearson): it takes no steps.
         steps: of a fixed-step method between 0 and the last time, 500 by default; each interval of ``ts`` gets its
             share, and at least one.
         seed: makes the result reproducible; path i does not depend on the batch size.
         rtol, atol: of an adaptive solver.
         dtype: of the states; that of x_0 by default.
+        boundary: what a step does at the end of the domain where f and g are real: "truncate", "reflect" or "absorb"
+            (:mod:`sdeflow.boundary`). With solver="euler".
         max_calls: the budget of an adaptive solve, 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
 
@@ -102,7 +108,15 @@ def simulate(
         DataError: for an x_0 that is not a finite floating tensor, or not a state of this SDE.
         ValueError: for times, steps or a solver that make no sense.
         NonFiniteStateError: where a path explodes or leaves the domain of f and g.
+        NotAffineError: for solver="exact" where the SDE has no exact kernel.
+        DeclarationError: for a boundary= that the SDE does not have.
     """
+    if isinstance(solver, str) and solver == "exact":
+        given = (("steps", steps), ("rtol", rtol), ("atol", atol), ("max_calls", max_calls), ("boundary", boundary))
+        if any(value is not None for _, value in given):
+            names = ", ".join(name for name, value in given if value is not None)
+            raise ValueError(f'solver="exact" draws each state at once, within the domain: it takes no {names}.')
+        return _exactly(sde, x_0, ts, seed, dtype)
     model, basis = Model(sde, None, None), getattr(sde, "basis", None)
     times = _checked_times(ts, model.T)
     x = _checked_start(model, checked_state(x_0), dtype)
@@ -110,7 +124,8 @@ def simulate(
     if not len(x):
         return x.new_empty(len(times), *x.shape)
     working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed))
+    ends = None if boundary is None else _boundary(boundary, model, working, plan)
+    path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed), ends)
     hidden = None if progress is None else not progress
     y = (working if basis is None else basis.forward(working)).flatten(1)
     found, now = [], 0.0
@@ -118,20 +133,67 @@ def simulate(
         for time in times:
             if time > now:
                 y = path.advance(y, now, time, times[-1], None if bar.disable else bar.update)
-            found.append(_restored(y, working, basis))
+            shown = _restored(y, working, basis)
+            found.append(shown if ends is None else ends.nearest(shown, time))
             now = time
     return torch.stack(found).to(x.dtype)
+
+
+def _exactly(
+    sde: DeclaredSDE, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """States at the times ``ts``, each drawn from its law given the one before."""
+    model, kernel = Model(sde, None, None), sde.kernel
+    times = _checked_times(ts, model.T)
+    x, noise, now, found = _checked_start(model, checked_state(x_0), dtype), NoiseStream(seed, "simulation"), 0.0, []
+    with torch.no_grad():
+        for time in times:
+            if time > now and len(x):
+                x = kernel.advance(x, now, time, noise)
+            found.append(x)
+            now = time
+    return torch.stack(found)
+
+
+def _boundary(kind: str, model: Model, x: Tensor, plan: Plan) -> Boundary:
+    """The ends of a simulation from ``x``."""
+    ends = Boundary(kind, model.declaration, model.values, x)
+    if plan.solver not in (EulerMaruyama(), Torchsde("euler")):
+        raise ValueError(f'boundary="{kind}" is a scheme of solver="euler", not of {plan.solver}.')
+    coefficients = (*model.declaration.drifts, *model.declaration.diffusions)
+    compiled = compile_expressions(coefficients, (time_symbol, *model.state), model.values, model.T)
+    components = x.unbind(1) if model.declaration.coupled else (x,)
+    values = compiled(torch.zeros((), dtype=x.dtype, device=x.device), *components)
+    bad = torch.stack([(~torch.isfinite(v)).expand_as(components[0]).reshape(len(x), -1).any(1) for v in values]).any(0)
+    if bool(bad.any()):
+        raise DataError(f"x_0 = {x[bad][0].tolist()} lies outside the domain of this SDE, where f and g are real.")
+    return ends
 
 
 class _Path:
     """Stretches of one path, each a solve of its own in t, that share their noise."""
 
-    def __init__(self, model: Model, event: tuple[int, ...], plan: Plan, seed: int) -> None:
-        self.plan, self.seed, self.event = plan, seed, event
+    def __init__(
+        self, model: Model, event: tuple[int, ...], plan: Plan, seed: int, ends: Boundary | None = None
+    ) -> None:
+        self.plan, self.seed, self.event, self.ends = plan, seed, event, ends
         self.noise = NoiseStream(seed, "simulation")
         self._drift = model.function_of_state(model.declaration.drifts)
         self._diffusion = model.noise(forward(model.declaration), event)
+        if ends is not None:
+            self._drift = self._at_nearest(self._drift, event)
+            self._diffusion["diffusion"] = self._at_nearest(self._diffusion["diffusion"], event)
         self._stretch = 0
+
+    def _at_nearest(self, function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable:
+        """``function`` of the nearest states of the domain, of states or flattened states."""
+
+        def nearest(x: Tensor, time: Tensor) -> Tensor:
+            inside = self.ends.nearest(x.reshape(-1, *event), float(time))
+            return function(inside.reshape(x.shape), time)
+
+        return nearest
 
     def advance(self, y: Tensor, first: float, last: float, end: float, on_call: Callable[[], object] | None) -> Tensor:
         """Flattened states at ``last`` from those at ``first``."""
@@ -139,11 +201,24 @@ class _Path:
         if plan.solver.adaptive:  # torchsde's own Brownian motion starts from a seed: each stretch needs another
             noise = NoiseStream(mixed_seed(self.seed, self._stretch), "simulation")
         self._stretch += 1
+        steps = None if plan.steps is None else max(1, math.ceil(plan.steps * (last - first) / end - 1e-9))
+        if self.ends is None:
+            return self._solved(y, first, last, steps, noise, on_call)
+        times = [first + (last - first) * k / steps for k in range(steps + 1)]
+        for before, after in pairwise(times):  # one solve for each step, and then the end of the domain
+            y = self._solved(y, before, after, 1, noise, on_call)
+            y = self.ends.after_step(y.reshape(-1, *self.event), after).flatten(1)
+        return y
+
+    def _solved(
+        self, y: Tensor, first: float, last: float, steps: int | None, noise: NoiseStream,
+        on_call: Callable[[], object] | None,
+    ) -> Tensor:  # fmt: skip
+        plan = self.plan
         problem = Problem(
             self._field, Clock(first, last), backward=False, noise=noise, max_calls=plan.max_calls, on_call=on_call,
             **self._diffusion,
         )  # fmt: skip
-        steps = None if plan.steps is None else max(1, math.ceil(plan.steps * (last - first) / end - 1e-9))
         return plan.solver.solve(problem, y, steps, plan.rtol, plan.atol)
 
     def _field(self, y: Tensor, time: Tensor) -> Tensor:

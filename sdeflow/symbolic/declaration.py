@@ -107,7 +107,10 @@ class Declaration:
         """What to say where a state has left the domain of coefficients such as √x; empty where that cannot be."""
         if not self.state_dependent_noise:
             return ""
-        return " A step may have left the states where f and g are real, as x < 0 for √x: take more steps, or the flow."
+        return (
+            " A step may have left the states where f and g are real, as x < 0 for √x: take more steps, or the flow; "
+            'simulate() takes boundary="truncate", "reflect" or "absorb", and solver="exact" where there is a kernel.'
+        )
 
     @property
     def auxiliary(self) -> tuple[int, ...]:

@@ -1,0 +1,69 @@
+r"""Where the coefficients of an SDE are real: the ends of each component's domain.
+
+An end of component v is a root in v of what stands under a root, another power that is no integer, or a logarithm in f
+or g, of first or second degree in v; or a zero of all noises of v at which its drift vanishes too, such as 0 of a
+geometric Brownian motion. What lies beyond is not the SDE's.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from sdeflow.errors import DeclarationError
+from sdeflow.symbolic.declaration import Declaration
+
+__all__ = ["ends_of"]
+
+
+def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
+    """For each component its ends, in t and the parameters, each with an expression that is positive inside.
+
+    Raises:
+        DeclarationError: where the domain mixes components, or is no interval that is found.
+    """
+    state, found = declaration.state, [{} for _ in declaration.state]
+    coefficients = (*declaration.drifts, *declaration.diffusions)
+    for expr in coefficients:
+        for base in _must_be_positive(expr):
+            for factor in sp.Mul.make_args(base):
+                _add(found, factor, state)
+    motions = len(declaration.diffusions) // len(state)
+    for i, component in enumerate(state):
+        row = [g for g in declaration.diffusions[i * motions : (i + 1) * motions] if g != 0]
+        for factor in sp.Mul.make_args(row[0]) if row else ():
+            if factor.is_polynomial(component) and factor.free_symbols & set(state) == {component}:
+                for root in _roots(factor, component):
+                    if all(g.subs(component, root) == 0 for g in (*row, declaration.drifts[i])):
+                        found[i].setdefault(root, factor)
+    return [list(ends.items()) for ends in found]
+
+
+def _must_be_positive(expr: sp.Expr) -> list[sp.Expr]:
+    roots = [power.base for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
+    return [base for base in [*roots, *(log.args[0] for log in expr.atoms(sp.log))] if base.free_symbols]
+
+
+def _add(found: list[dict], factor: sp.Expr, state: tuple[sp.Symbol, ...]) -> None:
+    held = [i for i, component in enumerate(state) if factor.has(component)]
+    if not held:
+        return
+    base = factor.base if factor.is_Pow else factor
+    if len(held) > 1 or not base.is_polynomial(state[held[0]]) or sp.degree(base, state[held[0]]) > 2:
+        raise DeclarationError(
+            f"the domain where {factor} > 0 is not told by ends of each component by itself, as boundary= needs it: "
+            "declare f and g so that they hold wherever a step may lead (sqrt(Max(x, 0)), say)."
+        )
+    for root in _roots(base, state[held[0]]):
+        found[held[0]].setdefault(root, base)
+
+
+def _roots(polynomial: sp.Expr, component: sp.Symbol) -> list[sp.Expr]:
+    """The roots of a polynomial of first or second degree; complex ones are compiled to NaN."""
+    coefficients = sp.Poly(polynomial, component).all_coeffs()
+    if len(coefficients) == 2:
+        return [-coefficients[1] / coefficients[0]]
+    if len(coefficients) != 3:
+        return []
+    a, b, c = coefficients
+    middle, half = -b / (2 * a), sp.sqrt(b**2 - 4 * a * c) / (2 * a)
+    return [] if half.is_real is False else [middle - half, middle + half]
