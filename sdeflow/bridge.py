@@ -10,6 +10,14 @@ and its law given x_0 is Gaussian, exactly: with the gain K = P_t Φ_Ttᵀ P_T�
 
 Elementwise K = r alpha_t / alpha_T with r = SNR_T / SNR_t, and the variance is sigma_t² (1 - r). Paths are
 drawn from the exact transitions: a bridge from (s, x_s) is again a bridge.
+
+**Reducible SDEs** are conditioned where they are linear. With y = H(x, t) (``sdeflow.symbolic.lamperti``) x_T = z means
+y_T = H(z, T), and x_t = X(y_t, t) of the bridge of y, so that
+
+    dx = [f + g² H' Φ_Tt P_T|t⁻¹ (H(z, T) - m_Tt - Φ_Tt H(x, t))] dt + g dw        (H' = ∂H/∂x).
+
+Where the map folds, z is reached by y_T = ±H(z, T), and the bridge of y is a mixture of two, of weights proportional to
+p(y_T | y_t); in the drift H(z, T) gains the factor tanh(H(z, T) (m_Tt + Φ_Tt H(x, t)) / P_T|t).
 """
 
 from __future__ import annotations
@@ -24,10 +32,12 @@ from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.reducible import ReducibleKernel
 from sdeflow.symbolic.equations import Equation, forward
 from sdeflow.symbolic.symbols import t as time_symbol
+from sdeflow.symbolic.symbols import x as state_symbol
 
-__all__ = ["Bridge"]
+__all__ = ["Bridge", "ReducibleBridge"]
 
 
 class Bridge:
@@ -101,9 +111,7 @@ class Bridge:
         Raises:
             ScheduleError: for times that do not increase within [0, T].
         """
-        times = [float(t) for t in ts]
-        if any(b <= a for a, b in zip([-1.0, *times], times, strict=False)) or not times or times[0] < 0:
-            raise ScheduleError(f"the times of a path must increase within [0, T] = [0, {self.T:g}], not {times}.")
+        times = _increasing(ts, self.T)
         noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
         for t in times:
             x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
@@ -145,3 +153,116 @@ class Bridge:
 
     def __repr__(self) -> str:
         return f"Bridge({forward(self.kernel.declaration)} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
+
+
+class ReducibleBridge:
+    """A reducible SDE conditioned on x_T, through the coordinate in which it is linear.
+
+    Args:
+        kernel: the SDE's kernel, with its change of state.
+        x_T: where it ends, in the domain: (batch, *event) or one event (*event) for all; a number for all coordinates.
+
+    Attributes:
+        T: the time of the end.
+        line: the bridge of y, with y_T >= 0 where the map folds.
+
+    Raises:
+        DataError: for an x_T outside the domain.
+    """
+
+    def __init__(self, kernel: ReducibleKernel, x_T: Tensor | float) -> None:
+        self.kernel = kernel
+        self.x_T = torch.as_tensor(x_T, dtype=torch.float64)
+        self.T = kernel.T
+        self.line = Bridge(kernel.inner, kernel.transport(self.x_T, self.T))
+        self._mirrored = Bridge(kernel.inner, -self.line.x_T)
+
+    @property
+    def equation(self) -> Equation:
+        """The conditioned SDE, SymPy, with x_T as a symbol."""
+        return Equation(self.drift, self.kernel.declaration.g, "w", self.kernel.declaration.state)
+
+    @property
+    def drift(self) -> sp.Expr:
+        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol; see the module."""
+        declaration, inner, change = self.kernel.declaration, self.kernel.inner, self.kernel.reduction.map
+        T = sp.nsimplify(self.T, rational=True)
+        across = inner.alpha.subs(time_symbol, T) / inner.alpha
+        mean = inner.offset.subs(time_symbol, T) + across * (change.to_line - inner.offset)
+        rest = inner.var.subs(time_symbol, T) - across**2 * inner.var
+        end = change.to_line.subs({state_symbol: sp.Symbol("x_T", real=True), time_symbol: T})
+        if change.fold:
+            end = end * sp.tanh(end * mean / rest)
+        return declaration.f + declaration.g**2 * sp.diff(change.to_line, state_symbol) * across * (end - mean) / rest
+
+    @property
+    def diffusion(self) -> sp.Expr:
+        """g, which conditioning leaves as it is."""
+        return self.kernel.declaration.g
+
+    def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The true mean and standard deviation of x_t given x_0 and x_T, each (batch, *event).
+
+        Args:
+            x_0: (batch, *event), in the domain.
+            t: a number in [0, T].
+        """
+        y = self.kernel.transport(x_0.to(torch.float64), 0.0)
+        mean, std = self._pushed(self.line, y, x_0, t)
+        if self.kernel.reduction.map.fold:
+            other, spread = self._pushed(self._mirrored, y, x_0, t)
+            chance = self._chance(y, 0.0)
+            centre = chance * mean + (1.0 - chance) * other
+            var = chance * (std.square() + (mean - centre).square())
+            mean, std = centre, (var + (1.0 - chance) * (spread.square() + (other - centre).square())).sqrt()
+        return mean.to(x_0.dtype), std.to(x_0.dtype)
+
+    def _pushed(self, line: Bridge, y: Tensor, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        mean, root = line._law(y, 0.0, t, exactly=True)
+        return self.kernel.pushed_moments(mean, root.values.expand_as(mean), t)
+
+    def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
+        """x_t given x_0 and x_T, shaped as x_0."""
+        return self._draw(x_0, 0.0, t, NoiseStream(seed, "bridge"))
+
+    def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
+        """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
+
+        Raises:
+            ScheduleError: for times that do not increase within [0, T].
+        """
+        noise, s, x, out = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, []
+        for t in _increasing(ts, self.T):
+            x = self._draw(x, s, t, noise)
+            s = t
+            out.append(x)
+        return torch.stack(out)
+
+    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
+        y = self.kernel.transport(x.to(torch.float64), s)
+        mean, root = self.line._law(y, s, t, exactly=True)
+        if self.kernel.reduction.map.fold:
+            other, _ = self._mirrored._law(y, s, t, exactly=True)
+            level = noise.uniform(tuple(x.shape), torch.float64, x.device)
+            mean = torch.where(level < self._chance(y, s), mean, other)
+        eps = noise.normal(tuple(x.shape), torch.float64, x.device)
+        return self.kernel.restore_inside(mean + root(eps), t, x.dtype)
+
+    def _chance(self, y: Tensor, s: float) -> Tensor:
+        """The probability of y_T = +H(x_T, T) given y at s, and that x_T is reached."""
+        if s >= self.T:
+            return torch.ones_like(y)
+        whole = self.kernel.inner.transition(y, s, self.T, exactly=True)
+        end = self.line.x_T.to(y.device).expand(y.shape)
+        return torch.sigmoid(2.0 * end * (whole.alpha(y) + whole.offset) / whole.sigma.values.square())
+
+    def __repr__(self) -> str:
+        equation = forward(self.kernel.declaration)
+        return f"ReducibleBridge({equation} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
+
+
+def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:
+    times = [float(t) for t in ts]
+    if any(b <= a for a, b in zip([-1.0, *times], times, strict=False)) or not times or times[0] < 0:
+        raise ScheduleError(f"the times of a path must increase within [0, T] = [0, {T:g}], not {times}.")
+    return times

@@ -82,6 +82,15 @@ class Model:
             self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
         self._warn_of_mismatch()
 
+    def __getstate__(self) -> dict:
+        """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
+        return {**self.__dict__, "_drifts": {}, "_clocks": {}, "_of_label": {}}
+
+    def __copy__(self) -> Model:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def with_score(self, score: ScoreFunction) -> Model:
         """The same model with another score of its SDE; what was compiled, and the prior, are shared."""
         if score is self._score:

@@ -134,7 +134,11 @@ class _Coefficients:
     """f and g as functions of arrays."""
 
     def __init__(self, declaration: Declaration, values: Values) -> None:
+        self._given = declaration, values
         self._compiled = compile_expressions((declaration.f, declaration.g), declaration.state, values, declaration.T)
+
+    def __reduce__(self) -> tuple:
+        return _Coefficients, self._given
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():

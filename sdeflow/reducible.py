@@ -162,6 +162,10 @@ class ReducibleKernel:
         """x = X(y, t), shaped and typed as y (batch, *event)."""
         return self._to_state(y.to(torch.float64), self._times(y, t)).to(y.dtype)
 
+    def restore_inside(self, y: Tensor, t: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """X(y, t) in ``dtype``, kept off the ends of the domain, on which rounding may put it."""
+        return self._drawn(y.to(torch.float64), self._times(y, t), dtype)
+
     def _times(self, x: Tensor, t: Tensor | float) -> Tensor:
         """t in float64, shaped to go with x."""
         return broadcast_to_event(self.inner.times_for(x, t), x.to(torch.float64))
@@ -202,17 +206,21 @@ class ReducibleKernel:
 
     def moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """The true mean and standard deviation of x_t given x_0, each (batch, *event), in the dtype of x_0."""
-        mean, std = self.line_moments(x_0, t)
-        time = self._times(x_0, t)
+        mean, second = self.pushed_moments(*self.line_moments(x_0, t), t)
+        return mean.to(x_0.dtype), second.to(x_0.dtype)
+
+    def pushed_moments(self, mean: Tensor, std: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation of X(y, t) where y is N(mean, std²), in float64, shaped as ``mean``."""
+        time = self._times(mean, t)
         if self._moments is not None:
             first, second = self._moments(mean, std.square().expand_as(mean), time.expand_as(mean))
-            return first.to(x_0.dtype), second.sqrt().to(x_0.dtype)
+            return first, second.clamp_min(0).sqrt()
         first = second = torch.zeros_like(mean)
         centre = self._to_state(mean, time)
         for node, weight in zip(_NODES.tolist(), _WEIGHTS.tolist(), strict=True):
             shift = self._to_state(mean + node * std, time) - centre  # small where std is: nothing cancels
             first, second = first + weight * shift, second + weight * shift.square()
-        return (centre + first).to(x_0.dtype), (second - first.square()).clamp_min(0).sqrt().to(x_0.dtype)
+        return centre + first, (second - first.square()).clamp_min(0).sqrt()
 
     def sample(
         self, x_0: Tensor, t: Tensor | float, seed: int | torch.Generator | None = None, noise: Tensor | None = None
@@ -321,7 +329,7 @@ class PushForward:
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
         line = self.law.sample(shape, seed, torch.float64, device)
-        return self.kernel._drawn(line, self.kernel._times(line, self.t), dtype or torch.get_default_dtype())
+        return self.kernel.restore_inside(line, self.t, dtype or torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64; -inf outside the domain."""

@@ -10,7 +10,7 @@ import sympy as sp
 import torch
 
 from sdeflow.basis import Basis
-from sdeflow.bridge import Bridge
+from sdeflow.bridge import Bridge, ReducibleBridge
 from sdeflow.certificate import Certificate, certify
 from sdeflow.compile import compile_expressions
 from sdeflow.derivation import Derivation, derive
@@ -275,12 +275,15 @@ class SDE:
             return self.kernel.lift(data, seed)
         return start(self.declaration, data, NoiseStream(seed, "lift"))
 
-    def bridge(self, x_T: torch.Tensor | float) -> Bridge:
-        """This SDE conditioned on x_T, for every linear SDE; see :mod:`sdeflow.bridge`.
+    def bridge(self, x_T: torch.Tensor | float) -> Bridge | ReducibleBridge:
+        """This SDE conditioned on x_T, for every linear SDE and every reducible one; see :mod:`sdeflow.bridge`.
 
         Raises:
-            NotAffineError: for an SDE that is not linear.
+            NotAffineError: for an SDE that is neither.
+            DataError: for an x_T outside the domain.
         """
+        if isinstance(self._exact_kernel, ReducibleKernel):
+            return ReducibleBridge(self._exact_kernel, x_T)
         self.declaration.require_affine("A bridge")
         return Bridge(self.kernel, x_T)
 
