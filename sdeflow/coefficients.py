@@ -24,6 +24,7 @@ from sdeflow.errors import DeclarationError, ScheduleError
 from sdeflow.parameters import Values
 from sdeflow.quadrature import MomentTable, integrate_coupled, integrate_elementwise, panel_edges
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.moments import Moments, square_root
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -235,10 +236,8 @@ class Coefficients:
             bad |= (rows[2 * len(rows) // 3 :] < 0).any(0)
         if bad.any():
             at = float(points[bad].min())
-            exact = [
-                (name, entry.subs({**self.values.numbers, time_symbol: sp.Float(at)}).evalf(6))
-                for name, entry in self._named_entries()
-            ]
+            point = {**self.values.numbers, time_symbol: sp.Float(at)}
+            exact = [(name, value_at(entry, point, 6)) for name, entry in self._named_entries()]
             shown = ", ".join(f"{name} = {value}" for name, value in exact)
             kind = "complex" if any(value.has(sp.I) for _, value in exact) else "not finite"
             if self.declaration.path is not None:
@@ -260,7 +259,7 @@ class Coefficients:
     def _require_end_is_regular(self) -> None:
         """A pole exactly at T escapes rounding (tan(pi/2) is 1.6e16 in float64): SymPy evaluates there."""
         for name, e in self._named_entries():
-            at_end = e.subs({**self.values.numbers, time_symbol: sp.nsimplify(self.T, rational=True)})
+            at_end = value_at(e, {**self.values.numbers, time_symbol: sp.nsimplify(self.T, rational=True)})
             if at_end.has(sp.zoo, sp.oo, -sp.oo):
                 raise ScheduleError(f"{name} is singular at t = T = {self.T:g}; use T = {0.999 * self.T:g}, say.")
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
 from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.patience import small
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -426,17 +427,22 @@ def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
             exponentials.append((sp.Mul(*rest), z))
         else:
             others.append(term)
-    if exponentials and others and sp.expand(sp.Add(*others, *(c for c, _ in exponentials))) == 0:
+    if exponentials and others and _vanishes(sp.Add(*others, *(c for c, _ in exponentials))):
         return [c * _Expm1(z) for c, z in exponentials]
     if len(expr.args) == 2:
         for constant, term in (expr.args, expr.args[::-1]):
             for cosine in term.atoms(sp.cos):
                 (z,) = cosine.args
-                if sp.expand(constant + term / cosine) == 0:
+                if _vanishes(constant + term / cosine):
                     return [2 * constant * sp.sin(z / 2) ** 2]
-                if sp.expand(constant + term / cosine**2) == 0:
+                if _vanishes(constant + term / cosine**2):
                     return [constant * sp.sin(z) ** 2]
     return None
+
+
+def _vanishes(expr: sp.Expr) -> bool:
+    """Whether ``expr`` is 0 once multiplied out; one too large for that counts as not 0."""
+    return expr == 0 or (small(expr) and sp.expand(expr) == 0)
 
 
 def _constant_like(tensor: Tensor, value: float) -> Tensor:

@@ -33,9 +33,10 @@ from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.quadrature import integrate_coupled
-from sdeflow.symbolic.coupled import derive_coupled, symbolic_cholesky
+from sdeflow.symbolic.coupled import derive_coupled, information, symbolic_cholesky
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.display import integrate_within
+from sdeflow.symbolic.exact import numbers_at
 from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, square_root
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -153,7 +154,7 @@ class Kernel:
             return self._derived  # true, but not computed as it stands: digits would cancel
         unsolved = self._derived
         if self._derived.closed:
-            unsolved = integral_moments(self.declaration.affine, self.declaration.g**2, sp.Float(self.declaration.P0))
+            unsolved = integral_moments(self.declaration.affine, self.declaration.g, self.declaration.P0)
         integrated = integrate_within(unsolved)
         if integrated is None:
             return unsolved
@@ -194,8 +195,7 @@ class Kernel:
             for expression, truth in pairs:
                 ours = list(expression) if isinstance(expression, sp.MatrixBase) else [expression]
                 scale = float(truth.abs().max())
-                for value, expected in zip(ours, truth.reshape(-1).tolist(), strict=True):
-                    number = sp.re(value.subs(at).evalf(40))
+                for number, expected in zip(numbers_at(ours, at), truth.reshape(-1).tolist(), strict=True):
                     if not number.is_finite or abs(number - expected) > 1e-9 * (abs(expected) + 1e-6 * (1 + scale)):
                         return False
         return True
@@ -234,9 +234,7 @@ class Kernel:
     def log_snr(self) -> sp.Expr:
         """log(alpha² / sigma²); log of the Fisher information of x_0 for a coupled state."""
         if self.coupled:
-            first = self.numbers.data[0]
-            column = self.alpha[:, first]
-            return sp.log((column.T * self.var.adjugate() * column)[0] / self.var.det())
+            return sp.log(information(self.alpha, self.var, self.numbers.data[0]))
         return 2 * self._shown.log_alpha - sp.log(self.var)
 
     @property

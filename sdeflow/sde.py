@@ -30,12 +30,15 @@ from sdeflow.solvers import Solver
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward
+from sdeflow.symbolic.patience import budget
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
     from sdeflow.pearson import PearsonKernel
 
 __all__ = ["SDE"]
+
+_SECONDS = 0.8  # of SymPy's work on what is not small: in a declaration, and in the search for another exact kernel
 
 
 class SDE:
@@ -94,7 +97,8 @@ class SDE:
         basis: Basis | None = None,
     ) -> None:
         resolved = parameter_symbols(params or {}, f, g)
-        self._set_up(declare(f, g, T, cutoff, resolved, P0, calculus, state), Values(resolved), prior, basis)
+        with budget(_SECONDS):
+            self._set_up(declare(f, g, T, cutoff, resolved, P0, calculus, state), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
         if basis is not None and declaration.affine is None:
@@ -130,7 +134,8 @@ class SDE:
         """
         resolved = parameter_symbols(params or {}, alpha, sigma)
         sde = object.__new__(cls)
-        sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, basis)
+        with budget(_SECONDS):
+            sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, basis)
         return sde
 
     def to_dict(self) -> dict:
@@ -154,7 +159,8 @@ class SDE:
         """
         sde = object.__new__(cls)
         declaration, values, basis = from_dict(data)
-        sde._set_up(declaration, values, None, basis)
+        with budget(_SECONDS):
+            sde._set_up(declaration, values, None, basis)
         return sde
 
     def with_params(self, **values: float) -> SDE:
@@ -225,12 +231,13 @@ class SDE:
         declaration = self.declaration
         if declaration.affine is not None or declaration.coupled or declaration.P0 > 0 or self.basis is not None:
             return None
-        try:
-            return ReducibleKernel(declaration, self.values)
-        except NotAffineError:
+        with budget(_SECONDS):
+            try:
+                return ReducibleKernel(declaration, self.values)
+            except NotAffineError:
             from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
 
-        return pearson_kernel(declaration, self.values)
+            return pearson_kernel(declaration, self.values)
 
     @property
     def weighting(self) -> sp.Expr:

@@ -1,8 +1,9 @@
 """Tells an affine drift f = a(t) x + b(t) from any other.
 
 The second derivative alone is not a test: it vanishes almost everywhere for ``Abs(x)``, ``Max(x, 0)``
-or a ``Piecewise`` whose conditions hold x. So functions with a kink in x are named first, and what is
-left must have a slope free of x, exactly.
+or a ``Piecewise`` whose conditions hold x. So functions with a kink in x are named first. Then a and b are
+read off the sums and products as they stand; where that does not do, as for (x + 1)² - x², by derivatives,
+whose slope must be free of x, exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 
 import sympy as sp
 from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom
 
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 
 __all__ = ["affine_split", "kink_in_state"]
@@ -20,6 +23,8 @@ _KINKED = (
     sp.Abs, sp.Max, sp.Min, sp.sign, sp.floor, sp.ceiling, sp.frac, sp.Mod, sp.Heaviside, sp.DiracDelta,
     sp.re, sp.im, sp.arg, sp.conjugate, Relational,
 )  # fmt: skip
+
+Split = tuple[tuple[sp.Expr, ...], sp.Expr]
 
 
 def kink_in_state(f: sp.Expr, state: Sequence[sp.Symbol]) -> sp.Basic | None:
@@ -33,12 +38,60 @@ def kink_in_state(f: sp.Expr, state: Sequence[sp.Symbol]) -> sp.Basic | None:
     return None
 
 
-def affine_split(f: sp.Expr, state: Sequence[sp.Symbol]) -> tuple[tuple[sp.Expr, ...], sp.Expr] | None:
-    """``(slopes, b)`` with f = Σ slope_i(t) state_i + b(t) identically, or None where f is not affine in the state."""
+def affine_split(f: sp.Expr, state: Sequence[sp.Symbol]) -> Split | None:
+    """``(slopes, b)`` with f = Σ slope_i(t) state_i + b(t) identically, or None where f is not affine in the state.
+
+    None also where f is not written as sums and products of affine terms, and SymPy needs too long to tell.
+    """
     if not f.has(*state):
-        return (sp.Integer(0),) * len(state), f
+        return _constant(f, state)
     if kink_in_state(f, state) is not None:
         return None
+    return _read(f, tuple(state)) or patiently(_differentiated, f, tuple(state))
+
+
+def _constant(f: sp.Expr, state: Sequence[sp.Symbol]) -> Split:
+    return (sp.Integer(0),) * len(state), f
+
+
+def _read(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
+    """The split as f is written: sums of affine terms, multiples of one, Piecewise of them; None for anything else."""
+    if not f.has(*state):
+        return _constant(f, state)
+    if f in state:
+        return tuple(sp.Integer(f == component) for component in state), sp.Integer(0)
+    if isinstance(f, sp.Mul):
+        varying = [factor for factor in f.args if factor.has(*state)]
+        inner = _read(varying[0], state) if len(varying) == 1 else None
+        if inner is None:
+            return None
+        scale = sp.Mul(*(factor for factor in f.args if factor is not varying[0]))
+        return tuple(scale * slope for slope in inner[0]), scale * inner[1]
+    if isinstance(f, sp.Add):
+        parts = [_read(term, state) for term in f.args]
+        if None in parts:
+            return None
+        slopes = zip(*(slopes for slopes, _ in parts), strict=True)
+        return tuple(sp.Add(*column) for column in slopes), sp.Add(*(b for _, b in parts))
+    if isinstance(f, sp.Piecewise):
+        parts = [_read(value, state) for value, _ in f.args]
+        if None in parts:
+            return None
+        conditions = [condition for _, condition in f.args]
+        slopes = zip(*(slopes for slopes, _ in parts), strict=True)
+        return tuple(_piecewise(c, conditions) for c in slopes), _piecewise([b for _, b in parts], conditions)
+    return None
+
+
+def _piecewise(values: Sequence[sp.Expr], conditions: Sequence[sp.Basic]) -> sp.Expr:
+    """The values under their conditions; SymPy solves compound ones for their symbol if it may, which can take long."""
+    simple = all(isinstance(condition, Relational | BooleanAtom) for condition in conditions)
+    pairs = zip(values, conditions, strict=True)
+    return sp.Piecewise(*pairs) if simple else sp.Piecewise(*pairs, evaluate=False)
+
+
+def _differentiated(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
+    """The split by derivatives in the state."""
     slopes = []
     for component in state:
         slope = sp.diff(f, component)

@@ -17,19 +17,29 @@ from sdeflow.symbolic.antiderivative import definite
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.display import exponential_within
 from sdeflow.symbolic.moments import Moments, constant_ratio, rationalised
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["derive_coupled", "stationary_covariance", "symbolic_cholesky"]
+__all__ = ["derive_coupled", "information", "stationary_covariance", "symbolic_cholesky"]
 
-_SIZE_LIMIT = 400
+_SECONDS = 2.0  # a coupled state's formulas are for display
 
 
 def derive_coupled(declaration: Declaration, rules: bool = True) -> Moments:
     """Φ, the covariance and the offset; undefined functions and integrals stand where no rule applies."""
     F, b = (matrix.applyfunc(rationalised) for matrix in declaration.affine)
     Q, P0 = (matrix.applyfunc(rationalised) for matrix in (declaration.gram, declaration.P0))
-    midpoint = {t: declaration.T / 2}
-    split = _time_change(F) if rules and sum(map(sp.count_ops, [*F, *Q])) <= _SIZE_LIMIT else None
+    fallback = _unsolved(F, b, Q, P0)
+    if not rules:
+        return fallback
+    return patiently(_by_rules, F, b, Q, P0, declaration.T, otherwise=fallback, seconds=_SECONDS)
+
+
+def _by_rules(
+    F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, Q: sp.ImmutableMatrix, P0: sp.ImmutableMatrix, T: float
+) -> Moments:
+    midpoint = {t: T / 2}
+    split = _time_change(F)
     B = definite(split[0], t, midpoint) if split else None
     phi = None if B is None else _exponential(split[1], B)
     if phi is None:
@@ -42,7 +52,11 @@ def derive_coupled(declaration: Declaration, rules: bool = True) -> Moments:
 
 
 def stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp.ImmutableMatrix | None:
-    """The symmetric S with F0 S + S F0ᵀ + Q0 = 0, or None where there is not exactly one."""
+    """The symmetric S with F0 S + S F0ᵀ + Q0 = 0, or None where there is not exactly one, or it takes too long."""
+    return patiently(_stationary_covariance, F0, Q0)
+
+
+def _stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp.ImmutableMatrix | None:
     k = F0.shape[0]
     unknown = {(i, j): sp.Dummy(f"S{i}{j}") for i in range(k) for j in range(i, k)}
     S = sp.Matrix(k, k, lambda i, j: unknown[min(i, j), max(i, j)])
@@ -57,7 +71,22 @@ def stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp.
 
 
 def symbolic_cholesky(covariance: sp.ImmutableMatrix) -> sp.ImmutableMatrix:
-    """The lower triangular L with L Lᵀ = covariance, entry by entry."""
+    """The lower triangular L with L Lᵀ = covariance, entry by entry; functions L_ij(t) where that is too long."""
+    k = covariance.shape[0]
+    named = sp.Matrix(k, k, lambda i, j: sp.Function(f"L_{i + 1}{j + 1}", real=True)(t) if j <= i else 0)
+    return patiently(_cholesky, covariance, otherwise=sp.ImmutableMatrix(named))
+
+
+def information(phi: sp.ImmutableMatrix, covariance: sp.ImmutableMatrix, i: int) -> sp.Expr:
+    """(Φᵀ P⁻¹ Φ)_ii, what the state knows of component i of its start; a function J(t) where that is too long."""
+    return patiently(_information, phi[:, i], covariance, otherwise=sp.Function("J", positive=True)(t))
+
+
+def _information(column: sp.MatrixBase, covariance: sp.ImmutableMatrix) -> sp.Expr:
+    return (column.T * covariance.adjugate() * column)[0] / covariance.det()
+
+
+def _cholesky(covariance: sp.ImmutableMatrix) -> sp.ImmutableMatrix:
     k = covariance.shape[0]
     L = sp.zeros(k, k)
     for i in range(k):

@@ -20,8 +20,10 @@ from sympy.core.function import AppliedUndef
 
 from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
 from sdeflow.symbolic.affine import affine_split, kink_in_state
+from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.grammar import parse
-from sdeflow.symbolic.patience import within
+from sdeflow.symbolic.patience import patiently, small, within
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
 from sdeflow.symbolic.tree import OF_TIME_ALONE
@@ -124,15 +126,18 @@ class Declaration:
 
         For a coupled state a is the matrix F(t) and b a column.
         """
-        if self.state_dependent_noise:
-            return None
-        splits = [affine_split(f, self.state) for f in self.drifts]
-        if None in splits:
+        splits = self._splits
+        if self.state_dependent_noise or None in splits:
             return None
         if not self.coupled:
             (((a,), b),) = splits
             return a, b
         return sp.ImmutableMatrix([slopes for slopes, _ in splits]), sp.ImmutableMatrix([b for _, b in splits])
+
+    @cached_property
+    def _splits(self) -> list[tuple[tuple[sp.Expr, ...], sp.Expr] | None]:
+        """The affine split of each drift, or None."""
+        return [affine_split(f, self.state) for f in self.drifts]
 
     def require_affine(self, purpose: str) -> AffineDrift:
         """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way."""
@@ -150,8 +155,8 @@ class Declaration:
         for g in self.diffusions:
             if g.has(*self.state):
                 return f"the diffusion g = {g} depends on the state (read in the sense of Itô)"
-        for f in self.drifts:
-            if affine_split(f, self.state) is None:
+        for f, split in zip(self.drifts, self._splits, strict=True):
+            if split is None:
                 kink = kink_in_state(f, self.state)
                 because = f", because of {kink}" if kink is not None and kink != f else ""
                 return f"the drift f = {f} is not affine in {', '.join(map(str, self.state))}{because}"
@@ -230,24 +235,33 @@ def declare_path(
     alpha, sigma = (_coefficient(v, n, _ELEMENTWISE, parameters) for v, n in ((alpha, "alpha"), (sigma, "sigma")))
     if alpha.has(x) or sigma.has(x):
         raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
-    start = alpha.subs(t, 0)
-    if start.is_number and abs(float(start) - 1) > 1e-12:
-        raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {float(start):g}.")
-    initial = sigma.subs(t, 0)
-    if not initial.is_number or not initial.is_real:
+    start, initial = (value_at(e, {t: sp.Integer(0)}) for e in (alpha, sigma))
+    if start.is_number and not abs(float(sp.re(start)) - 1) <= 1e-12:
+        raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {start}.")
+    if not initial.is_number or not initial.is_real or not initial.is_finite:
         raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
-    rate = _simplest(sum(sp.diff(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
-    gram = _simplest(2 * sigma * sp.diff(sigma, t) - 2 * rate * sigma**2)
-    declaration = declare(rate * x, sp.sqrt(gram), T, cutoff, parameters, P0=float(initial) ** 2)
+    found = patiently(_path_coefficients, alpha, sigma)
+    if found is None:
+        raise DeclarationError(
+            f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g of: declare these."
+        )
+    rate, g = found
+    declaration = declare(rate * x, g, T, cutoff, parameters, P0=float(initial) ** 2)
     return replace(declaration, path=(alpha, sigma))
 
 
+def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
+    """f / x = alpha' / alpha and g = √(2 sigma sigma' - 2 f sigma² / x)."""
+    rate = _simplest(sum(derivative(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
+    return rate, sp.sqrt(_simplest(2 * sigma * derivative(sigma, t) - 2 * rate * sigma**2))
+
+
 def _simplest(expr: sp.Expr) -> sp.Expr:
-    """``expr`` simplified where it is small, and SymPy does so in two seconds."""
-    if expr.is_rational_function(t):
+    """``expr`` simplified where it is small, and SymPy does so in a second."""
+    if expr.is_rational_function(t) and small(expr):
         return sp.factor(expr)
     patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
-    found = within(2.0, sp.simplify, expr) if patient else None
+    found = within(1.0, sp.simplify, expr) if patient else None
     return expr if found is None else found
 
 
@@ -256,7 +270,7 @@ def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbo
     k, m = g.shape
     return sp.ImmutableMatrix(
         [
-            sum(g[j, n] * sp.diff(g[i, n], components[j]) for j in range(k) for n in range(m)) / 2
+            sum(g[j, n] * derivative(g[i, n], components[j]) for j in range(k) for n in range(m)) / 2
             for i in range(k)
         ]
     )  # fmt: skip

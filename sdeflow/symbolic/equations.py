@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.symbols import score_symbols, x
 
 __all__ = ["Equation", "forward", "probability_flow", "reverse_time"]
@@ -115,7 +116,7 @@ def _drift(declaration: Declaration, share: sp.Expr) -> sp.Expr | sp.ImmutableMa
     score = score_symbols(state)
     rows = []
     for i, f in enumerate(declaration.drifts):
-        terms = [sp.diff(gram[i, j], state[j]) + gram[i, j] * score[j] for j in range(len(state))]
+        terms = [derivative(gram[i, j], state[j]) + gram[i, j] * score[j] for j in range(len(state))]
         rows.append(f - sum(sp.expand_mul(share * term) if term.is_Add else share * term for term in terms))
     return sp.ImmutableMatrix(rows) if declaration.coupled else rows[0]
 

@@ -41,6 +41,7 @@ import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.moments import rationalised
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x
 
 __all__ = ["Map", "Reduction", "line_mean", "line_var", "rationals", "reduce", "sign_at", "y"]
@@ -114,7 +115,7 @@ class Reduction:
 
 
 def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
-    """The reduction of dx = f dt + g dw (Itô), or None where no map of the table makes it affine.
+    """The reduction of dx = f dt + g dw (Itô), or None where no map of the table makes it affine in good time.
 
     It is tried for all values of the parameters first, then for those given.
 
@@ -123,7 +124,11 @@ def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = No
         g: the diffusion, likewise.
         values: numbers of the parameters; they also tell signs, such as that of u = 1 - x.
     """
-    f, g, numbers = rationalised(f), rationalised(g), rationals(values)
+    return patiently(_reduced, rationalised(f), rationalised(g), rationals(values))
+
+
+def _reduced(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Reduction | None:
+    """For all values of the parameters, or for those given."""
     found = _reduce(f, g, numbers)
     if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found

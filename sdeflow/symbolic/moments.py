@@ -21,6 +21,7 @@ from sympy.core.function import AppliedUndef
 
 from sdeflow.symbolic.antiderivative import definite
 from sdeflow.symbolic.declaration import AffineDrift, Declaration
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _LARGEST_ROOT = 10**6
-_SIZE_LIMIT = 400  # operations; above it even polynomial-time simplification takes seconds
+_SECONDS = 0.6  # for the rules where the schedule is large
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         T: the horizon.
         values: numbers of the parameters, used only to read off the signs of logarithms' arguments.
     """
-    a, b, q = (rationalised(e) for e in (*drift, g**2))
-    P0 = rationalised(sp.Float(P0))
-    fallback = integral_moments((a, b), q, P0)
-    if sum(sp.count_ops(e) for e in (a, b, q)) > _SIZE_LIMIT:
-        return fallback
+    start = rationalised(sp.Float(P0))
     midpoint = {**values, t: T / 2}
+    found = patiently(_by_rules, *drift, g, start, midpoint, seconds=_SECONDS)
+    return integral_moments(drift, g, P0) if found is None else found
+
+
+def _by_rules(a: sp.Expr, b: sp.Expr, g: sp.Expr, P0: sp.Expr, midpoint: dict) -> Moments:
+    a, b, q = (rationalised(e) for e in (a, b, g**2))
+    fallback = _integrals(a, b, q, P0)
     log_alpha = definite(a, t, midpoint)
     if log_alpha is None or _is_a_power_too_far(log_alpha):
         return fallback
@@ -93,20 +97,34 @@ def moments_of(declaration: Declaration, values: dict[sp.Symbol, float]) -> Mome
     return derive_moments(declaration.affine, declaration.g, declaration.P0, declaration.T, values)
 
 
-def integral_moments(drift: AffineDrift, q: sp.Expr, P0: sp.Expr) -> Moments:
-    """The moments as integrals, whatever the schedule; ``q`` is g^2."""
-    a, b = drift
+def integral_moments(drift: AffineDrift, g: sp.Expr, P0: float) -> Moments:
+    """The moments as integrals, whatever the schedule; where that is too long, as functions A(t), m(t) and v(t)."""
+    log_alpha, offset, var = (sp.Function(name, real=True)(t) for name in ("A", "m", "v"))
+    named = Moments(log_alpha, sp.exp(log_alpha), offset if drift[1] != 0 else drift[1], var, ("by quadrature",) * 3)
+    return patiently(_rational_integrals, *drift, g, P0, otherwise=named, seconds=_SECONDS)
+
+
+def _rational_integrals(a: sp.Expr, b: sp.Expr, g: sp.Expr, P0: float) -> Moments:
+    return _integrals(*(rationalised(e) for e in (a, b, g**2, sp.Float(P0))))
+
+
+def _integrals(a: sp.Expr, b: sp.Expr, q: sp.Expr, P0: sp.Expr) -> Moments:
+    """The moments as integrals; ``q`` is g²."""
     u, v = sp.Symbol("u", nonnegative=True), sp.Symbol("v", nonnegative=True)
-    log_alpha = sp.Integral(a.subs(t, u), (u, 0, t))
+    log_alpha = sp.Integral(a.xreplace({t: u}), (u, 0, t))
     alpha = sp.exp(log_alpha)
-    since = sp.Integral(a.subs(t, v), (v, u, t))
-    offset = sp.Integer(0) if b == 0 else sp.Integral(b.subs(t, u) * sp.exp(since), (u, 0, t))
-    var = P0 * alpha**2 + sp.Integral(q.subs(t, u) * sp.exp(2 * since), (u, 0, t))
+    since = sp.Integral(a.xreplace({t: v}), (v, u, t))
+    offset = sp.Integer(0) if b == 0 else sp.Integral(b.xreplace({t: u}) * sp.exp(since), (u, 0, t))
+    var = P0 * alpha**2 + sp.Integral(q.xreplace({t: u}) * sp.exp(2 * since), (u, 0, t))
     return Moments(log_alpha, alpha, offset, var, ("by quadrature",) * 3)
 
 
 def square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
     """The positive square root of a variance, without the modulus where its sign is known at ``at``."""
+    return patiently(_square_root, var, at, otherwise=sp.Pow(var, sp.Rational(1, 2), evaluate=False))
+
+
+def _square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
     root = sp.sqrt(var)
     for modulus in root.atoms(sp.Abs):
         value = modulus.args[0].subs(at).evalf()

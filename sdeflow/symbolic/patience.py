@@ -1,42 +1,188 @@
-"""SymPy in a process of its own, with seconds to live.
+"""SymPy with an end to it: what may run here, and what runs in a process of its own with seconds to live.
 
-``sympy.integrate`` and ``simplify`` can run for minutes, and cannot be interrupted from within. Numbers
-never wait for them; only what is printed may, and does without where the time is over.
+``integrate``, ``simplify``, ``expand`` of (1 + t)**64, even asking whether a polynomial is positive, can take
+minutes and cannot be interrupted from within. So whatever rewrites an expression goes through :func:`patiently`:
+what is :func:`small` is done at once; the rest in a fork of this process, which the operating system ends when it
+has used up its *processor* time, however busy the machine is. Its caller then does without: a formula keeps its
+integral sign, and numbers come by quadrature in any case.
+
+The fork is made by ``os.fork`` and not by ``multiprocessing``, whose daemonic workers may have no children.
+Where there is no fork (Windows), what is not small is not done.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+import contextlib
+import gc
+import math
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
+from multiprocessing.connection import Connection, Pipe
 from typing import TypeVar
 
-__all__ = ["within"]
+import sympy as sp
+
+__all__ = ["budget", "growth", "patiently", "small", "within"]
 
 Result = TypeVar("Result")
 
+_SECONDS = 0.5
+_LARGEST_HERE = 40  # of growth; SymPy's time is about its square, 0.3 s at the limit
+_LARGEST_RESULT = 4000  # nodes
+_HUGE = 1e9
+_COMPARING = (sp.Max, sp.Min, sp.Piecewise, sp.Mod)
+
+_left: ContextVar[list[float] | None] = ContextVar("left", default=None)
+
+
+@contextlib.contextmanager
+def budget(seconds: float) -> Iterator[None]:
+    """What stands inside has ``seconds`` of processor time in all; within another budget, what is left of that."""
+    outer = _left.get()
+    token = _left.set([seconds]) if outer is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _left.reset(token)
+
+
+def patiently(
+    function: Callable[..., Result], *arguments: object, otherwise: Result | None = None, seconds: float = _SECONDS
+) -> Result | None:
+    """``function(*arguments)``: here where all expressions in the arguments are small, else :func:`within` ``seconds``.
+
+    Args:
+        function: of the top level of a module; what it returns must not be None.
+        arguments: expressions, matrices, dataclasses and dicts of them, and anything else.
+        otherwise: what is returned where it takes too long or fails in the other process.
+        seconds: of processor time.
+    """
+    if small(*arguments):
+        try:
+            found = function(*arguments)
+        except Exception:  # as in a process of its own
+            found = None
+    else:
+        found = within(seconds, function, *arguments)
+    return otherwise if found is None else found
+
 
 def within(seconds: float, function: Callable[..., Result], *arguments: object) -> Result | None:
-    """``function(*arguments)`` in a process of its own; None where it takes longer, or fails."""
-    if "fork" not in multiprocessing.get_all_start_methods():
+    """``function(*arguments)`` in a process of its own; None where it takes longer, fails, or returns what is huge."""
+    left = _left.get()
+    seconds = seconds if left is None else min(seconds, left[0])
+    if seconds < 0.01 or not hasattr(os, "fork"):
         return None
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, arguments), daemon=True)
-    process.start()
+    receiver, sender = Pipe(duplex=False)
+    with warnings.catch_warnings():  # of threads, which hold nothing that SymPy needs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        receiver.close()
+        _answer(sender, seconds, function, arguments)
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(seconds) else None
-    except EOFError:
+        # It is the processor time that counts; the clock is for a child that waits for a lock held at the fork.
+        return receiver.recv() if receiver.poll(30 + 30 * seconds) else None
+    except Exception:  # the child has died, or what it sent cannot be built again
         return None
     finally:
-        process.kill()
-        process.join()
         receiver.close()
+        used = _ended(child)
+        if left is not None:
+            left[0] -= used
 
 
-def _send(sender: Connection, function: Callable[..., Result], arguments: tuple) -> None:
+def _answer(sender: Connection, seconds: float, function: Callable[..., object], arguments: tuple) -> None:
+    """The child's whole life."""
     try:
-        sender.send(function(*arguments))
-    except Exception:  # whatever SymPy stumbles on, the integral sign stays
-        sender.send(None)
+        gc.disable()
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        result = function(*arguments)
+        sender.send(result if all(_nodes(e) <= _LARGEST_RESULT for e in _expressions([result])) else None)
+    except BaseException:  # whatever SymPy stumbles on, the integral sign stays
+        with contextlib.suppress(BaseException):
+            sender.send(None)
+    finally:
+        os._exit(0)  # without the parent's exit handlers and buffers
+
+
+def _ended(child: int) -> float:
+    """Ends the child, and returns the processor time that it used."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    try:
+        usage = os.wait4(child, 0)[2]
+    except ChildProcessError:  # somebody else has waited for it
+        return 0.0
+    return usage.ru_utime + usage.ru_stime
+
+
+def small(*values: object) -> bool:
+    """Whether the expressions in ``values`` have so few terms, even multiplied out, that SymPy is done at once."""
+    return sum(growth(e) for e in _expressions(values)) <= _LARGEST_HERE
+
+
+def growth(expr: sp.Basic) -> float:
+    """An estimate of the terms of ``expr`` and of all its parts, multiplied out."""
+    terms: dict[sp.Basic, float] = {}
+
+    def of(node: sp.Basic) -> float:
+        if node not in terms:
+            terms[node] = min(_HUGE, _terms(node, [of(argument) for argument in node.args]))
+        return terms[node]
+
+    of(expr)
+    return sum(terms.values())
+
+
+def _terms(node: sp.Basic, inner: list[float]) -> float:
+    """The terms of one node whose arguments have ``inner`` terms."""
+    if isinstance(node, sp.Rational):
+        return 1.0 + max(abs(node.p).bit_length(), node.q.bit_length()) / 32
+    if isinstance(node, sp.Mul):
+        return min(_HUGE, math.prod(inner))
+    if isinstance(node, _COMPARING):
+        return len(inner) * sum(inner)
+    if isinstance(node, sp.Pow) and node.exp.is_Rational and inner[0] < _HUGE:
+        n = max(1, abs(node.exp.p))
+        return _binomial(inner[0] + n - 1, n)
+    return max(1.0, sum(inner))
+
+
+def _binomial(n: float, k: float) -> float:
+    """n over k, of which n - k + 1 is the number of terms of a sum and k its power."""
+    log = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(log) if log < math.log(_HUGE) else _HUGE
+
+
+def _nodes(expr: sp.Basic) -> int:
+    """The nodes of ``expr``, copies counted, as far as the limit."""
+    count = 0
+    for _ in sp.preorder_traversal(expr):
+        count += 1
+        if count > _LARGEST_RESULT:
+            break
+    return count
+
+
+def _expressions(values: Iterable[object]) -> Iterator[sp.Basic]:
+    """The SymPy expressions in (nested) tuples, lists, dicts, matrices and dataclasses."""
+    for value in values:
+        if isinstance(value, sp.MatrixBase):
+            yield from value
+        elif isinstance(value, sp.Basic):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _expressions(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _expressions(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            yield from _expressions(getattr(value, field.name) for field in fields(value))

@@ -43,6 +43,7 @@ import sympy as sp
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, sign_at
 from sdeflow.symbolic.moments import rationalised
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x, x_0
 
 __all__ = ["Pearson", "classify", "decay", "exact_form", "spread"]
@@ -93,14 +94,18 @@ class Pearson:
 
 
 def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
-    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None where it is neither of the two families.
+    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None where it is neither, or SymPy needs too long.
 
     Args:
         f: the drift, in x, t and parameters.
         g: the diffusion, likewise.
         values: numbers of the parameters, which decide the signs of delta, A and B.
     """
-    f, g, numbers = rationalised(f), rationalised(g), rationals(values)
+    return patiently(_classified, rationalised(f), rationalised(g), rationals(values))
+
+
+def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | None:
+    """For all values of the parameters, or for those given."""
     found = _classify(f, g, numbers)
     if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found

@@ -1,0 +1,32 @@
+"""Expressions at points in SymPy's own arithmetic, for proofs and messages; numbers in use never wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sympy as sp
+
+from sdeflow.symbolic.patience import patiently
+
+__all__ = ["numbers_at", "value_at"]
+
+Point = Mapping[sp.Symbol, float | sp.Expr]
+
+
+def value_at(expr: sp.Expr, at: Point, digits: int | None = None) -> sp.Expr:
+    """``expr`` with values put in, exact or to some digits; NaN where SymPy fails at it, or needs too long."""
+    return patiently(_value_at, expr, dict(at), digits, otherwise=sp.nan, seconds=0.2)
+
+
+def numbers_at(expressions: Sequence[sp.Expr], at: Point) -> list[sp.Expr]:
+    """The real parts of the expressions at the values of their symbols, in 40 digits; NaN where that takes too long."""
+    return patiently(_numbers_at, list(expressions), dict(at), otherwise=[sp.nan] * len(expressions))
+
+
+def _value_at(expr: sp.Expr, at: Point, digits: int | None) -> sp.Expr:
+    value = expr.subs(at)
+    return value if digits is None else value.evalf(digits)
+
+
+def _numbers_at(expressions: list[sp.Expr], at: Point) -> list[sp.Expr]:
+    return [sp.re(e.subs(at).evalf(40)) for e in expressions]
