@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,13 @@ from sdeflow.certificate import Certificate, certify
 from sdeflow.compile import compile_expressions
 from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
-from sdeflow.errors import DeclarationError, MissingPriorError, NotAffineError, ScheduleError
+from sdeflow.errors import (
+    DeclarationError,
+    MissingPriorError,
+    NotAffineError,
+    ScheduleError,
+    UnsafeExpressionError,
+)
 from sdeflow.explanation import explain
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
@@ -29,8 +35,8 @@ from sdeflow.simulation import simulate, start
 from sdeflow.solvers import Solver
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
-from sdeflow.symbolic.equations import Equation, forward
-from sdeflow.symbolic.patience import budget
+from sdeflow.symbolic.equations import Equation, forward, probability_flow
+from sdeflow.symbolic.patience import budget, rehearsed, small
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
@@ -39,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["SDE"]
 
 _SECONDS = 0.8  # of SymPy's work on what is not small: in a declaration, and in the search for another exact kernel
+_SHORT = 120  # characters of text that is read without a rehearsal
+_SHORT_TREES = 4000  # the same of stored expressions
 
 
 class SDE:
@@ -98,7 +106,8 @@ class SDE:
     ) -> None:
         resolved = parameter_symbols(params or {}, f, g)
         with budget(_SECONDS):
-            self._set_up(declare(f, g, T, cutoff, resolved, P0, calculus, state), Values(resolved), prior, basis)
+            arguments = (f, g, T, cutoff, resolved, P0, calculus, state)
+            self._set_up(_manageable(declare, *arguments), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
         if basis is not None and declaration.affine is None:
@@ -135,7 +144,8 @@ class SDE:
         resolved = parameter_symbols(params or {}, alpha, sigma)
         sde = object.__new__(cls)
         with budget(_SECONDS):
-            sde._set_up(declare_path(alpha, sigma, T, cutoff, resolved), Values(resolved), None, basis)
+            declaration = _manageable(declare_path, alpha, sigma, T, cutoff, resolved)
+            sde._set_up(declaration, Values(resolved), None, basis)
         return sde
 
     def to_dict(self) -> dict:
@@ -158,9 +168,12 @@ class SDE:
             UnsafeExpressionError: for data that holds anything but allowed nodes.
         """
         sde = object.__new__(cls)
-        declaration, values, basis = from_dict(data)
         with budget(_SECONDS):
-            sde._set_up(declaration, values, None, basis)
+            trees = [data.get(key) for key in ("f", "g", "path")] if isinstance(data, Mapping) else []
+            if len(repr(trees)) > _SHORT_TREES and not rehearsed(_SECONDS, from_dict, data):
+                raise UnsafeExpressionError("SymPy needs too long to build the expressions of this declaration.")
+            declaration, values, basis = from_dict(data)
+            sde._set_up(_manageable(lambda: declaration), values, None, basis)
         return sde
 
     def with_params(self, **values: float) -> SDE:
@@ -375,6 +388,43 @@ class SDE:
                 raise ScheduleError(
                     f"{name} = {expr} is not finite and real at t = {float(times[bad][0]):.4g}, for any x tried."
                 )
+
+
+def _manageable(make: Callable[..., Declaration], *arguments: object) -> Declaration:
+    """``make(*arguments)``, whose equations SymPy can write in good time.
+
+    Text is read, and what is large is derived, in another process first: nothing can stop SymPy in this one.
+
+    Raises:
+        DeclarationError: for f and g too large for that.
+    """
+    declaration = None
+    if not any(isinstance(text, str) and len(text) > _SHORT for text in _flat(arguments)):
+        declaration = make(*arguments)
+        if small(declaration):
+            return declaration
+    if not rehearsed(_SECONDS, _written, make, arguments, declaration):
+        raise DeclarationError(
+            "f and g are too large: SymPy takes too long over their sums, powers and fractions. Nest them less deeply, "
+            "or make of what depends on t alone a function of numbers: beta = sdeflow.schedule(lambda t: ...)."
+        )
+    return make(*arguments) if declaration is None else declaration
+
+
+def _written(make: Callable[..., Declaration], arguments: tuple, declaration: Declaration | None) -> bool:
+    """Writes what every SDE writes, once."""
+    declaration = declaration or make(*arguments)
+    probability_flow(declaration)
+    return declaration.affine is not None and bool(declaration.gram**2)
+
+
+def _flat(values: Iterable[object]) -> Iterator[object]:
+    """What stands in (nested) lists and tuples."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _plain(P0: float | sp.ImmutableMatrix) -> str:

@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 _LARGEST_ROOT = 10**6
-_SECONDS = 0.6  # for the rules where the schedule is large
+_SECONDS = 0.4  # for each moment, where the schedule is large
+_UNSOLVED = (None, "by quadrature")
 
 
 @dataclass(frozen=True)
@@ -68,28 +69,27 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         T: the horizon.
         values: numbers of the parameters, used only to read off the signs of logarithms' arguments.
     """
-    start = rationalised(sp.Float(P0))
-    midpoint = {**values, t: T / 2}
-    found = patiently(_by_rules, *drift, g, start, midpoint, seconds=_SECONDS)
-    return integral_moments(drift, g, P0) if found is None else found
+    a, b = drift
+    start, midpoint = rationalised(sp.Float(P0)), {**values, t: T / 2}
+    log_alpha, alpha = patiently(_growth, a, midpoint, otherwise=(None, None), seconds=_SECONDS)
+    if log_alpha is None:
+        return integral_moments(drift, g, P0)
+    offset, offset_rule = patiently(_offset, a, b, alpha, midpoint, otherwise=_UNSOLVED, seconds=_SECONDS)
+    known = a, g, log_alpha, alpha, start, midpoint
+    var, var_rule = patiently(_variance, *known, otherwise=_UNSOLVED, seconds=_SECONDS)
+    if offset is None or var is None:
+        unsolved = integral_moments(drift, g, P0)
+        offset, var = unsolved.offset if offset is None else offset, unsolved.var if var is None else var
+    rules = ("log alpha: antiderivative of a", f"offset: {offset_rule}", f"variance: {var_rule}")
+    return Moments(log_alpha, alpha, offset, var, rules)
 
 
-def _by_rules(a: sp.Expr, b: sp.Expr, g: sp.Expr, P0: sp.Expr, midpoint: dict) -> Moments:
-    a, b, q = (rationalised(e) for e in (a, b, g**2))
-    fallback = _integrals(a, b, q, P0)
-    log_alpha = definite(a, t, midpoint)
+def _growth(a: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, sp.Expr | None]:
+    """log alpha and alpha, or two None."""
+    log_alpha = definite(rationalised(a), t, midpoint)
     if log_alpha is None or _is_a_power_too_far(log_alpha):
-        return fallback
-    alpha = sp.powsimp(sp.exp(sp.expand_log(log_alpha, force=False)))
-    offset, offset_rule = _offset(a, b, alpha, midpoint)
-    var, var_rule = _variance(a, q, log_alpha, alpha, P0, midpoint)
-    return Moments(
-        log_alpha,
-        alpha,
-        fallback.offset if offset is None else offset,
-        fallback.var if var is None else var,
-        ("log alpha: antiderivative of a", offset_rule, var_rule),
-    )
+        return None, None
+    return log_alpha, sp.powsimp(sp.exp(sp.expand_log(log_alpha, force=False)))
 
 
 def moments_of(declaration: Declaration, values: dict[sp.Symbol, float]) -> Moments:
@@ -140,37 +140,39 @@ def rationalised(expr: sp.Expr) -> sp.Expr:
 
 
 def _offset(a: sp.Expr, b: sp.Expr, alpha: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, str]:
+    a, b = rationalised(a), rationalised(b)
     if b == 0:
-        return sp.Integer(0), "offset: none"
+        return sp.Integer(0), "none"
     level = constant_ratio(-b / a) if a != 0 else None
     if level is not None:
-        return level * (1 - alpha), "offset: mean reversion, b = -mu a gives mu (1 - alpha)"
+        return level * (1 - alpha), "mean reversion, b = -mu a gives mu (1 - alpha)"
     integral = definite(b / alpha, t, midpoint)
     if integral is None:
-        return None, "offset: by quadrature"
-    return _tidy(alpha * integral), "offset: antiderivative of b / alpha"
+        return _UNSOLVED
+    return _tidy(alpha * integral), "antiderivative of b / alpha"
 
 
 def _variance(
-    a: sp.Expr, q: sp.Expr, log_alpha: sp.Expr, alpha: sp.Expr, P0: sp.Expr, midpoint: dict
+    a: sp.Expr, g: sp.Expr, log_alpha: sp.Expr, alpha: sp.Expr, P0: sp.Expr, midpoint: dict
 ) -> tuple[sp.Expr | None, str]:
+    a, q = rationalised(a), rationalised(g**2)
     if a == 0:
         integral = definite(q, t, midpoint)
-        rule = "variance: a = 0, antiderivative of g^2"
-        return (None, "variance: by quadrature") if integral is None else (_tidy(P0 + integral), rule)
+        rule = "a = 0, antiderivative of g^2"
+        return _UNSOLVED if integral is None else (_tidy(P0 + integral), rule)
     level = constant_ratio(-q / (2 * a))
     if level is not None:
-        rule = "variance: g^2 = -2 c a gives c (1 - alpha^2) + P0 alpha^2"
+        rule = "g^2 = -2 c a gives c (1 - alpha^2) + P0 alpha^2"
         if isinstance(alpha, sp.cos):
             return level * sp.sin(alpha.args[0]) ** 2 + P0 * alpha**2, rule
         return level + (P0 - level) * alpha**2, rule
     power = _power_of_alpha(a, q, alpha, midpoint)
     if power is not None:
-        return power + P0 * alpha**2, "variance: g^2 = -2a (c0 + c1 alpha^k), integrated in alpha"
+        return power + P0 * alpha**2, "g^2 = -2a (c0 + c1 alpha^k), integrated in alpha"
     integral = definite(q * sp.exp(-2 * log_alpha), t, midpoint)
     if integral is None:
-        return None, "variance: by quadrature"
-    return _tidy(alpha**2 * (P0 + integral)), "variance: antiderivative of g^2 / alpha^2"
+        return _UNSOLVED
+    return _tidy(alpha**2 * (P0 + integral)), "antiderivative of g^2 / alpha^2"
 
 
 def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> sp.Expr | None:

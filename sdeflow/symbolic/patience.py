@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import sympy as sp
 
-__all__ = ["budget", "growth", "patiently", "small", "within"]
+__all__ = ["budget", "growth", "patiently", "rehearsed", "small", "within"]
 
 Result = TypeVar("Result")
 
@@ -96,6 +96,20 @@ def within(seconds: float, function: Callable[..., Result], *arguments: object) 
         used = _ended(child)
         if left is not None:
             left[0] -= used
+
+
+def rehearsed(seconds: float, function: Callable[..., object], *arguments: object) -> bool:
+    """Whether ``function(*arguments)`` comes to an end, good or bad, within ``seconds``: tried out in another process.
+
+    For what must be done in this process afterwards, and cannot be interrupted there. True where there is no fork.
+    """
+    return not hasattr(os, "fork") or within(seconds, _ends, function, arguments) is not None
+
+
+def _ends(function: Callable[..., object], arguments: tuple) -> bool:
+    with contextlib.suppress(Exception):
+        function(*arguments)
+    return True
 
 
 def _answer(sender: Connection, seconds: float, function: Callable[..., object], arguments: tuple) -> None:

@@ -52,7 +52,7 @@ _LARGEST_ORDER = 20
 _MAX_OF_TWO = 8
 # SymPy compares the arguments of Max and Min in pairs.
 _MAX_EXTREMUM = 16
-_MAX_JUDGED = 40  # of growth, of what stands under a function or a power that SymPy simplifies at all
+_MAX_JUDGED = 40  # of growth, of what it compares at all
 _MAX_ROOT_BITS = 14
 # SymPy factors the product of what stands under roots.
 _MAX_RADICAL_BITS = 1024
@@ -389,9 +389,9 @@ def _construct(function: type[sp.Basic], args: Sequence[sp.Basic], evaluate: boo
         # SymPy expands what Mod is given for a common divisor, unrolls gamma functions at integers,
         # and writes digamma as a polygamma, which the compiler does not know.
         evaluate = evaluate and all(a.is_Rational for a in args)
-    elif function not in (sp.Add, sp.Mul, sp.And, sp.Or, sp.Not) and evaluate:
-        # Which of two is larger, and whether one is positive or real, SymPy tries to prove.
-        evaluate = sum(map(growth, args)) <= _MAX_JUDGED
+    elif function in (sp.Max, sp.Min, sp.Abs, sp.sign, sp.Heaviside):
+        # Which of the arguments is larger, and whether one is positive, SymPy tries to prove.
+        evaluate = evaluate and sum(map(growth, args)) <= _MAX_JUDGED
     return function(*args) if evaluate else function(*args, evaluate=False)
 
 

@@ -1,0 +1,125 @@
+"""Limits of time: whatever the grammar allows is declared or refused in 3 s of processor time, children included."""
+
+import multiprocessing
+import os
+import resource
+import time
+
+import pytest
+import sympy as sp
+
+from sdeflow import SDE, t, x
+from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.patience import budget, growth, patiently, small, within
+
+
+def processor_time():
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def spend(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return sp.Integer(1)
+
+
+# The powers of sums that used to hang, and others of their kind.
+LARGE = {
+    "power of a sum": ("-x", "(1+t)**64"),
+    "of three terms": ("-x", "(1+t+t**2)**64"),
+    "in the drift": ("-x*(t+1)**64", "1"),
+    "of a power": ("((1+t)**64+1)**64", "1"),
+    "fraction of powers": ("-x", "1/(1+t+t**2)**64 + 1/(2+t)**63"),
+    "with exponentials": ("-x*(1+exp(-t)+t)**20", "(1+t+exp(t))**12"),
+    "nested fractions": ("-x", "1+t/(2+t**2/(1/3+1/(5+t/(2/7+1/(3+t**2/(1+1/(2+t/(11/13+1/(7+t)))))))))"),
+    "long sum": ("-x", "+".join(f"{i}/7*t**{i}" for i in range(1, 60))),
+    "product of sums": ("-x", "*".join(f"(t+{i}/3)" for i in range(1, 60))),
+    "tower of roots": ("-x", "sqrt(" * 20 + "1+t" + ")+t" * 10 + ")" * 10),
+    "tower of extremes": ("-x", "Max(Min(Max(Min(Max(t,t**2+1/3),2*t),t**3+1/5),4*t),t+1/7)+1"),
+    "state-dependent": ("x*(1+t)**64", "x*(1+t+t**2)**40"),
+    "square root": ("(1+t+t**2)**20 - x", "sqrt(x)*(1+t)**64"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_large_to_multiply_out_is_declared_in_time(name):
+    before = processor_time()
+    try:
+        assert SDE(*LARGE[name], T=0.5).kind == ("general" if name in ("state-dependent", "square root") else "affine")
+    except ScheduleError:  # too stiff, say: that is for quadrature to tell
+        assert name in ("in the drift", "of a power", "with exponentials", "product of sums")
+    assert processor_time() - before < 3.0
+
+
+def test_what_sympy_cannot_write_down_is_refused_in_time():
+    fraction = "t"
+    for i in range(14):
+        fraction = f"{i + 1}/7 + t**2/(2/3 + {fraction})"
+    before = processor_time()
+    with pytest.raises(DeclarationError, match="too large: SymPy takes too long"):
+        SDE("-x", fraction)
+    assert processor_time() - before < 3.0
+
+
+def test_a_formula_that_takes_too_long_keeps_its_integral_sign():
+    kernel = SDE("-x", "(1+t)**64").kernel
+    before = processor_time()
+    assert kernel.var.has(sp.Integral)
+    assert kernel.alpha == sp.exp(-t)
+    assert "Integral" in repr(kernel)
+    assert processor_time() - before < 4.0
+
+
+def test_patience_ends_by_processor_time_and_a_budget_by_the_sum():
+    before = processor_time()
+    assert within(0.2, spend, 5.0) is None
+    assert within(1.0, spend, 0.05) == 1
+    with budget(0.4):
+        assert [within(1.0, spend, 0.15) for _ in range(3)] == [1, 1, None]
+        assert within(1.0, spend, 0.3) is None
+    assert processor_time() - before < 1.5
+
+
+def test_what_is_small_is_done_here_and_what_fails_is_done_without():
+    assert patiently(os.getpid) == os.getpid()
+    assert patiently(_pid, (1 + t) ** 64) != os.getpid()
+    assert patiently(_fails, x, otherwise=3) == patiently(_fails, (1 + t) ** 64, otherwise=3) == 3
+
+
+def test_growth_is_that_of_what_is_multiplied_out():
+    for expr, terms in (((1 + t) ** 12, 13), ((1 + t + x) ** 5, 21), ((1 + t) ** 3 * (2 + x) ** 2, 12)):
+        assert len(sp.expand(expr).args) == terms <= growth(expr) <= terms + 30
+    assert small(sp.exp(-t) * (1 + t) ** 3)
+    assert not small((1 + t + x) ** 30)
+
+
+def test_derivatives_are_those_of_sympy():
+    beta = sp.Symbol("beta", positive=True)
+    for expr in (
+        sp.exp(-beta * t) * sp.sin(t) ** 3 / (1 + t**2), (1 + t) ** beta, beta**t, t**t, sp.sqrt(1 - sp.exp(-2 * t)),
+        sp.Piecewise((t**2, t < 1), (sp.log(t), True)), sp.Abs(x - t), sp.besselj(1, t) * sp.erf(t), sp.Integer(3),
+    ):  # fmt: skip
+        difference = derivative(expr, t) - sp.diff(expr, t)
+        assert difference == 0 or abs(difference.subs({t: 0.7, beta: 1.3, x: 0.2}).evalf()) < 1e-14
+
+
+def _pid(expr):
+    return os.getpid()
+
+
+def _fails(expr):
+    raise ZeroDivisionError
+
+
+def _in_a_worker(_):
+    shown, coupled = SDE("-x*(1+sin(3*t)**2)/2", "sqrt(2+cos(t))"), SDE(["v", "-x-v"], ["0", "1"], state=("x", "v"))
+    return repr(shown.kernel), str(shown.kernel.var), repr(coupled.kernel), str(coupled.kernel.var), shown.explain()
+
+
+def test_daemonic_workers_show_what_others_show():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(_in_a_worker, [None]) == [_in_a_worker(None)]
