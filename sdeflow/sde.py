@@ -248,9 +248,9 @@ class SDE:
             try:
                 return ReducibleKernel(declaration, self.values)
             except NotAffineError:
-            from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
+                from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
 
-            return pearson_kernel(declaration, self.values)
+                return pearson_kernel(declaration, self.values)
 
     @property
     def weighting(self) -> sp.Expr:
