@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from sdeflow.errors import DataError
+from sdeflow.noise import NoiseStream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,8 +173,8 @@ class _Shuffled(Sampler):
         per_epoch = self.n // self.batch_size
         epoch, position = divmod(self.first_step, per_epoch)
         while True:
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, -1))
-            order = torch.randperm(self.n, generator=generator)
+            level = NoiseStream(self.seed, f"order {epoch}").uniform((1, self.n), torch.float64)[0]
+            order = level.argsort(stable=True)
             for i in range(position, per_epoch):
                 self.latest = order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
                 yield self.latest

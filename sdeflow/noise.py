@@ -1,27 +1,40 @@
-"""Reproducible normal numbers that no global state, batch size or chunk can change.
+"""Reproducible random numbers that no global state, batch size, chunk or device can change.
 
 Samples are grouped in blocks of 1,024 rows. The numbers of block ``b`` in draw ``k`` depend on
-``(seed, purpose, b, k)`` alone, and the first rows of a block do not depend on how many rows are
-asked for. So sample ``i`` of a solve is the same for 10 samples as for 10,000, and on every device:
-the numbers are drawn on the CPU and moved.
+``(seed, purpose, b, k)`` alone, and the first rows of a block do not depend on how many rows are asked for. So sample
+``i`` of a solve is the same for 10 samples as for 10,000.
 
-PyTorch's CPU generator reads the lower 32 bits of its seed only. The draws of one block therefore
-walk through distinct 32-bit seeds (an odd stride modulo 2^32) from a hashed start.
+The generator is Philox4x64-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): a bijection of a 256-bit counter under
+a 128-bit key. The key is a hash of the seed and the purpose; ``b`` and ``k`` are two of the counter's four words, so
+that no two draws of a stream share a number, and two streams do so with a chance of 2^-128.
+
+**Normal numbers** are made by Box and Muller's method, a pair from each 64-bit word: u and θ from its halves,
+
+    z = sqrt(-2 log u) (cos θ, sin θ),      u = (i + 1/2) 2^-32,     |z| <= 6.77.
+
+They are formed on the CPU and moved, so they are equal on every device. In float32 they are the numbers of float64 up
+to the rounding of u: some 1e-6, and at most 7e-4 where the radius is nearly zero. Another machine's log, cos and sin
+may differ in the last place. **Uniform numbers** are the middles of 2^52 cells (2^23 in float32), never 0 or 1; signs
+are the bits themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "NoiseStream", "kernel_noise", "resolve_seed"]
+__all__ = ["BLOCK", "NoiseStream", "kernel_noise", "key_of", "resolve_seed", "words"]
 
 BLOCK = 1024
-_STRIDE = 0x9E3779B1  # odd, so that k -> k * stride is a bijection modulo 2^32
+_GROUP = 512  # normal numbers are formed in groups: half of each are cosines, half sines
+_PIECE = 256  # groups formed at once, in the processor's cache
 
 
 def resolve_seed(seed: int | torch.Generator | None) -> int:
@@ -52,64 +65,75 @@ class NoiseStream:
         self.seed = resolve_seed(seed)
         self.purpose = purpose
         self._block, self._skipped = divmod(first, BLOCK)  # whole blocks before, and rows of the first one
-        self._generator = torch.Generator()
-        self._starts: list[int] = []
+        self._key = key_of(f"{self.seed}/{purpose}")
         self._draws = 0
 
     def normal(
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The next draw of N(0, 1), of the given ``shape`` (batch, *event)."""
-        return self._draw(Tensor.normal_, shape, dtype, device)
+        return self._draw(_normals, 2, _GROUP, shape, dtype, device)
 
     def uniform(
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The next draw of U(0, 1), of the given ``shape`` (batch, *event)."""
-        return self._draw(Tensor.uniform_, shape, dtype, device)
+        """The next draw of U(0, 1), of the given ``shape`` (batch, *event); never 0 or 1."""
+        return self._draw(_uniforms, 1, 1, shape, dtype, device)
 
     def rademacher(
         self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The next draw of independent signs, of the given ``shape`` (batch, *event)."""
-        half = self._draw(Tensor.uniform_, shape, torch.float32, "cpu") < 0.5
-        return (1.0 - 2.0 * half).to(device=device, dtype=dtype or torch.get_default_dtype())
+        return self._draw(_signs, 64, 64, shape, dtype, device)
 
     def skip(self, draws: int) -> None:
         """Leaves out the next draws."""
         self._draws += draws
 
-    def _start(self, block: int) -> int:
-        while len(self._starts) <= block:
-            key = f"{self.seed}/{self.purpose}/{self._block + len(self._starts)}".encode()
-            self._starts.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little"))
-        return self._starts[block]
-
     def _draw(
         self,
-        fill: Callable[..., Tensor],
+        form: Callable[[np.ndarray, type], np.ndarray],
+        density: int,
+        group: int,
         shape: tuple[int, ...],
         dtype: torch.dtype | None,
         device: torch.device | str,
     ) -> Tensor:
+        """Numbers that ``form`` makes of words, ``density`` from each, in whole groups for each block."""
         dtype = dtype or torch.get_default_dtype()
-        narrow = dtype in (torch.float16, torch.bfloat16)
-        row = 1
-        for side in shape[1:]:
-            row *= side
-        count = self._skipped + shape[0] if shape[0] else 0
-        blocks = -(-count // BLOCK)
-        # PyTorch fills in groups of 16 and redoes an incomplete last group: whole groups keep
-        # the first numbers of a draw independent of its length.
-        rest = (count - (blocks - 1) * BLOCK) * row if blocks else 0
-        padded = (blocks - 1) * BLOCK * row + -(-rest // 16) * 16 if blocks else 0
-        flat = torch.empty(padded, dtype=torch.float32 if narrow else dtype)
-        for block, part in enumerate(flat.split(BLOCK * row) if padded else ()):
-            self._generator.manual_seed((self._start(block) + self._draws * _STRIDE) % 2**32)
-            fill(part, generator=self._generator)
+        row, count = math.prod(shape[1:]), self._skipped + shape[0] if shape[0] else 0
+        drawn = [
+            words(self._key, (0, 0, self._draws, self._block + block), -(-rows * row // group) * group // density)
+            for block, rows in enumerate(min(BLOCK, count - first) for first in range(0, count, BLOCK))
+        ]
         self._draws += 1
-        rows = flat[self._skipped * row : count * row] if count else flat
-        return rows.reshape(shape).to(device=device, dtype=dtype)
+        made = form(_joined(drawn), np.float64 if dtype == torch.float64 else np.float32)
+        return torch.from_numpy(made[self._skipped * row : count * row].reshape(shape)).to(device=device, dtype=dtype)
+
+
+class _Philox(threading.local):
+    """One generator for each thread; nothing of it outlives a call of :func:`words`."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(0)
+
+
+_philox = _Philox()
+
+
+def key_of(name: str) -> tuple[int, int]:
+    """A key of Philox: 128 bits of BLAKE2b."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def words(key: tuple[int, int], counter: tuple[int, int, int, int], n: int) -> np.ndarray:
+    """``n`` words of 64 bits, four for each value of the counter after the one given; its first word counts. (n,)"""
+    _philox.bits.state = {
+        "bit_generator": "Philox", "state": {"counter": counter, "key": key}, "buffer": (0, 0, 0, 0),
+        "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+    }  # fmt: skip
+    return _philox.bits.random_raw(n)
 
 
 def kernel_noise(like: Tensor, seed: int | torch.Generator | None) -> Tensor:
@@ -117,3 +141,40 @@ def kernel_noise(like: Tensor, seed: int | torch.Generator | None) -> Tensor:
     if seed is None:
         return torch.randn_like(like)
     return NoiseStream(seed, "kernel").normal(tuple(like.shape), like.dtype, like.device)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The words of all blocks; their bytes in the same order on every machine."""
+    whole = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint64), *parts])
+    return whole.astype("<u8", copy=False)
+
+
+def _normals(words: np.ndarray, dtype: type) -> np.ndarray:
+    halves = words.view("<u4").reshape(-1, 2, _GROUP // 2)
+    out = np.empty(halves.shape, dtype)
+    for first in range(0, len(halves), _PIECE):
+        piece, z = halves[first : first + _PIECE], out[first : first + _PIECE]
+        radius, angle = piece[:, 0].astype(dtype), piece[:, 1].view("<i4").astype(dtype)
+        radius *= dtype(2.0**-32)
+        radius += dtype(2.0**-33)
+        np.log(radius, out=radius)
+        radius *= dtype(-2.0)
+        np.sqrt(radius, out=radius)
+        angle *= dtype(math.pi * 2.0**-31)
+        np.multiply(radius, np.cos(angle), out=z[:, 0])
+        np.multiply(radius, np.sin(angle, out=angle), out=z[:, 1])
+    return out.reshape(-1)
+
+
+def _uniforms(words: np.ndarray, dtype: type) -> np.ndarray:
+    digits = np.finfo(dtype).nmant  # with the half, one more than are stored
+    whole = words if dtype is np.float64 else words.view("<u4")[1::2]
+    out = (whole >> (8 * whole.itemsize - digits)).astype(dtype)
+    out += dtype(0.5)
+    out *= dtype(2.0**-digits)
+    return out
+
+
+def _signs(words: np.ndarray, dtype: type) -> np.ndarray:
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    return dtype(1.0) - dtype(2.0) * bits

@@ -62,10 +62,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.errors import ScoreError
+from sdeflow.errors import DataError, ScoreError
 from sdeflow.noise import NoiseStream, resolve_seed
 
-__all__ = ["Estimate", "Exact", "Hadamard", "HutchPP", "Hutchinson", "Integral", "Products", "Trace", "pool", "until"]
+__all__ = [
+    "Estimate",
+    "Exact",
+    "Given",
+    "Hadamard",
+    "HutchPP",
+    "Hutchinson",
+    "Integral",
+    "Products",
+    "Trace",
+    "pool",
+    "until",
+]
 
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 _GRAM = 2**9  # slots whose mutual products are kept, per sample
@@ -369,10 +381,69 @@ class _Hutchinson(Integral):
     def _error(self) -> tuple[Tensor, Tensor]:
         if self._trace.fresh:
             return self._nodes.error()
-        if self._trace.probes == 1:
-            return _unknown(self.value)
-        dof = torch.full_like(self.value.detach(), self._trace.probes - 1)
-        return self._integrals.std(0) / math.sqrt(self._trace.probes), dof
+        return _of_whole_integrals(self._integrals)
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Trace):
+    """The mean of vᵀ J v over probes that are handed over and taken as they are, the same at every node.
+
+    Args:
+        vectors: (m, *event) for all samples alike, or (m, batch, *event). Unbiased for the trace where E[v vᵀ] = 1.
+        first_row: the number of the first sample of that batch.
+
+    Raises:
+        DataError: for what is no finite floating tensor with m >= 1.
+    """
+
+    vectors: Tensor
+    first_row: int = 0
+
+    def __post_init__(self) -> None:
+        v = self.vectors
+        if not isinstance(v, Tensor) or not v.is_floating_point() or v.ndim < 2 or not len(v):
+            given = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
+            raise DataError(f"probes are a floating tensor (m, *event) or (m, batch, *event), m >= 1, not {given}.")
+        if not bool(torch.isfinite(v).all()):
+            raise DataError("these probes are not finite.")
+
+    def require(self, shape: tuple[int, ...]) -> None:
+        """A DataError unless the probes are those of states of ``shape`` (batch, *event)."""
+        if tuple(self.vectors.shape[1:]) not in (tuple(shape), tuple(shape[1:])):
+            raise DataError(
+                f"probes for states {tuple(shape)} are (m, {', '.join(map(str, shape[1:]))}) or "
+                f"(m, {', '.join(map(str, shape))}), not {tuple(self.vectors.shape)}."
+            )
+
+    def mapped(self, transform: Callable[[Tensor], Tensor], event: tuple[int, ...]) -> Given:
+        """The probes of other coordinates: ``transform`` is linear, and takes (batch, *event)."""
+        moved = transform(self.vectors.reshape(-1, *event)).reshape(self.vectors.shape)
+        return Given(moved, self.first_row)
+
+    def of_rows(self, rows: Tensor | None, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+        """The probes of some rows of all samples, (m, samples, d), for states of ``shape``."""
+        samples, d = shape[0] if rows is None else len(rows), math.prod(shape[1:])
+        v = self.vectors.to(device)
+        if v.ndim == len(shape):
+            return v.reshape(len(v), 1, d).expand(-1, samples, -1)
+        return (v if rows is None else v[:, rows.to(device) - self.first_row]).reshape(len(v), samples, d)
+
+    def _integral(self, setting: Integral._Setting) -> Integral:
+        return _Given(setting, self.of_rows(setting.rows, setting.shape, setting.device))
+
+
+class _Given(Integral):
+    def __init__(self, setting: Integral._Setting, vectors: Tensor) -> None:
+        super().__init__(setting)
+        self._vectors, self._integrals = vectors, 0.0
+
+    def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
+        forms = self._products.forms(output, x, self._vectors)
+        self._integrals = self._integrals + float(self.weights[self.node]) * forms.detach()
+        return forms.mean(0)
+
+    def _error(self) -> tuple[Tensor, Tensor]:
+        return _of_whole_integrals(self._integrals)
 
 
 @dataclass(frozen=True)
@@ -640,6 +711,14 @@ def _satterthwaite(variance: Tensor, squares: Tensor) -> Tensor:
     """
     dof = variance.square() / squares.clamp_min(torch.finfo(torch.float64).tiny) - 2.0
     return torch.where(squares > 0, dof, math.inf)
+
+
+def _of_whole_integrals(integrals: Tensor) -> tuple[Tensor, Tensor]:
+    """The error of a mean of independent integrals (k, samples), from their spread."""
+    k = len(integrals)
+    if k == 1:
+        return _unknown(integrals[0])
+    return integrals.std(0) / math.sqrt(k), torch.full_like(integrals[0], k - 1)
 
 
 def _unknown(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from sdeflow.reference import reference, reference_growth
 from sdeflow.solvers import Problem
 from sdeflow.solvers.clock import Clock
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Estimate, Exact, Products, until
+from sdeflow.traces import Estimate, Exact, Given, Products, until
 
 __all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
 
@@ -53,7 +53,7 @@ def by_torchdiffeq(
 
     def run(round: int, part: Tensor) -> Estimate:
         part = part.to(x.device)
-        vectors = _probes(x[part], rows[part], options, round)
+        vectors = _probes(model, x[part], rows[part], options, round)
         solve = Flow(model.of_indices(part, len(x)), equation, clock, dtype, vectors, options.gradient is not None)
         estimate, x_T, nfe = solve(x[part], plan, on_call)
         found.append((estimate, x_T, vectors, nfe))
@@ -71,8 +71,11 @@ def by_torchdiffeq(
     return Solved(estimate.value, estimate.stderr, error, x_T, sum(nfe for *_, nfe in found))
 
 
-def _probes(x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | None:
+def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | None:
     """Probe vectors (probes, batch, *event), or None for the exact trace."""
+    if isinstance(options.trace, Given):
+        given = options.trace if model.kernel is None else options.trace.mapped(model.kernel.to_basis, x.shape[1:])
+        return given.of_rows(rows, tuple(x.shape), x.device)
     if options.trace not in (None, "exact", "hutchinson") and not isinstance(options.trace, Exact):
         raise ValueError(
             f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {options.trace!r}: others go '

@@ -22,7 +22,7 @@ from sdeflow.pilot import pilot
 from sdeflow.plan import Plan
 from sdeflow.solvers import Exponential, Torchdiffeq
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Estimate, Exact, Hutchinson, until
+from sdeflow.traces import Estimate, Exact, Given, Hutchinson, until
 
 __all__ = ["by_exponential"]
 
@@ -64,7 +64,10 @@ def by_exponential(
     steps = options.steps or _FIRST_STEPS
     if options.steps is not None and options.solver is None:
         steps = max(1, steps - 1)  # without a solver, calls are what is counted
-    carrier = Carrier(estimator(x, options), chosen, clock, steps, options.seed, dtype, on_call)
+    trace = estimator(x, options)
+    if isinstance(trace, Given):
+        trace = trace.mapped(model.kernel.to_basis, tuple(x.shape[1:]))
+    carrier = Carrier(trace, chosen, clock, steps, options.seed, dtype, on_call)
     if options.steps is not None:
         return _in_steps(carrier, model, x, rows, options)
     return _to_tolerance(carrier, model, equation, x, rows, options)
@@ -103,8 +106,8 @@ def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Opt
 
 def _same_for_all_grids(carrier: Carrier) -> Carrier:
     """The carrier with a trace that does not differ between grids, so that only the solver does."""
-    exact = isinstance(carrier.trace, Exact)
-    return carrier if exact else replace(carrier, trace=Hutchinson(2, fresh=False))
+    same = isinstance(carrier.trace, Exact | Given)
+    return carrier if same else replace(carrier, trace=Hutchinson(2, fresh=False))
 
 
 @torch.no_grad()
@@ -189,8 +192,13 @@ def _adaptively(
     rtol: float, budget: int, graph: bool = False,
 ) -> tuple[Estimate, Tensor, int]:  # fmt: skip
     """log p of the samples ``part`` by dopri5, with as many probes as the carrier's trace has, fixed."""
-    probes = getattr(carrier.trace, "probes", None)
-    vectors = None if probes is None else fixed_probes(x[part], rows[part], options, probes)
+    trace = carrier.trace
+    if isinstance(trace, Exact):
+        vectors = None
+    elif isinstance(trace, Given):
+        vectors = trace.of_rows(rows[part], tuple(x.shape), x.device)
+    else:
+        vectors = fixed_probes(x[part], rows[part], options, trace.probes)
     flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, vectors, graph)
     return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 

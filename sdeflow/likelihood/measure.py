@@ -24,7 +24,7 @@ from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import evaluating
 from sdeflow.solvers import Grid, Solver
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Exact, Hutchinson, Trace
+from sdeflow.traces import Exact, Given, Hutchinson, Trace
 
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
@@ -36,8 +36,8 @@ def log_prob(
     equation: Equation,
     x: Tensor,
     *,
-    trace: str | Trace | None = None,
-    probes: int | str | None = None,
+    trace: str | Trace | Tensor | None = None,
+    probes: int | str | Tensor | None = None,
     probe: str = "rademacher",
     solver: str | Solver | None = None,
     steps: int | None = None,
@@ -67,8 +67,11 @@ def log_prob(
         x: (batch, *event), finite.
         trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.traces`; None is exact up to
             128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential solver.
+            A tensor holds probes that are taken as they are, at every node and with every solver: (m, *event), or
+            (m, batch, *event) for probes of each sample.
         probes: how many at each node; giving it chooses Hutchinson. "auto" adds probes until the standard error of
-            each sample is at most ``warn_above``, doubling them (Hadamard's, where no trace is named).
+            each sample is at most ``warn_above``, doubling them (Hadamard's, where no trace is named). Or a tensor of
+            probes, as for ``trace``.
         probe: "rademacher" or "gaussian".
         solver: a method of torchdiffeq, or an :class:`~sdeflow.solvers.Exponential` of eta 0.
         steps: steps of the solver; without one, calls of the score (at least 2), by the exponential solver.
@@ -119,6 +122,8 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
         raise ValueError(
             'at="data": this state has auxiliary components; data_log_prob bounds the density of the data.'
         )
+    if isinstance(options.trace, Given):
+        options.trace.require(tuple(x.shape))
     exponential = options.by_exponential(model)
     if not exponential:
         plan_of(options, x.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdeflow.model import Model
 from sdeflow.noise import resolve_seed
 from sdeflow.solvers import Exponential, Grid, Solver
-from sdeflow.traces import Exact, Hadamard, Hutchinson, HutchPP, Trace
+from sdeflow.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
 
 __all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exact"]
 
@@ -24,8 +24,8 @@ DEFAULT_PROBES = 16
 class Options:
     """What :func:`sdeflow.likelihood.log_prob` was asked for; see there."""
 
-    trace: str | Trace | None = None
-    probes: int | str | None = None
+    trace: str | Trace | Tensor | None = None
+    probes: int | str | Tensor | None = None
     probe: str = "rademacher"
     solver: str | Solver | None = None
     steps: int | None = None
@@ -56,6 +56,12 @@ class Options:
             isinstance(atol, bool) or not isinstance(atol, int | float) or not 0 < atol < math.inf
         ):
             raise ValueError(f"atol must be a positive error in nats, not {atol!r}.")
+        if isinstance(self.trace, Tensor) or isinstance(self.probes, Tensor):
+            if self.trace is not None and self.probes is not None:
+                raise ValueError("give the probes alone, as trace= or as probes=.")
+            given = self.trace if self.probes is None else self.probes
+            object.__setattr__(self, "trace", Given(given, self.first_row))
+            object.__setattr__(self, "probes", None)
         if self.solver is None and self.steps is not None and (atol is not None or self.rtol is not None):
             raise ValueError("give steps=, or atol= for an error of log p in nats, or rtol= and atol=; not both.")
         if self.probes != "auto":
