@@ -192,7 +192,7 @@ def test_chapman_kolmogorov(name):
 def test_the_score_is_the_gradient_of_log_prob(name, time):
     kernel, start = build(name), torch.full((6, 2), CASES[name].start, dtype=torch.float64)
     assert score_error(kernel, CASES[name].start, time) < 1e-8
-    states = kernel.sample(start, time, seed=3).requires_grad_()
+    states = kernel.sample(start, time, seed=4).requires_grad_()
     (gradient,) = torch.autograd.grad(kernel.log_prob(states, start, time).sum(), states)
     torch.testing.assert_close(kernel.score(states, start, time), gradient, rtol=1e-10, atol=1e-10)
 

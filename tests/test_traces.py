@@ -188,7 +188,7 @@ def repeated(trace, trajectory, passes=5):
     """Errors, standard errors and degrees of freedom of passes x 60 estimates."""
     jacobians, weights = trajectory
     truth = trace_of(jacobians, weights)
-    results = [along(trace, jacobians, weights, seed=seed) for seed in range(passes)]
+    results = [along(trace, jacobians, weights, seed=5 + seed) for seed in range(passes)]
     return torch.cat([r.value - truth for r in results]), *(
         torch.cat([getattr(r, name) for r in results]) for name in ("stderr", "dof")
     )
