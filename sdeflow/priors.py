@@ -16,6 +16,10 @@ How fast p_t tends to it follows from the same table: the generator is symmetric
 finite-volume scheme exchange probability at the rates 1 / ∫ 2 dx / (g² p), which are exact at rest. Its spectrum is
 that of relaxation, and carries any law from 0 to T.
 
+**Law of Boltzmann.** Underdamped Langevin dynamics, a position and a velocity, leave exp(-Φ(x) - v² / (2 θ)) as it is
+(``sdeflow.symbolic.langevin``); the law of the position is found as above, with the drift -Φ' and the noise √2. How far
+p(x_T) is from it is read off paths simulated from its 2 % and its 98 % quantile.
+
 **Fitted prior.** A mixture of Gaussians fitted by EM to states simulated from the data, over the whole event where
 that is small, else over each coordinate by itself (all components of a coupled state together). Its fit is reported
 as the Kolmogorov-Smirnov distance of each coordinate to states that the fit has not seen.
@@ -32,8 +36,9 @@ import torch
 from torch import Tensor
 
 from sdeflow.batches import checked_data
+from sdeflow.boltzmann import BoltzmannLaw
 from sdeflow.compile import compile_expressions
-from sdeflow.errors import DataError, PriorMismatchWarning
+from sdeflow.errors import DataError, NonFiniteStateError, PriorMismatchWarning
 from sdeflow.gaussian import Gaussian
 from sdeflow.model import fitted_moments
 from sdeflow.noise import NoiseStream
@@ -42,6 +47,7 @@ from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
 from sdeflow.simulation import simulate, start
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.langevin import find_langevin
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["FittedPrior", "StationaryLaw", "default_prior", "fit_prior", "stationary_law"]
@@ -49,12 +55,14 @@ __all__ = ["FittedPrior", "StationaryLaw", "default_prior", "fit_prior", "statio
 _FALL = 46.0  # nats below the peak at which a tail is cut: e^-46 = 1e-20
 _FURTHEST = 40.0  # the reach of the table in u: x of 1e17
 _LEAST_FALL, _LEAST_RATE = 14.0, 0.1  # there, in nats and nats per unit of u: e^-14 / 0.1 is the mass left out
+_OVERFLOW = 1e100  # of a coefficient that is not finite farther out
 _LOOK = 16  # nodes of the first table
 _NODES = 4097
 _GAUSS, _COARSE = np.polynomial.legendre.leggauss(6), np.polynomial.legendre.leggauss(3)
 _READ = 1024  # states from which a Gaussian is read off the score
 _MISMATCH = 0.05  # of total variation
 _CELLS, _TAIL = 400, 1e-4
+_PATHS, _PATH_STEPS, _UNREACHED = 512, 2000, 0.12  # of the law of Boltzmann; 0.12 is exceeded by chance 1 in 10⁶ times
 _STARTS = (0.0, 1.0, 0.5, -1.0, 0.1, 2.0, 10.0, -0.5, 100.0)
 _JOINT = 8  # sides of an event that one mixture takes whole
 _GROUPS = 32  # mixtures fitted at once
@@ -65,8 +73,8 @@ _FLOOR = 1e-5  # of a component's variance, in units of the whole's
 # -------------------------------------------------------------------- the stationary law
 
 
-def stationary_law(sde: DeclaredSDE, near: float | None = None) -> StationaryLaw | None:
-    """The stationary law of an elementwise SDE with f and g free of t; None where it has none.
+def stationary_law(sde: DeclaredSDE, near: float | None = None) -> StationaryLaw | BoltzmannLaw | None:
+    """The stationary law of an elementwise SDE, or of Langevin dynamics, free of t; None where none is known.
 
     Args:
         sde: the declaration.
@@ -74,9 +82,15 @@ def stationary_law(sde: DeclaredSDE, near: float | None = None) -> StationaryLaw
     """
     declaration = sde.declaration
     depends = any(e.has(time_symbol) for e in (*declaration.drifts, *declaration.diffusions))
-    if declaration.coupled or depends or sde.values.shape or getattr(sde, "basis", None) is not None:
+    if depends or sde.values.shape or getattr(sde, "basis", None) is not None:
         return None
-    coefficients = _Coefficients(declaration, sde.values)
+    if declaration.coupled:
+        return _boltzmann(declaration, sde.values, near)
+    return _elementwise(declaration, sde.values, near)
+
+
+def _elementwise(declaration: Declaration, values: Values, near: float | None) -> StationaryLaw | None:
+    coefficients = _Coefficients(declaration, values)
     for state in _STARTS if near is None else (near,):
         f, g = (float(v[0]) for v in coefficients(np.array([state])))
         if math.isfinite(f) and math.isfinite(g) and g != 0:
@@ -84,7 +98,21 @@ def stationary_law(sde: DeclaredSDE, near: float | None = None) -> StationaryLaw
     return None
 
 
-def default_prior(sde: DeclaredSDE, score: ScoreFunction, like: Tensor) -> PushForward | StationaryLaw | None:
+def _boltzmann(declaration: Declaration, values: Values, near: float | None) -> BoltzmannLaw | None:
+    """The law of Boltzmann of underdamped Langevin dynamics; None for another SDE, or where it has no finite mass."""
+    found = find_langevin(declaration)
+    if found is None:
+        return None
+    time = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        temperature = float(compile_expressions(found.temperature, (time_symbol,), values)(time))
+    of_position = _elementwise(found.overdamped(declaration), values, near) if temperature > 0 else None
+    return None if of_position is None else BoltzmannLaw(of_position, temperature, found.position, found.velocity)
+
+
+def default_prior(
+    sde: DeclaredSDE, score: ScoreFunction, like: Tensor
+) -> PushForward | StationaryLaw | BoltzmannLaw | None:
     """Of a reducible SDE a Gaussian pushed forward, else the stationary law; None where there is neither.
 
     A warning says where p(x_T) has not reached the stationary law.
@@ -94,9 +122,13 @@ def default_prior(sde: DeclaredSDE, score: ScoreFunction, like: Tensor) -> PushF
         pushed = _pushed_forward(score, like)
         if pushed is not None:
             return pushed
-    law = stationary_law(sde, None if moments is None else float(moments[0].mean()))
+    near = None if moments is None or sde.declaration.coupled else float(moments[0].mean())
+    law = stationary_law(sde, near)
     if law is None:
         return None
+    if isinstance(law, BoltzmannLaw):
+        _warn_where_unreached(sde, law)
+        return law
     distance = law.distance_at(sde.declaration.T, *(moments or (None, None)))
     if distance > _MISMATCH:
         data = "data of the score's mean and std" if moments is not None else "data anywhere in the law's bulk"
@@ -108,6 +140,31 @@ def default_prior(sde: DeclaredSDE, score: ScoreFunction, like: Tensor) -> PushF
             stacklevel=6,
         )
     return law
+
+
+def _warn_where_unreached(sde: DeclaredSDE, law: BoltzmannLaw) -> None:
+    """Warns where paths from two far positions have not both reached the law of Boltzmann at T."""
+    level = torch.tensor([0.02, 0.98], dtype=torch.float64).repeat_interleave(_PATHS)
+    x_0 = torch.zeros(2 * _PATHS, 2, 1, dtype=torch.float64)
+    x_0[:, law.position, 0] = law.of_position.quantile(level)
+    T = sde.declaration.T
+    try:
+        x_T = simulate(sde, x_0, [T], steps=_PATH_STEPS, seed=0, progress=False)[0, :, law.position, 0]
+    except NonFiniteStateError:
+        reached = f"could not be compared with p(x_T), for {_PATH_STEPS} steps of Euler-Maruyama do not reach T = {T:g}"
+    else:
+        below = law.of_position.cdf(x_T.reshape(2, _PATHS)).sort(dim=1).values
+        distance = float((below - (torch.arange(_PATHS) + 0.5) / _PATHS).abs().max())
+        if distance < _UNREACHED:
+            return
+        reached = (
+            f"is {distance:.2g} away (Kolmogorov-Smirnov) from p(x_T) of its own 2 % or 98 % quantile at T = {T:g}"
+        )
+    warnings.warn(
+        f"the prior is the law of Boltzmann, which {reached}: raise T, or pass prior=sde.fit_prior(data).",
+        PriorMismatchWarning,
+        stacklevel=6,
+    )
 
 
 def _pushed_forward(score: ScoreFunction, like: Tensor) -> PushForward | None:
@@ -200,6 +257,8 @@ def _edge(coefficients: _Coefficients, inside: float, direction: float) -> float
     for _ in range(100):  # bisection
         middle = 0.5 * (good + end)
         good, end = (middle, end) if is_inside(np.array([middle]))[0] else (good, middle)
+    if max(abs(float(value[0])) for value in coefficients(np.array([good]))) > _OVERFLOW:
+        return direction * math.inf  # such as sinh(x) at 710
     return float(round(end, 10))
 
 

@@ -1,6 +1,7 @@
 """Forward paths, what is learned from them, and the priors of SDEs without a Gaussian kernel."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -542,3 +543,62 @@ def test_a_fitted_prior_keeps_components_together():
     assert abs(float(ours - theirs)) < 0.08
     points = drawn[:3]
     assert prior.log_prob(points).shape == (3,)
+
+
+# ------------------------------------------------------------------ the law of Boltzmann
+
+POSITION, VELOCITY = sdeflow.state("position velocity")
+FRICTION, TEMPERATURE = sp.Rational(1, 2), sp.Rational(7, 10)
+BOLTZMANN = {  # the SDE, its velocity's component, -U' and a such that dx = a v dt
+    "double well": (
+        SDE([VELOCITY, -FRICTION * VELOCITY - POSITION**3 + POSITION], [0, sp.sqrt(2 * FRICTION * TEMPERATURE)], T=25),
+        1, lambda q: q**4 / 4 - q**2 / 2, 0.7,
+    ),
+    "friction of the position": (
+        SDE([VELOCITY, -(1 + POSITION**2) * VELOCITY - sp.sinh(POSITION)], [0, sp.sqrt(2 + 2 * POSITION**2)], T=25),
+        1, torch.cosh, 1.0,
+    ),
+    "velocity first, and a mass": (
+        SDE([-2 * POSITION - VELOCITY**3, 3 * POSITION], [2, 0], T=25), 0, lambda q: q**4 / 12, 1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOLTZMANN)
+def test_the_law_of_boltzmann_is_found_and_stays(name):
+    """exp(-(U(x) + v² / 2) / temperature): the density up to a constant; paths that start in it keep its moments."""
+    sde, velocity, energy, temperature = BOLTZMANN[name]
+    law = stationary_law(sde)
+    states = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, q = states[:, velocity], states[:, 1 - velocity]
+    rest = law.log_prob(states) + (energy(q) + v**2 / 2) / temperature
+    torch.testing.assert_close(rest, rest[:1].expand(6), rtol=1e-8, atol=1e-8)
+    n = 4000
+    start = law.sample((n, 2), seed=0, dtype=torch.float64)
+    later = sde.simulate(start, [1.0], steps=400, seed=1)[0]
+    for drawn in (start, later):
+        assert abs(float(drawn[:, velocity].var()) / temperature - 1) < 4 * math.sqrt(2 / n) + 0.01
+    moments = [s[:, 1 - velocity].square() for s in (start, later)]
+    assert abs(float(moments[0].mean() - moments[1].mean())) < 4 * float(moments[0].std()) * math.sqrt(2 / n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior = sde.default_prior(sdeflow.scores.as_score(lambda x, t: -x, sde), states)
+    torch.testing.assert_close(prior.log_prob(states), law.log_prob(states))
+
+
+def test_no_law_of_boltzmann():
+    f = -FRICTION * VELOCITY - POSITION**3
+    for wrong in (
+        SDE([VELOCITY, f], [0, sp.sqrt(1 + POSITION**2)]),  # a temperature that depends on the position
+        SDE([VELOCITY, f], [sp.Rational(1, 2), 1]),  # noise in the position
+        SDE([VELOCITY, f - VELOCITY**3], [0, 1]),
+        SDE([VELOCITY, -FRICTION * VELOCITY - 1 + POSITION**3 * 0 + sp.sin(POSITION)], [0, 1]),  # no finite mass
+        SDE([VELOCITY, f * (1 + sdeflow.t)], [0, 1]),
+    ):
+        assert stationary_law(wrong) is None
+
+
+def test_a_horizon_too_short_for_the_law_of_boltzmann_is_told():
+    sde = SDE([VELOCITY, -VELOCITY - POSITION**3], [0, 1], T=0.2)
+    with pytest.warns(errors.PriorMismatchWarning, match="law of Boltzmann"):
+        sde.default_prior(sdeflow.scores.as_score(lambda x, t: -x, sde), torch.zeros(1, 2))

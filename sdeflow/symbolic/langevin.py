@@ -1,0 +1,66 @@
+r"""Underdamped Langevin dynamics: a position and a velocity in contact with a bath.
+
+    dx = a v dt,      dv = [F(x) - gamma(x) v] dt + s(x) dw,      s² = 2 gamma θ with θ > 0 constant,
+
+free of t, leave the law of Boltzmann as it is, whatever the potential:
+
+    p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)),      Φ' = -F / (a θ),
+
+for the Fokker-Planck operator's friction and noise balance at each x, and a v ∂_x and F ∂_v cancel (Pavliotis,
+Stochastic Processes and Applications, 2014, section 6.1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import sympy as sp
+
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.symbols import t, x
+
+__all__ = ["Langevin", "find_langevin"]
+
+
+class Langevin(NamedTuple):
+    """The parts of underdamped Langevin dynamics.
+
+    Attributes:
+        position, velocity: which component is which.
+        slope: -Φ', in ``x`` and parameters.
+        temperature: θ, the variance of the velocity.
+    """
+
+    position: int
+    velocity: int
+    slope: sp.Expr
+    temperature: sp.Expr
+
+    def overdamped(self, declaration: Declaration) -> Declaration:
+        """dx = -Φ' dt + √2 dw, whose stationary law is that of the position."""
+        return Declaration(self.slope, sp.sqrt(2), declaration.T, parameters=declaration.parameters)
+
+
+def find_langevin(declaration: Declaration) -> Langevin | None:
+    """The parts of a declaration of two components that is underdamped Langevin dynamics, else None."""
+    state = declaration.state
+    if len(state) != 2 or any(e.has(t) for e in (*declaration.drifts, *declaration.diffusions)):
+        return None
+    gram = declaration.gram
+    for position, velocity in ((0, 1), (1, 0)):
+        q, v = state[position], state[velocity]
+        a = sp.diff(declaration.drifts[position], v)
+        if gram[position, position] != 0 or a == 0 or a.has(q, v) or sp.expand(declaration.drifts[position] - a * v):
+            continue
+        friction = -sp.diff(declaration.drifts[velocity], v)
+        square = gram[velocity, velocity]
+        if friction == 0 or friction.has(v) or square.has(v):
+            continue
+        temperature = sp.cancel(sp.expand(square) / (2 * friction))
+        if temperature.has(q, v):
+            temperature = sp.simplify(temperature)
+        if temperature.has(q, v):
+            continue
+        force = sp.expand(declaration.drifts[velocity] + friction * v)
+        return Langevin(position, velocity, (force / (a * temperature)).subs(q, x), temperature)
+    return None
