@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_finite, checked_numbers, checked_state
 from sdeflow.errors import DataError
 
 __all__ = ["DCT", "Basis", "Orthogonal"]
@@ -43,10 +44,10 @@ class DCT:
         self.sides = sides
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._transformed(x, transpose=False)
+        return self._transformed(checked_state(x), transpose=False)
 
     def inverse(self, u: Tensor) -> Tensor:
-        return self._transformed(u, transpose=True)
+        return self._transformed(checked_state(u, "u"), transpose=True)
 
     def frequencies(self, event: tuple[int, ...]) -> Tensor:
         """π² Σ (n_i / N_i)², the Laplacian's eigenvalue of each coefficient with unit spacing, (*last sides)."""
@@ -84,7 +85,7 @@ class Orthogonal:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        matrix = torch.as_tensor(matrix, dtype=torch.float64)
+        matrix = checked_finite(checked_numbers(matrix, "matrix"), "matrix")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise DataError(f"a basis is a square matrix, not of shape {tuple(matrix.shape)}.")
         error = float((matrix @ matrix.mT - torch.eye(len(matrix), dtype=torch.float64)).abs().max())
@@ -93,10 +94,10 @@ class Orthogonal:
         self.matrix = matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._times(x, self.matrix.mT)
+        return self._times(checked_state(x), self.matrix.mT)
 
     def inverse(self, u: Tensor) -> Tensor:
-        return self._times(u, self.matrix)
+        return self._times(checked_state(u, "u"), self.matrix)
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
         if math.prod(x.shape[1:]) != len(matrix):

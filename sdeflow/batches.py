@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from sdeflow.checks import checked_finite, checked_state
 from sdeflow.errors import DataError
 from sdeflow.noise import NoiseStream
 
@@ -30,25 +31,32 @@ class Batches:
     on at any step. A DataLoader brings its own order and batches, and a resumed run starts it from its beginning.
 
     Args:
-        data: (n, *event), or a Dataset or DataLoader of samples, alone or with labels as (x, y).
+        data: (n, *event), a tensor, an array or a list of samples; a tuple (x, y) of such with labels (n, ...); or a
+            Dataset or DataLoader of samples, alone or with labels as (x, y).
         batch_size: of a tensor or a Dataset, over all processes.
         seed: of the order.
         accelerator: tells the device and this process's share.
+        dtype: of the network, to which floating data are converted; None leaves them as they are.
 
     Raises:
         DataError: for data of another kind, and for an empty one.
     """
 
     def __init__(
-        self, data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, accelerator: Accelerator
+        self,
+        data: Tensor | tuple[Tensor, Tensor] | Dataset | DataLoader,
+        batch_size: int,
+        seed: int,
+        accelerator: Accelerator,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._dtype = accelerator, dtype
         self._order: _Shuffled | None = None
         if isinstance(data, DataLoader | IterableDataset):
             self._loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
         else:
-            if isinstance(data, Tensor):
-                data = _Rows(checked_data(data))
+            if _holds_rows(data):
+                data = _Rows(*_labelled(data))
             elif isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
                 raise DataError(
                     f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}."
@@ -58,7 +66,8 @@ class Batches:
             self._order = _Shuffled(len(data), batch_size, seed)
             collate = _as_it_is if isinstance(data, _Rows) else None
             self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=collate)
-        self.first, self.first_labels = self._look()
+        x, self.first_labels = self._look()
+        self.first = x if dtype is None else x.to(dtype)
 
     def from_step(self, step: int) -> Iterator[Batch]:
         """This process's share of the batches from ``step`` on, each checked."""
@@ -83,7 +92,7 @@ class Batches:
                 if self._order is not None:
                     mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
                     x, y = x[mine], None if y is None else y[mine]
-                yield x.to(device), None if y is None else y.to(device)
+                yield x.to(device=device, dtype=self._dtype or x.dtype), None if y is None else y.to(device)
                 step += 1
             iterator = iter(loader)
 
@@ -96,7 +105,8 @@ class Batches:
         """Some samples with their labels, for shape and scale; the order of training is not disturbed."""
         dataset = self._loader.dataset
         if isinstance(dataset, _Rows):
-            return dataset.data[:: max(1, len(dataset) // _LOOK)], None
+            seen = slice(None, None, max(1, len(dataset) // _LOOK))
+            return dataset.data[seen], None if dataset.labels is None else dataset.labels[seen]
         if self._order is None:
             for batch in self._loader:
                 x, y = _split(batch)
@@ -114,21 +124,34 @@ class Batches:
 
 
 def checked_data(x: Tensor, what: str = "data", indices: list[int] | None = None) -> Tensor:
-    """``x`` if it is a floating, finite tensor (n, *event) with n >= 1.
+    """``x`` as a floating, finite tensor (n, *event) with n >= 1.
 
     Raises:
         DataError: otherwise, naming the samples (by ``indices`` where given).
     """
+    x = checked_state(x, what, 0)
     if x.ndim < 2 or not len(x):
         raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(x.shape)}.")
-    if not x.is_floating_point():
-        raise DataError(f"{what} must be floating, not {x.dtype}: convert it, and dequantise integer levels.")
-    finite = torch.isfinite(x).flatten(1).all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        rows = rows if indices is None else [indices[row] for row in rows]
-        raise DataError(f"{what} is not finite in samples {rows[:8]}{' ...' if len(rows) > 8 else ''}.")
-    return x
+    return checked_finite(x.clone() if x.is_inference() else x, what, indices)
+
+
+def _holds_rows(data: object) -> bool:
+    """Whether ``data`` are samples side by side; a list of pairs (x, y) is a Dataset."""
+    if isinstance(data, list):
+        return not (data and isinstance(data[0], tuple))
+    return isinstance(data, Tensor | tuple) or hasattr(data, "__array__")
+
+
+def _labelled(data: object) -> Batch:
+    """Samples, and their labels where ``data`` is a tuple (x, y)."""
+    if not isinstance(data, tuple):
+        return checked_data(data), None
+    if len(data) != 2:
+        raise DataError(f"data that is a tuple is (x, y), samples and their labels, and has {len(data)} parts here.")
+    x, y = checked_data(data[0], "x of the data (x, y)"), torch.as_tensor(data[1])
+    if not y.ndim or len(y) != len(x):
+        raise DataError(f"data (x, y) has {len(x)} samples and labels of shape {tuple(y.shape)}: one for each, please.")
+    return x, y
 
 
 def mixed_seed(*parts: int) -> int:
@@ -141,19 +164,18 @@ def mixed_seed(*parts: int) -> int:
 
 
 class _Rows(Dataset):
-    """Rows of a tensor, a batch of indices at once."""
+    """Rows of a tensor, and of their labels, a batch of indices at once."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
+    def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
+        self.data, self.labels = data, labels
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.data[index]
+    def __getitem__(self, index: int | list[int]) -> Tensor | tuple[Tensor, Tensor]:
+        return self.data[index] if self.labels is None else (self.data[index], self.labels[index])
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self.data[indices]
+    __getitems__ = __getitem__
 
 
 class _Shuffled(Sampler):
@@ -181,7 +203,7 @@ class _Shuffled(Sampler):
             epoch, position = epoch + 1, 0
 
 
-def _as_it_is(batch: Tensor) -> Tensor:
+def _as_it_is(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     return batch
 
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel, Path
 from sdeflow.linear import Linear
-from sdeflow.model import Model, Prior, checked_state
+from sdeflow.model import Model, Prior
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import ScoreFunction, as_score, evaluating
 
@@ -144,7 +144,8 @@ def elbo(
     if at not in ("data", "cutoff"):
         raise ValueError(f'at must be "data" or "cutoff", not {at!r}.')
     clock, draws, seed = _Times(_kernel(model, "The likelihood bound"), times), _even(draws), resolve_seed(seed)
-    if not len(checked_state(x)):
+    x = model.states(x)
+    if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return Elbo(empty, empty, empty, empty, 0.0, empty, 0)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model.score):
@@ -202,7 +203,8 @@ def kl_bound(
     """
     kernel = _kernel(model, "The bound of the divergence")
     clock, draws, seed = _Times(kernel, times), _even(draws), resolve_seed(seed)
-    if not len(checked_state(data)):
+    data = model.states(data, "data")
+    if not len(data):
         raise DataError("the data set is empty.")
     if score_of_data is None:
         bound = elbo(model, data, at="cutoff", draws=draws, times=times, seed=seed, progress=progress)

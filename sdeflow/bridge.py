@@ -28,7 +28,8 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, ScheduleError
+from sdeflow.checks import checked_finite, checked_numbers, checked_start, checked_state, checked_time
+from sdeflow.errors import ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
@@ -53,9 +54,7 @@ class Bridge:
 
     def __init__(self, kernel: Kernel, x_T: Tensor | float) -> None:
         self.kernel = kernel
-        self.x_T = torch.as_tensor(x_T, dtype=torch.float64)
-        if not bool(torch.isfinite(self.x_T).all()):
-            raise DataError("x_T must be finite.")
+        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
         self.T = kernel.T
 
     @property
@@ -85,7 +84,7 @@ class Bridge:
         """g, which conditioning leaves as it is."""
         return self.kernel.declaration.g
 
-    def moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+    def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Mean (batch, *event) and standard deviation (which broadcasts to it) of x_t given x_0 and x_T.
 
         For a coupled state the second is the covariance (k, k, 1, ...). In a ``basis`` it is that of the coefficients.
@@ -94,7 +93,8 @@ class Bridge:
             x_0: (batch, *event).
             t: a number in [0, T].
         """
-        mean, root = self._law(x_0, 0.0, t)
+        x_0 = checked_state(x_0, "x_0", 1)
+        mean, root = self._law(x_0, 0.0, _within(t, self.T))
         mean = self.kernel.from_basis(mean).to(x_0.dtype)
         if not self.kernel.coupled:
             return mean, root.values.to(x_0.dtype)
@@ -103,7 +103,7 @@ class Bridge:
 
     def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
         """x_t given x_0 and x_T, shaped as x_0."""
-        return self._draw(x_0, 0.0, t, NoiseStream(seed, "bridge"))
+        return self._draw(checked_state(x_0, "x_0", 1), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
 
     def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
         """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
@@ -111,7 +111,7 @@ class Bridge:
         Raises:
             ScheduleError: for times that do not increase within [0, T].
         """
-        times = _increasing(ts, self.T)
+        x_0, times = checked_state(x_0, "x_0", 1), _increasing(ts, self.T)
         noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
         for t in times:
             x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
@@ -124,19 +124,16 @@ class Bridge:
         eps = noise.normal(tuple(x.shape), torch.float64, x.device)
         return self.kernel.from_basis(mean + root(eps)).to(x.dtype)
 
-    def _law(self, x: Tensor, s: float, t: Tensor | float, exactly: bool = False) -> tuple[Tensor, Linear]:
+    def _law(self, x: Tensor, s: float, t: float, exactly: bool = False) -> tuple[Tensor, Linear]:
         """Mean and a root of the covariance, in the basis, of x_t given x at s and x_T.
 
         At s = 0, x is the kernel's x_0, with P0 still to come, unless it is the state ``exactly``.
         """
-        if not x.is_floating_point():
-            raise DataError(f"x must be floating, not {x.dtype}.")
-        t = float(t)
-        if not s <= t <= self.T * (1 + 1e-9):
-            raise ScheduleError(f"the bridge is defined on [0, T] = [0, {self.T:g}], not at {t:g}.")
         kernel, state = self.kernel, x.to(torch.float64)
         start = kernel.to_basis(state)
-        end = kernel.to_basis(self.x_T.to(x.device).expand(x.shape))
+        end = self.x_T.to(x.device)
+        end = end[None] if end.ndim and end.ndim == x.ndim - 1 else end  # one event for all
+        end = kernel.to_basis(checked_start(end, x, "x_T", "x_0"))
         now, whole = kernel.transition(state, s, t, exactly), kernel.transition(state, s, self.T, exactly)
         if t == s and (exactly or not any(kernel.declaration.initial_variances)):
             return start, now.sigma.scaled(0.0)
@@ -172,7 +169,7 @@ class ReducibleBridge:
 
     def __init__(self, kernel: ReducibleKernel, x_T: Tensor | float) -> None:
         self.kernel = kernel
-        self.x_T = torch.as_tensor(x_T, dtype=torch.float64)
+        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
         self.T = kernel.T
         self.line = Bridge(kernel.inner, kernel.transport(self.x_T, self.T))
         self._mirrored = Bridge(kernel.inner, -self.line.x_T)
@@ -207,6 +204,7 @@ class ReducibleBridge:
             x_0: (batch, *event), in the domain.
             t: a number in [0, T].
         """
+        x_0, t = checked_state(x_0, "x_0", 1), _within(t, self.T)
         y = self.kernel.transport(x_0.to(torch.float64), 0.0)
         mean, std = self._pushed(self.line, y, x_0, t)
         if self.kernel.reduction.map.fold:
@@ -223,7 +221,7 @@ class ReducibleBridge:
 
     def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
         """x_t given x_0 and x_T, shaped as x_0."""
-        return self._draw(x_0, 0.0, t, NoiseStream(seed, "bridge"))
+        return self._draw(checked_state(x_0, "x_0", 1), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
 
     def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
         """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
@@ -231,8 +229,9 @@ class ReducibleBridge:
         Raises:
             ScheduleError: for times that do not increase within [0, T].
         """
+        x_0, times = checked_state(x_0, "x_0", 1), _increasing(ts, self.T)
         noise, s, x, out = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, []
-        for t in _increasing(ts, self.T):
+        for t in times:
             x = self._draw(x, s, t, noise)
             s = t
             out.append(x)
@@ -262,7 +261,13 @@ class ReducibleBridge:
 
 
 def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:
-    times = [float(t) for t in ts]
-    if any(b <= a for a, b in zip([-1.0, *times], times, strict=False)) or not times or times[0] < 0:
-        raise ScheduleError(f"the times of a path must increase within [0, T] = [0, {T:g}], not {times}.")
-    return times
+    """``ts`` as times that increase within [0, T]."""
+    times = checked_numbers(ts, "ts")
+    if times.ndim != 1 or not len(times) or not bool((times.diff() > 0).all()):
+        raise ScheduleError(f"the times of a path must increase within [0, T] = [0, {T:g}], not {ts!r}.")
+    return [_within(time, T) for time in times.tolist()]
+
+
+def _within(t: object, T: float) -> float:
+    """One time in [0, T]."""
+    return min(float(checked_time(t, 0, 0.0, T, "the bridge is defined for t in [0, T]")), T)

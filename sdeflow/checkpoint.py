@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sdeflow.errors import CheckpointCorrupt, CheckpointError, CheckpointVersionError
+from sdeflow.errors import CheckpointCorrupt, CheckpointError, CheckpointVersionError, warn
 
 try:
     import fcntl
@@ -114,7 +113,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             return _read(candidate)
         except CheckpointCorrupt as error:
-            warnings.warn(f"{error} The one before it is tried.", stacklevel=3)
+            warn(f"{error} The one before it is tried.")
             problem = error
     if problem is not None:
         raise CheckpointCorrupt(f"none of the {len(candidates)} checkpoints in {folder} is whole.") from problem

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from sdeflow.checks import checked_dtype, checked_images
 from sdeflow.errors import DataError
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
@@ -92,9 +93,7 @@ class Levels:
         Raises:
             DataError: otherwise.
         """
-        integers = isinstance(images, Tensor) and not images.is_floating_point() and images.dtype != torch.bool
-        if not integers or images.is_complex() or images.ndim < 2:
-            raise DataError("images must be an integer tensor (batch, *event); for floating states use log_prob.")
+        images = checked_images(images)
         if images.numel() and (int(images.min()) < 0 or int(images.max()) >= self.levels):
             raise DataError(f"images hold {int(images.min())} .. {int(images.max())}, outside 0 .. {self.levels - 1}.")
         return images
@@ -170,7 +169,7 @@ class Uniform:
             DataError: for images of another kind.
             ValueError: for levels, a range or a number of draws that make no sense.
         """
-        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
+        grid, images, stream = _begin(images, levels, low, high, seed, draws, first_row)
         # Drawn in the dtype of x, so that the same seed means the same images as it always has.
         u = torch.stack([stream.uniform(tuple(images.shape), _float(dtype), images.device) for _ in range(draws)])
         log_q = torch.zeros(draws, len(images), dtype=torch.float64, device=images.device)
@@ -229,7 +228,7 @@ class TruncatedNormal:
         first_row: int = 0,
     ) -> Dequantised:
         """Draws of x; arguments as :meth:`Uniform.sample`."""
-        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
+        grid, images, stream = _begin(images, levels, low, high, seed, draws, first_row)
         tau = self.tau(levels, low, high)
         level = torch.stack(
             [stream.uniform(tuple(images.shape), torch.float64, images.device) for _ in range(draws)]
@@ -278,7 +277,7 @@ class Variational(nn.Module):
         Raises:
             DataError: also for a network that does not return a pair of finite tensors of the images' shape.
         """
-        grid, stream = _begin(images, levels, low, high, seed, draws, first_row)
+        grid, images, stream = _begin(images, levels, low, high, seed, draws, first_row)
         middles = grid.state(images + 0.5).to(_float(dtype))
         mean, log_std = self._moments(middles)
         eps = torch.stack([stream.normal(tuple(images.shape), torch.float64, images.device) for _ in range(draws)])
@@ -405,17 +404,17 @@ def bits_per_dim(
 
 def _begin(
     images: Tensor, levels: int, low: float, high: float, seed: int | torch.Generator | None, draws: int, first_row: int
-) -> tuple[Levels, NoiseStream]:
-    """The grid of levels and the stream of draws, all checked."""
+) -> tuple[Levels, Tensor, NoiseStream]:
+    """The grid of levels, the images and the stream of draws, all checked."""
     grid = Levels(levels, low, high)
-    grid.checked(images)
+    images = grid.checked(images)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws must be a positive integer, not {draws!r}.")
-    return grid, NoiseStream(resolve_seed(seed), "dequantise", first_row)
+    return grid, images, NoiseStream(resolve_seed(seed), "dequantise", first_row)
 
 
 def _float(dtype: torch.dtype | None) -> torch.dtype:
-    dtype = torch.get_default_dtype() if dtype is None else dtype
+    dtype = checked_dtype(dtype) or torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dequantised data need float32 or float64: {dtype} cannot hold k + u.")
     return dtype

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
+from sdeflow.checks import checked_dtype
 from sdeflow.errors import DataError
 from sdeflow.latents import spherical
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
-from sdeflow.model import Model, Prior, checked_state
+from sdeflow.model import Model, Prior
 from sdeflow.noise import resolve_seed
 from sdeflow.pilot import Pilot, pilot
 from sdeflow.sampling import Answer, Callback, Options, field, run
@@ -93,7 +94,7 @@ class _Bound:
         noisy: bool,
     ) -> Answer:
         """Solved from draws of the prior, with noise on the way where it is ``noisy``."""
-        dtype = dtype or self.model.state_dtype
+        dtype = checked_dtype(dtype) or self.model.state_dtype
 
         def start() -> Tensor:
             x = self.model.initial_state(shape, seed, dtype, device)
@@ -299,7 +300,7 @@ class FlowODE(_Bound):
 
     def _transported(self, x: Tensor, options: Options, *, backward: bool) -> Answer:
         """The flow between T and cutoff, from x on."""
-        self.model.require_dtype(checked_state(x))
+        x = self.model.states(x, "z" if backward else "x")
         return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward)
 
     def round_trip_error(self, x: Tensor, solver: str | Solver | None = None, **options: object) -> Tensor:
@@ -309,6 +310,7 @@ class FlowODE(_Bound):
             x: (batch, *event).
             solver: of both ways, with the ``options`` of :meth:`encode`.
         """
+        x = self.model.states(x)
         there = self.encode(x, solver, **options)
         back = self.decode(there, solver, **options)
         return (back - x).double().flatten(1).square().mean(1).sqrt()
@@ -332,7 +334,8 @@ class FlowODE(_Bound):
         """
         if isinstance(points, bool) or not isinstance(points, int) or points < 2:
             raise ValueError(f"points must be an integer of at least 2, not {points!r}.")
-        if checked_state(x_a).shape != checked_state(x_b).shape:
+        x_a, x_b = self.model.states(x_a, "x_a"), self.model.states(x_b, "x_b")
+        if x_a.shape != x_b.shape:
             raise DataError(f"x_a is {tuple(x_a.shape)} and x_b {tuple(x_b.shape)}: they must be of one shape.")
         ends = self._of(self.model.repeated(2)).encode(torch.cat([x_a, x_b]), solver, **options)
         path = spherical(self.model.prior_for(x_a), *ends.chunk(2), points)
@@ -341,7 +344,8 @@ class FlowODE(_Bound):
 
     def latent_log_prob(self, z: Tensor) -> Tensor:
         """log π(z) of latents z = x_T in nats, (batch,) in float64: the prior's density, not that of x."""
-        return self.model.prior_for(checked_state(z)).log_prob(z)
+        z = self.model.states(z, "z")
+        return self.model.prior_for(z).log_prob(z)
 
     def _of(self, model: Model) -> FlowODE:
         """The same equation with another model."""

@@ -6,6 +6,10 @@ Errors derive from :class:`SdeflowError` and from the built-in that fits, so tha
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ __all__ = [
     "DataError",
     "DataScaleWarning",
     "DeclarationError",
+    "HiddenParametersWarning",
     "MaxStepsError",
     "MissingPriorError",
     "NonFiniteStateError",
@@ -35,6 +40,9 @@ __all__ = [
     "UnsafeExpressionError",
     "WeightingError",
 ]
+
+_OURS = str(Path(__file__).parent) + os.sep
+_BETWEEN = ("torch", "torchsde", "torchdiffeq", "accelerate", "scipy", "sympy", "contextlib", "functools", "tqdm")
 
 
 class SdeflowError(Exception):
@@ -142,3 +150,23 @@ class TraceErrorWarning(UserWarning):
 
 class ToleranceWarning(UserWarning):
     """A tolerance that was asked for could not be reached; the result says what was."""
+
+
+class HiddenParametersWarning(UserWarning):
+    """A score's network is a function that calls a module: the score does not hold its parameters."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the line of the user's which led to it, however deep in the package it arises.
+
+    That is the first frame, going outwards, which is neither of this package nor of the libraries through which its
+    calls may pass.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _passes_through(frame.f_code.co_filename, frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _passes_through(filename: str, module: str) -> bool:
+    return filename.startswith(_OURS) or module.split(".")[0] in _BETWEEN

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis
+from sdeflow.checks import checked_dtype, checked_numbers, checked_state
 from sdeflow.errors import DataError
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
@@ -25,8 +26,8 @@ class Gaussian:
     """
 
     def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:
-        self.mean = torch.as_tensor(mean, dtype=torch.float64)
-        self.root = std if isinstance(std, Linear) else Linear(torch.as_tensor(std, dtype=torch.float64))
+        self.mean = checked_numbers(mean, "mean")
+        self.root = std if isinstance(std, Linear) else Linear(checked_numbers(std, "std"))
         self.basis = basis
         if not bool(torch.isfinite(self.mean).all()) or not bool((self.std > 0).all() & torch.isfinite(self.std).all()):
             raise DataError(f"a Gaussian needs a finite mean and a positive, finite std, not {mean} and {std}.")
@@ -47,8 +48,8 @@ class Gaussian:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
-        self._require_event(tuple(shape[1:]))
-        return self.coloured(NoiseStream(seed, "prior").normal(shape, dtype, device))
+        self.require_event(tuple(shape[1:]))
+        return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), checked_dtype(dtype), device))
 
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + root noise: a sample of this law from one of N(0, 1), (batch, *event)."""
@@ -57,12 +58,14 @@ class Gaussian:
 
     def whitened(self, x: Tensor) -> Tensor:
         """root⁻¹ (x - mean), the inverse of :meth:`coloured`; standard normal for samples of this law."""
-        self._require_event(tuple(x.shape[1:]))
+        x = checked_state(x, sides=1)
+        self.require_event(tuple(x.shape[1:]))
         x = x if self.basis is None else self.basis.forward(x)
         return self._moved(x.device).inverse(x - self._level(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
+        x = checked_state(x, sides=1)
         event = tuple(x.shape[1:])
         z, log_det = self.whitened(x.to(torch.float64)), self._moved(x.device).log_det(event)
         return -0.5 * z.square().flatten(1).sum(1) - log_det - 0.5 * math.prod(event) * math.log(2.0 * math.pi)
@@ -93,7 +96,8 @@ class Gaussian:
     def _moved(self, device: torch.device | str) -> Linear:
         return Linear(self.root.values.to(device), self.root.coupled)
 
-    def _require_event(self, event: tuple[int, ...]) -> None:
+    def require_event(self, event: tuple[int, ...]) -> None:
+        """Raises a DataError for an event whose shape is not this law's."""
         for value in (self.mean, self.std):
             given = tuple(value.shape)
             sides = (

@@ -26,6 +26,15 @@ from torch import Tensor
 
 from sdeflow.basis import Basis
 from sdeflow.chebyshev import nodes_of
+from sdeflow.checks import (
+    checked_finite,
+    checked_noise,
+    checked_numbers,
+    checked_range,
+    checked_start,
+    checked_state,
+    checked_time,
+)
 from sdeflow.coefficients import Coefficients
 from sdeflow.errors import DataError, DeclarationError, ScheduleError
 from sdeflow.gaussian import Gaussian
@@ -48,6 +57,8 @@ _NEXT, _LEAST = (
     1e-300,
 )  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
 
+_DEFINED = "the kernel is defined for t in [0, T]"
+
 
 class Path(NamedTuple):
     """x_t = alpha x_0 + offset + sigma eps at given times, ready for a state (batch, *event)."""
@@ -69,8 +80,7 @@ class Kernel:
     Attributes:
         T: the horizon.
         numbers: the coefficients as functions of t, a :class:`~sdeflow.coefficients.Coefficients`, whose methods are
-            the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b, g²;
-            ``half_log_snr(t)``, ``half_log_snr_rate(t)`` and the inverse ``time_of(half_log_snr)``.
+            the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b, g².
         has_offset: whether the mean has a part that does not depend on x_0.
 
     Raises:
@@ -98,13 +108,36 @@ class Kernel:
         self._derived = like._derived if like is not None else self._derive()
         self.numbers = Coefficients(declaration, self.values, self._derived)
         self.coefficients, self.sde_coefficients = self.numbers.of_kernel, self.numbers.of_sde
-        self.half_log_snr, self.half_log_snr_rate = self.numbers.half_log_snr, self.numbers.half_log_snr_rate
-        self.time_of = self.numbers.time_of
 
     @property
     def cutoff(self) -> float:
         """The first time that training and solvers visit."""
         return self.numbers.cutoff
+
+    def half_log_snr(self, t: Tensor | float) -> Tensor:
+        """log(alpha / sigma) at times t of any shape in [0, T], shaped as t, float64.
+
+        The mean where it differs between coordinates; half the log of the Fisher information of a coupled state's data.
+        """
+        return self.numbers.half_log_snr(self._times(t))
+
+    def half_log_snr_rate(self, t: Tensor | float) -> Tensor:
+        """d/dt of :meth:`half_log_snr`, elementwise -g² / (2 sigma²); never positive. Shaped as t."""
+        return self.numbers.half_log_snr_rate(self._times(t))
+
+    def time_of(self, half_log_snr: Tensor | float) -> Tensor:
+        """The time in [cutoff, T] at which :meth:`half_log_snr` takes the given value, float64.
+
+        Values outside the range give its ends. Where g = 0 on an interval, the log-SNR is flat there and any of its
+        times may come back.
+        """
+        level = checked_numbers(half_log_snr, "half_log_snr")
+        if level.device.type == "cpu" and bool(level.isnan().any()):
+            raise DataError("half_log_snr must not be NaN.")
+        return self.numbers.time_of(level)
+
+    def _times(self, t: Tensor | float) -> Tensor:
+        return checked_range(checked_numbers(t, "t"), 0.0, self.T, _DEFINED)
 
     @cached_property
     def log_snr_falls(self) -> bool:
@@ -273,7 +306,14 @@ class Kernel:
 
         alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ, elementwise sigma_t² (1 - SNR_t / SNR_s). From
         s = 0 it is the kernel itself, P0 included, unless x_0 is known ``exactly``.
+
+        Raises:
+            ScheduleError: for times that do not lie in order in [0, T].
         """
+        if not 0.0 <= s <= t <= self.T * (1.0 + 1e-6):
+            raise ScheduleError(
+                f"a transition runs from s to t with 0 <= s <= t <= T = {self.T:g}, not from {s} to {t}."
+            )
         if s == 0.0 and not (exactly and any(self.declaration.initial_variances)):
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
@@ -347,7 +387,7 @@ class Kernel:
             mean (batch, *event) and std, which broadcasts to it, in the dtype of x_0; for a coupled state the
             covariance (batch or 1, k, k, 1, ...). In a ``basis``, std is that of the coefficients.
         """
-        path = self.path(self._state(x_0), self.times_for(x_0, t))
+        x_0, path = self._at(x_0, t)
         mean = self.from_basis(self._mean(path, self.to_basis(x_0)))
         if not self.coupled:
             return mean, path.sigma.values.to(x_0.dtype)
@@ -367,25 +407,29 @@ class Kernel:
             seed: seeds the noise; None draws from the global generator.
             noise: the noise itself, shaped as x_0, instead of a seed.
         """
-        if not x_0.is_floating_point():
-            raise DataError(f"x_0 must be floating, not {x_0.dtype}.")
-        path = self.path(self._state(x_0), self.times_for(x_0, t))
-        noise = kernel_noise(x_0, seed) if noise is None else noise
+        x_0, path = self._at(x_0, t)
+        noise = kernel_noise(x_0, seed) if noise is None else checked_noise(noise, x_0)
         mean = self._mean(path, self.to_basis(x_0))
         if self.coupled or self.basis is not None:
             return self.from_basis(mean + path.sigma(self.to_basis(noise)))
         return mean.addcmul_(path.sigma.values.to(x_0.dtype), noise)
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
-        """log p(x_t | x_0) in nats, (batch,) in float64; joint for a coupled state."""
-        path, whitened = self._whitened(x_t, x_0, t)
-        log_det = path.sigma.log_det(tuple(x_0.shape[1:]))
-        d = math.prod(x_0.shape[1:])
+        """log p(x_t | x_0) in nats, (batch,) in float64; joint for a coupled state.
+
+        Args:
+            x_t: (batch, *event).
+            x_0: of the same shape, or one for all samples: (1, *event) or a number.
+            t: a number or (batch,), in [0, T].
+        """
+        x_t, path, whitened = self._whitened(x_t, x_0, t)
+        event = tuple(x_t.shape[1:])
+        log_det, d = path.sigma.log_det(event), math.prod(event)
         return -0.5 * whitened.square().flatten(1).sum(1) - log_det - 0.5 * d * math.log(2.0 * math.pi)
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
-        """∇ log p(x_t | x_0) = -sigma⁻ᵀ sigma⁻¹ (x_t - mean), shaped as x_t."""
-        path, whitened = self._whitened(x_t, x_0, t)
+        """∇ log p(x_t | x_0) = -sigma⁻ᵀ sigma⁻¹ (x_t - mean), shaped as x_t; arguments as :meth:`log_prob`."""
+        x_t, path, whitened = self._whitened(x_t, x_0, t)
         return self.from_basis(-path.sigma.T.inverse(whitened)).to(x_t.dtype)
 
     def marginal(self, mean: Tensor | float, std: Tensor | float, t: Tensor | float) -> Gaussian:
@@ -394,7 +438,12 @@ class Kernel:
         ``mean`` and ``std`` are of the data, numbers or (*event); for a coupled state numbers are of its data
         components, and the others start at zero.
         """
-        mean, std = (torch.as_tensor(m, dtype=torch.float64).detach().cpu() for m in (mean, std))
+        mean, std = (
+            checked_finite(checked_numbers(m, name).detach().cpu(), name) for m, name in ((mean, "mean"), (std, "std"))
+        )
+        if not bool((std >= 0).all()):
+            raise DataError(f"std must not be negative, and is {float(std.min()):g}.")
+        t = checked_time(t, 0, 0.0, self.T, _DEFINED)
         if self.coupled:
             mean, std = (self.of_state(m) for m in (mean, std))
             sides = max(mean.ndim, std.ndim)
@@ -402,7 +451,7 @@ class Kernel:
         event = tuple(torch.broadcast_shapes(mean.shape, std.shape, self.values.shape))
         centre = mean.expand(event)[None]
         with torch.no_grad():
-            path = self.path(centre, torch.as_tensor(t, dtype=torch.float64).cpu())
+            path = self.path(centre, t.cpu())
             if self.basis is not None and mean.ndim:
                 centre = self.to_basis(centre)
             elif self.basis is not None and float(mean) != 0:
@@ -422,6 +471,7 @@ class Kernel:
 
     def lift(self, data: Tensor, seed: int | torch.Generator | None = None, noisy: bool = True) -> Tensor:
         """States (batch, k, *event) from data (batch, *event), the auxiliary components drawn from P0 (or zero)."""
+        data = checked_state(data, "data")
         if not self.coupled or not self.declaration.auxiliary:
             return data
         if len(self.numbers.data) != 1:
@@ -434,27 +484,12 @@ class Kernel:
         return state
 
     def require_times(self, t: Tensor) -> None:
-        """Raises a ScheduleError for times outside [cutoff, T]; times on an accelerator are trusted, for speed."""
-        if t.device.type != "cpu" or not t.numel():
-            return
-        if not _within(t, self.cutoff * (1 - 1e-6), self.T * (1 + 1e-6)):
-            low, high = float(t.min()), float(t.max())
-            start = "that of P0" if any(self.declaration.initial_variances) else "0"
-            raise ScheduleError(
-                f"the score is defined for t in [cutoff, T] = [{self.cutoff:.6g}, {self.T:g}] (sigma is {start} at "
-                f"t = 0); asked for {low:.6g}{'' if low == high else f' to {high:.6g}'}."
-            )
+        """Raises a ScheduleError for times outside [cutoff, T]; times on an accelerator are not read."""
+        checked_time(t, t.numel(), self.cutoff, self.T, "the score is defined for t in [cutoff, T]")
 
     def times_for(self, x: Tensor, t: Tensor | float) -> Tensor:
         """t as float64, () or (batch,), within [0, T]."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-            raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
-        if t.device.type == "cpu" and t.numel() and not _within(t, 0.0, self.T * (1 + 1e-6)):
-            raise ScheduleError(
-                f"the kernel is defined for t in [0, T] = [0, {self.T:g}], not for {t.min():g} to {t.max():g}."
-            )
-        return t
+        return checked_time(t, len(x) if x.ndim else 0, 0.0, self.T, _DEFINED).to(x.device)
 
     def require_event(self, event: tuple[int, ...]) -> None:
         """Raises a DataError for an event that does not have the state's components, or not the parameters' shape."""
@@ -474,21 +509,28 @@ class Kernel:
 
     # ---------------------------------------------------------------- helpers of the above
 
-    def _state(self, x: Tensor) -> Tensor:
+    def _state(self, x: Tensor, name: str = "x_0") -> Tensor:
+        x = checked_state(x, name, 1)
         if self.coupled or self.values.shape:
             self.require_event(tuple(x.shape[1:]))
         return x
+
+    def _at(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Path]:
+        """x_0 checked, and the path at t for it."""
+        x_0 = self._state(x_0)
+        return x_0, self.path(x_0, self.times_for(x_0, t))
 
     def _mean(self, path: Path, x_0: Tensor) -> Tensor:
         mean = path.alpha(x_0)
         return mean + path.offset.to(x_0.dtype) if self.has_offset else mean
 
-    def _whitened(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> tuple[Path, Tensor]:
-        """sigma⁻¹ (x_t - mean) in float64."""
-        path = self.path(self._state(x_0), self.times_for(x_0, t))
+    def _whitened(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Path, Tensor]:
+        """x_t checked, the path, and sigma⁻¹ (x_t - mean) in float64."""
+        x_t = self._state(x_t, "x_t")
+        x_0, path = checked_start(x_0, x_t), self.path(x_t, self.times_for(x_t, t))
         self._require_noise(path.sigma)
         deviation = self.to_basis(x_t.to(torch.float64)) - self._mean(path, self.to_basis(x_0.to(torch.float64)))
-        return path, path.sigma.inverse(deviation)
+        return x_t, path, path.sigma.inverse(deviation)
 
     def _as_map(self, values: Tensor, x: Tensor, lead: int) -> Linear:
         """Coefficients (*batch, *parameters) or (*batch, k, k) as a map of states like ``x``."""
@@ -524,14 +566,6 @@ class Kernel:
         covariance = torch.tensor(self.declaration.P0.tolist(), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(covariance)
         return vectors * values.clamp_min(0).sqrt() @ vectors.mT
-
-
-def _within(t: Tensor, low: float, high: float) -> bool:
-    """Whether all of ``t`` lies in [low, high]; reads the device once."""
-    if t.ndim == 0:
-        return low <= float(t) <= high
-    first, last = torch.aminmax(t)
-    return float(first) >= low and float(last) <= high
 
 
 def broadcast_to_event(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_start, checked_state
 from sdeflow.gaussian import Gaussian
 from sdeflow.model import Prior
 
@@ -29,6 +30,8 @@ def spherical(prior: Prior, z_a: Tensor, z_b: Tensor, points: int) -> Tensor:
     """
     if not isinstance(prior, Gaussian):
         raise ValueError(f"spherical interpolation needs a Gaussian prior, not {prior}.")
+    z_a = checked_state(z_a, "z_a")
+    z_b = checked_start(z_b, z_a, "z_b", "z_a")
     a, b = (prior.whitened(z.double()).flatten(1) for z in (z_a, z_b))
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny)
     angle = torch.arccos(cosine.clamp(-1.0, 1.0))

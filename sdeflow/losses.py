@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_noise, checked_numbers, checked_state
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import WeightingError
 from sdeflow.kernel import Kernel, broadcast_to_event
@@ -60,6 +61,8 @@ def denoising_score_matching(
     Raises:
         ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
     """
+    x_0 = checked_state(x_0, "x_0")
+    noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     x_t = score.kernel.sample(x_0, t, noise=noise)
     data_std = overall_std(score.data_std) if weighting == "edm" else 1.0
     return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t, data_std)

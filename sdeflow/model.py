@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -13,8 +11,9 @@ import sympy as sp
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checks import checked_dtype, checked_shape, checked_states
 from sdeflow.compile import compile_expressions
-from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError
+from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
@@ -371,11 +370,10 @@ class Model:
         if fitted is not None:
             mean, root = fitted
             return Gaussian(mean.cpu(), Linear(root.cpu(), kernel.coupled), kernel.basis)
-        warnings.warn(
+        warn(
             "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off it; "
             f"{start} is used. Give the data's moments, or prior=.",
             PriorMismatchWarning,
-            stacklevel=4,
         )
         return start
 
@@ -386,34 +384,38 @@ class Model:
         if moments is not None:
             kl = self.kernel.marginal(*moments, self.T).kl_per_dimension(self._prior)
             if not kl <= _MISMATCH:
-                warnings.warn(
+                warn(
                     f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
                     PriorMismatchWarning,
-                    stacklevel=5,
                 )
 
     # ---------------------------------------------------------------- states
+
+    def states(self, x: Tensor, name: str = "x") -> Tensor:
+        """``x`` as finite states (batch, *event) that the score takes; see :mod:`sdeflow.checks`."""
+        x = checked_states(x, name, None if isinstance(x, Tensor) or self._score is None else self._score.dtype)
+        if self._score is not None:
+            self.require_dtype(x)
+        return x
 
     def require_dtype(self, x: Tensor) -> None:
         """Raises a DataError where the network's parameters and ``x`` differ in dtype."""
         score = self.score
         while isinstance(score, Thresholded):
             score = score.score
-        parameter = next(score.parameters(), None)
-        if not isinstance(score, Score | Conditional) or parameter is None or x.dtype == parameter.dtype:
+        ours = score.dtype
+        if not isinstance(score, Score | Conditional) or ours in (None, x.dtype):
             return
         if not torch.is_autocast_enabled(x.device.type):
             raise DataError(
-                f"x is {x.dtype} and the network {parameter.dtype}: pass x.to({parameter.dtype}), or convert the "
-                f"score with score.to({x.dtype})."
+                f"x is {x.dtype} and the network {ours}: pass x.to({ours}), or convert the score with "
+                f"score.to({x.dtype})."
             )
 
     @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of states where none is given: the network's."""
-        parameter = next(self.score.parameters(), None)
-        floating = parameter is not None and parameter.is_floating_point()
-        return parameter.dtype if floating else torch.get_default_dtype()
+        return self.score.dtype or torch.get_default_dtype()
 
     def initial_state(
         self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None, device: torch.device | str | None
@@ -422,7 +424,7 @@ class Model:
         shape = checked_shape(shape)
         parameter = next(self.score.parameters(), None)
         holder = parameter if parameter is not None else next(self.score.buffers(), None)
-        dtype = dtype or self.state_dtype
+        dtype = checked_dtype(dtype) or self.state_dtype
         if device is None:
             device = holder.device if holder is not None else "cpu"
         if self.kernel is not None:
@@ -487,34 +489,3 @@ def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) 
         return value.expand(len(y), *event).flatten(1) if value.ndim else value
 
     return flat
-
-
-def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
-    given = shape
-    try:
-        valid = not any(isinstance(n, bool) for n in given)
-        shape = tuple(operator.index(n) for n in given)
-    except TypeError:
-        valid = False
-    if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
-        wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
-        raise ValueError(f"shape must be {wanted}, not {given!r}.")
-    return shape
-
-
-def checked_state(x: Tensor) -> Tensor:
-    """``x`` as a finite floating tensor (batch, *event).
-
-    Raises:
-        DataError: otherwise.
-    """
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        raise DataError(f"x must be a tensor (batch, *event), not {tuple(x.shape) if isinstance(x, Tensor) else x!r}.")
-    if not x.is_floating_point():
-        raise DataError(f"x must be floating, not {x.dtype}: convert it, or use bits_per_dim for integer levels.")
-    finite = torch.isfinite(x).flatten(1).all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        raise DataError(f"x is not finite in samples {rows[:8]}{' ...' if len(rows) > 8 else ''}.")
-    return x

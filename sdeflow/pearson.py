@@ -24,6 +24,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_noise, checked_start, checked_state
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.kernel import Kernel, inside_ends
@@ -233,6 +234,7 @@ class PearsonKernel(ABC):
             x_0: (batch, *event), in the domain, its ends included.
             t: a number or (batch,), in [0, T].
         """
+        x_0 = checked_state(x_0, "x_0", 1)
         self._standard_start(x_0, *self._form(x_0)[:2])
         x = x_0.to(torch.float64)
         alpha, var = (part.expand_as(x) for part in self._alpha_var(x_0, t))
@@ -253,8 +255,9 @@ class PearsonKernel(ABC):
             noise: standard normal numbers z shaped as x_0, instead of a seed: x_t is then the quantile of x_t at
                 Φ(z) (in u, where x falls with u).
         """
+        x_0 = checked_state(x_0, "x_0", 1)
         if noise is not None:
-            return self._sampled(x_0, t, 0.0, None, noise)
+            return self._sampled(x_0, t, 0.0, None, checked_noise(noise, x_0))
         return self._sampled(x_0, t, 0.0, NoiseStream(seed, "kernel"), None)
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
@@ -314,6 +317,7 @@ class PearsonKernel(ABC):
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
+        x_t = checked_state(x_t, "x_t", 1)
         _, scale, law = self._standard(x_t, x_0, t)
         self._require_noise(law.var)
         inside = self._inside(law.u)
@@ -323,6 +327,7 @@ class PearsonKernel(ABC):
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
+        x_t = checked_state(x_t, "x_t", 1)
         _, scale, law = self._standard(x_t, x_0, t)
         self._require_noise(law.var)
         inside = self._inside(law.u)
@@ -357,7 +362,7 @@ class PearsonKernel(ABC):
     def _standard(self, x_t: Tensor, x_0: Tensor, t: Tensor | float, s: float = 0.0) -> tuple[Tensor, Tensor, Standard]:
         """origin, scale and the law of u_t given the state x_0 at s."""
         origin, scale, shape = self._form(x_t)
-        u_0 = self._standard_start(x_0, origin, scale)
+        u_0 = self._standard_start(checked_start(x_0, x_t), origin, scale)
         u = (x_t.to(torch.float64) - origin) / scale
         return origin, scale, Standard(u, u_0, *self._alpha_var(x_t, t, s), shape)
 
@@ -369,8 +374,6 @@ class PearsonKernel(ABC):
         return path.alpha.values, path.sigma.values.square()
 
     def _standard_start(self, x_0: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-        if not x_0.is_floating_point():
-            raise DataError(f"x_0 must be floating, not {x_0.dtype}.")
         u_0 = (x_0.to(torch.float64) - origin) / scale
         inside = self._inside(u_0)
         if not bool(inside.all()):

@@ -28,7 +28,6 @@ as the Kolmogorov-Smirnov distance of each coordinate to states that the fit has
 from __future__ import annotations
 
 import math
-import warnings
 from functools import cached_property
 
 import numpy as np
@@ -37,8 +36,9 @@ from torch import Tensor
 
 from sdeflow.batches import checked_data
 from sdeflow.boltzmann import BoltzmannLaw
+from sdeflow.checks import checked_dtype, checked_shape, checked_state
 from sdeflow.compile import compile_expressions
-from sdeflow.errors import DataError, NonFiniteStateError, PriorMismatchWarning
+from sdeflow.errors import DataError, NonFiniteStateError, PriorMismatchWarning, warn
 from sdeflow.gaussian import Gaussian
 from sdeflow.model import fitted_moments
 from sdeflow.noise import NoiseStream
@@ -132,12 +132,11 @@ def default_prior(
     distance = law.distance_at(sde.declaration.T, *(moments or (None, None)))
     if distance > _MISMATCH:
         data = "data of the score's mean and std" if moments is not None else "data anywhere in the law's bulk"
-        warnings.warn(
+        warn(
             f"the prior is the stationary law, from which p(x_T) of {data} is {distance:.2g} away in total variation "
             f"(its relaxation time is {law.relaxation_time:.3g}, T = {sde.declaration.T:g}): raise T, or pass "
             "prior=sde.fit_prior(data).",
             PriorMismatchWarning,
-            stacklevel=6,
         )
     return law
 
@@ -342,7 +341,7 @@ class StationaryLaw:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event); -inf outside the interval."""
-        x = x.to(torch.float64)
+        x = checked_state(x).to(torch.float64)
         inside = (x > self.low) & (x < self.high)
         safe = torch.where(inside, x, torch.full_like(x, float(self._table.x[_NODES // 2])))
         u, _ = self._interval.line(safe)
@@ -358,6 +357,7 @@ class StationaryLaw:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Independent draws of the given ``shape`` (batch, *event), by inversion of the distribution function."""
+        shape, dtype = checked_shape(shape), checked_dtype(dtype)
         level = NoiseStream(seed, "prior").uniform(shape, torch.float64)
         return self.quantile(level).to(device=device, dtype=dtype or torch.get_default_dtype())
 
@@ -476,7 +476,8 @@ def fit_prior(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")
     noise = NoiseStream(seed, "fit prior")
-    rows = (noise.uniform((n,), torch.float64) * len(checked_data(data))).long().clamp_max(len(data) - 1)
+    data = checked_data(data)
+    rows = (noise.uniform((n,), torch.float64) * len(data)).long().clamp_max(len(data) - 1)
     x_0 = start(sde.declaration, data[rows.to(data.device)].double(), noise)
     x_T = simulate(sde, x_0, [sde.declaration.T], steps=steps, seed=noise.seed)[0].cpu()
     fitted = n - n // 5
@@ -519,7 +520,8 @@ class FittedPrior:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
-        self._require_event(tuple(shape[1:]))
+        shape, dtype = checked_shape(shape), checked_dtype(dtype)
+        self._require_event(shape[1:])
         noise, (groups, _, sides) = NoiseStream(seed, "prior"), self._centres.shape
         level = noise.uniform((shape[0], groups, 1), torch.float64)
         chosen = (level > self._weights.cumsum(1)[:, :-1]).sum(2)
@@ -531,6 +533,7 @@ class FittedPrior:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
+        x = checked_state(x)
         self._require_event(tuple(x.shape[1:]))
         u = (self._grouped(x.double().cpu()) - self._mean) / self._scale
         log_p = torch.logsumexp(_log_joint(u, self._weights, self._centres, self._roots), dim=2)

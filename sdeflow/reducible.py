@@ -24,6 +24,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_dtype, checked_noise, checked_start, checked_state
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian, normal_log_density
@@ -155,11 +156,13 @@ class ReducibleKernel:
         Raises:
             DataError: for a state outside the domain.
         """
+        x = checked_state(x, sides=0)
         time = self._times(x, t)
         return self._located(self._require_inside(x, time), time)[0].to(x.dtype)
 
     def restore(self, y: Tensor, t: Tensor | float) -> Tensor:
         """x = X(y, t), shaped and typed as y (batch, *event)."""
+        y = checked_state(y, "y", 1)
         return self._to_state(y.to(torch.float64), self._times(y, t)).to(y.dtype)
 
     def restore_inside(self, y: Tensor, t: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -182,8 +185,6 @@ class ReducibleKernel:
 
     def _require_inside(self, x: Tensor, time: Tensor) -> Tensor:
         """``x`` in float64, or a DataError for a state outside the domain."""
-        if not x.is_floating_point():
-            raise DataError(f"a state must be floating, not {x.dtype}.")
         x = x.to(torch.float64)
         inside = self._located(x, time)[1]
         if not bool(inside.all()):
@@ -201,11 +202,13 @@ class ReducibleKernel:
             x_0: (batch, *event).
             t: a number or (batch,), in [0, T].
         """
+        x_0 = checked_state(x_0, "x_0", 1)
         start = self._times(x_0, 0.0)
         return self.inner.moments(self._located(self._require_inside(x_0, start), start)[0], t)
 
     def moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """The true mean and standard deviation of x_t given x_0, each (batch, *event), in the dtype of x_0."""
+        x_0 = checked_state(x_0, "x_0", 1)
         mean, second = self.pushed_moments(*self.line_moments(x_0, t), t)
         return mean.to(x_0.dtype), second.to(x_0.dtype)
 
@@ -233,8 +236,9 @@ class ReducibleKernel:
             seed: seeds the noise; None draws from the global generator.
             noise: the standard normal noise itself, shaped as x_0, instead of a seed.
         """
+        x_0 = checked_state(x_0, "x_0", 1)
         mean, std = self.line_moments(x_0, t)
-        noise = kernel_noise(x_0, seed) if noise is None else noise
+        noise = kernel_noise(x_0, seed) if noise is None else checked_noise(noise, x_0)
         return self._drawn(mean + std * noise, self._times(x_0, t), x_0.dtype)
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
@@ -253,7 +257,8 @@ class ReducibleKernel:
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
-        return self.pushed_log_prob(x_t, *self._noisy_moments(x_0, t), t)
+        x_t = checked_state(x_t, "x_t", 1)
+        return self.pushed_log_prob(x_t, *self._noisy_moments(checked_start(x_0, x_t), t), t)
 
     def pushed_log_prob(self, x: Tensor, mean: Tensor, std: Tensor, t: Tensor | float) -> Tensor:
         """log p(x) in nats, (batch,) in float64, where y is N(mean, std²) at t, every branch counted."""
@@ -274,7 +279,8 @@ class ReducibleKernel:
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
-        mean, std = self._noisy_moments(x_0, t)
+        x_t = checked_state(x_t, "x_t", 1)
+        mean, std = self._noisy_moments(checked_start(x_0, x_t), t)
         time = self._times(x_t, t)
         line, inside = self._located(x_t.to(torch.float64), time)
         slope, _, curvature = self._slopes(line, time)
@@ -328,11 +334,14 @@ class PushForward:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event)."""
+        dtype = checked_dtype(dtype)
         line = self.law.sample(shape, seed, torch.float64, device)
         return self.kernel.restore_inside(line, self.t, dtype or torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64; -inf outside the domain."""
+        x = checked_state(x)
+        self.law.require_event(tuple(x.shape[1:]))
         return self.kernel.pushed_log_prob(x, self.law.mean.to(x.device), self.law.std.to(x.device), self.t)
 
     def __repr__(self) -> str:

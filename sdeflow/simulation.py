@@ -48,12 +48,13 @@ from tqdm import tqdm
 from sdeflow.basis import Basis
 from sdeflow.batches import mixed_seed
 from sdeflow.boundary import Boundary
+from sdeflow.checks import checked_dtype, checked_numbers, checked_state, checked_states
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
 from sdeflow.kernel import broadcast_to_event
 from sdeflow.linear import Linear
 from sdeflow.losses import Pairs
-from sdeflow.model import Model, checked_state
+from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import DeclaredSDE
@@ -119,7 +120,7 @@ def simulate(
         return _exactly(sde, x_0, ts, seed, dtype)
     model, basis = Model(sde, None, None), getattr(sde, "basis", None)
     times = _checked_times(ts, model.T)
-    x = _checked_start(model, checked_state(x_0), dtype)
+    x = _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype))
     plan = _plan(solver, steps, rtol, atol, max_calls, x.dtype)
     if not len(x):
         return x.new_empty(len(times), *x.shape)
@@ -146,7 +147,12 @@ def _exactly(
     """States at the times ``ts``, each drawn from its law given the one before."""
     model, kernel = Model(sde, None, None), sde.kernel
     times = _checked_times(ts, model.T)
-    x, noise, now, found = _checked_start(model, checked_state(x_0), dtype), NoiseStream(seed, "simulation"), 0.0, []
+    x, noise, now, found = (
+        _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype)),
+        NoiseStream(seed, "simulation"),
+        0.0,
+        [],
+    )
     with torch.no_grad():
         for time in times:
             if time > now and len(x):
@@ -243,7 +249,7 @@ def _plan(
 
 
 def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:
-    times = torch.as_tensor(ts, dtype=torch.float64).detach().cpu()
+    times = checked_numbers(ts, "ts").detach().cpu()
     allowed = times.ndim == 1 and len(times) and bool(((times >= 0) & (times <= T)).all())
     if not allowed or not bool((times.diff() > 0).all()):
         raise ValueError(f"ts must be increasing times in [0, T] = [0, {T:g}], not {ts!r}.")
@@ -252,8 +258,6 @@ def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:
 
 def _checked_start(model: Model, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``x`` as whole states of the model's SDE in ``dtype``."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise DataError(f"a state is floating, not {dtype}.")
     _require_components(model.declaration, tuple(x.shape[1:]))
     if model.kernel is not None:
         model.kernel.require_event(tuple(x.shape[1:]))
@@ -277,7 +281,7 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     Raises:
         DataError: for data that is no state, where it cannot be made one.
     """
-    state, k = data, len(declaration.state)
+    state, k = checked_state(data, "data"), len(declaration.state)
     auxiliary = declaration.auxiliary
     if auxiliary:
         own = [i for i in range(k) if i not in auxiliary]

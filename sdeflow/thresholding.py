@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_state
 from sdeflow.scores import ScoreFunction
 
 __all__ = ["Threshold", "Thresholded"]
@@ -69,6 +70,7 @@ class Thresholded(ScoreFunction):
         self._data = [i for i in range(len(self.declaration.state)) if i not in auxiliary] if auxiliary else None
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        x, t = self._entered(x, t)
         score = self.score(x, t)
         kernel, (alpha, sigma, offset) = self._path(x, t)
         centred = kernel.to_basis(x) - offset.to(x.dtype)
@@ -84,6 +86,7 @@ class Thresholded(ScoreFunction):
 
     def in_range(self, denoised: Tensor) -> Tensor:
         """D′ for D = ``denoised``, (batch, *event) both."""
+        denoised = checked_state(denoised, "denoised")
         if self._data is None:
             return self._in_range(denoised)
         kept = denoised.clone()

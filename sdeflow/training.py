@@ -15,7 +15,6 @@ machine.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -37,12 +36,14 @@ from sdeflow.errors import (
     DataScaleWarning,
     ScoreError,
     TrainingDivergedError,
+    warn,
 )
 from sdeflow.linear import Linear
 from sdeflow.losses import KernelPairs, Pairs, denoising_score_matching, score_error
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import Score
+from sdeflow.scores.network import HIDDEN
 from sdeflow.simulation import SimulatedPairs, start
 from sdeflow.storage import tables_of
 from sdeflow.times import Times, WeightedTimes, require_times
@@ -74,10 +75,16 @@ class Fit:
     steps: int = 0
     skipped: int = 0
 
+    def __repr__(self) -> str:
+        skipped = f", skipped={self.skipped}" if self.skipped else ""
+        return f"Fit(steps={self.steps}, losses: {len(self.losses)}, lately {_recent(self.losses):.4g}{skipped})"
 
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     score: Score,
-    data: Tensor | Dataset | DataLoader,
+    data: Tensor | tuple[Tensor, Tensor] | Dataset | DataLoader,
     steps: int,
     batch_size: int = 64,
     weighting: Weighting | None = None,
@@ -99,10 +106,13 @@ def fit(
 ) -> Fit:
     """Trains ``score`` in place; afterwards its weights are the moving average, in eval mode.
 
+    It works inside ``torch.no_grad()`` too, since to train is to ask for gradients.
+
     Args:
         score: the score, whose network has parameters.
-        data: (n, *event), or a Dataset or DataLoader of such samples, alone or with labels as (x, y). A
-            DataLoader brings its own batches, and a resumed run starts it anew.
+        data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with labels; or a Dataset or DataLoader
+            of such samples, alone or with labels as (x, y). It is converted to the network's dtype. A DataLoader
+            brings its own batches, and a resumed run starts it anew.
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
         weighting: what the loss means, whatever the times: "likelihood", "score", "edm", "min_snr", "p2", or a
@@ -144,12 +154,12 @@ def fit(
     rate = _learning_rate(schedule, steps)
     if accelerator is None:
         accelerator = _make_accelerator(score, mixed_precision)
-    folder = None if out is None else Path(out)
+    folder = _folder(out)
     lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
     devices = [] if accelerator.device.type == "cpu" else None
     with torch.random.fork_rng(devices), lock:
         _seed_global(seed, accelerator)
-        batches = Batches(data, batch_size, seed, accelerator)
+        batches = Batches(data, batch_size, seed, accelerator, score.dtype)
         example = _prepare_score(score, objective, batches, accelerator)
         times_drawn = WeightedTimes(
             times,
@@ -368,7 +378,7 @@ class _Run:
                 self._failed_saves += 1
                 if self._failed_saves >= 3:
                     raise
-                warnings.warn(f"{error} Training goes on.", stacklevel=3)
+                warn(f"{error} Training goes on.")
         self.accelerator.wait_for_everyone()
 
     def require_new_folder(self) -> int:
@@ -459,9 +469,7 @@ def _prepare_score(
     if std == 0:
         raise DataError(f"the data is constant ({float(seen.mean()):g}): there is nothing to learn.")
     if std > _UNUSUAL_STD and kernel is not None:
-        warnings.warn(
-            f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning, stacklevel=4
-        )
+        warn(f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning)
     score.to(accelerator.device)
     if not bool(score.moments_known):
         if score.declaration.coupled:  # one number for each component
@@ -505,7 +513,11 @@ def _check_options(
     if not isinstance(score, Score):
         raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}.")
     if not any(p.requires_grad for p in score.parameters()):
-        raise ScoreError("the score has no parameters to train.")
+        if score.is_function:
+            reason = f"its net is a function, which hides those that it may use: {HIDDEN}"
+        else:
+            reason = "they are all frozen" if any(True for _ in score.parameters()) else "its network holds none"
+        raise ScoreError(f"the score has no parameters to train: {reason}.")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}.")
@@ -529,6 +541,13 @@ def _resolved(score: Score, weighting: Weighting | None, times: Times | None) ->
         )
     require_times(times, gaussian)
     return weighting, times
+
+
+def _folder(out: str | Path | None) -> Path | None:
+    try:
+        return None if out is None else Path(out)
+    except TypeError:
+        raise TypeError(f"out must be a folder's path, as text or a Path, not {out!r}.") from None
 
 
 def _learning_rate(schedule: Callable[[float], float] | str, steps: int) -> Callable[[int], float]:

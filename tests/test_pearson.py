@@ -298,7 +298,7 @@ def test_errors_and_states_outside_the_domain(name):
     for call in (kernel.log_prob, kernel.score):
         with pytest.raises(ScheduleError, match="sigma = 0 at t = 0"):
             call(good, good, 0.0)
-        with pytest.raises(ScheduleError, match="not for"):
+        with pytest.raises(ScheduleError, match="asked for"):
             call(good, good, 1.5)
     with pytest.raises(DeclarationError, match="P0"):
         pearson_kernel(Declaration(CASES[name].f, CASES[name].g, P0=0.1, parameters=tuple(VALUES)), VALUES)

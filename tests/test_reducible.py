@@ -299,7 +299,7 @@ def test_errors():
     for call in (kernel.log_prob, kernel.score):
         with pytest.raises(ScheduleError, match="sigma = 0 at t = 0"):
             call(state, state, 0.0)
-        with pytest.raises(ScheduleError, match=r"not for 1\.5"):
+        with pytest.raises(ScheduleError, match=r"asked for 1\.5"):
             call(state, state, 1.5)
     with pytest.raises(DataError, match="shape"):
         kernel.sample(state, torch.ones(3))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_images
 from sdeflow.dequantisation import Dequantisation, Uniform, bits_from
 from sdeflow.likelihood.measure import of_data, of_states, warn_if_noisy
 from sdeflow.likelihood.options import Options
@@ -56,11 +57,11 @@ def bits_per_dim(
         DataError: for images that are not integers in 0 .. levels - 1.
         ValueError: for levels < 2, low >= high, or importance weights of an estimate.
     """
+    images = checked_images(images)
     auxiliary, d = model.declaration.auxiliary, math.prod(images.shape[1:])
     nats = d * math.log(2.0)
     asked = Options(**{"warn_above": _NOISY_BITS * nats, **options, "seed": resolve_seed(seed)})
-    parameter = next(model.score.parameters(), None)
-    dtype = parameter.dtype if parameter is not None else torch.get_default_dtype()
+    dtype = model.state_dtype
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
     scheme = Uniform() if dequantise is None else dequantise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.errors import MaxStepsError, SolverError, ToleranceWarning
+from sdeflow.errors import MaxStepsError, SolverError, ToleranceWarning, warn
 from sdeflow.likelihood import adjoint
 from sdeflow.likelihood.continuous import Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
@@ -223,7 +222,7 @@ def _look_at_the_rest(
     problem = _not_reached(left, value, f"and come no closer than {float(error[left].max()):.2g}", calls)
     if not bool((error[left] <= _ROUNDING * _tolerance(carrier, options, value[left], x)).all()):
         raise problem
-    warnings.warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning, stacklevel=7)
+    warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning)
 
 
 def _not_reached(bad: Tensor, value: Tensor, where: str, calls: int) -> MaxStepsError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow.errors import NonFiniteStateError, TraceErrorWarning
+from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
 from sdeflow.likelihood.exponential import by_exponential
 from sdeflow.likelihood.options import Options, estimator
 from sdeflow.likelihood.result import LogProb
 from sdeflow.linear import Linear
-from sdeflow.model import Model, checked_state
+from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import evaluating
 from sdeflow.solvers import Grid, Solver
@@ -104,7 +103,7 @@ def log_prob(
         ValueError: for options that make no sense.
         SolverError: for a solve that did not end well; never a number then.
     """
-    checked_state(x)
+    x = model.states(x)
     options = Options(
         trace, probes, probe, solver, steps, rtol, atol, grid, at, gradient, 0, first_row, chunk, full, max_calls,
         progress, warn_above,
@@ -235,7 +234,7 @@ def warn_if_noisy(stderr: Tensor, limit: float) -> None:
         message = f"the trace's standard error is up to {float(stderr.max()):.2g} nats; more probes= lower it."
     else:
         return
-    warnings.warn(message, TraceErrorWarning, stacklevel=4)
+    warn(message, TraceErrorWarning)
 
 
 def data_log_prob(
@@ -268,7 +267,7 @@ def data_log_prob(
         return log_prob(model, equation, x, seed=seed, full=full, **options)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer, not {samples!r}.")
-    checked_state(x)
+    x = model.states(x)
     asked = Options(seed=resolve_seed(seed), full=full, **options)
     found = of_data(model, equation, x, samples, asked)
     return found if full else found.value

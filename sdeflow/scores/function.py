@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checks import checked_state, checked_time
 from sdeflow.errors import DataError, NotAffineError, ScoreError
 from sdeflow.kernel import Kernel, Path
 from sdeflow.linear import Linear, multiplied, rows
@@ -61,11 +62,13 @@ class ScoreFunction(nn.Module):
 
     def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
         """E[eps | x_t] = -sigmaᵀ s, shaped as x."""
+        x, t = self._entered(x, t)
         kernel, path = self._path(x, t)
         return kernel.from_basis(-path.sigma.T(kernel.to_basis(self(x, t))))
 
     def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
         """E[x_0 | x_t] = alpha⁻¹ (x - offset + sigma sigmaᵀ s) (Tweedie), shaped as x."""
+        x, t = self._entered(x, t)
         kernel, path = self._path(x, t)
         centred = kernel.to_basis(x) - path.offset.to(x.dtype)
         return kernel.from_basis(path.alpha.inverse(centred + path.sigma.gram(kernel.to_basis(self(x, t)))))
@@ -73,6 +76,13 @@ class ScoreFunction(nn.Module):
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         """The data's mean and standard deviation (each () or *event) where they are known, else None."""
         return None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the network behind this score; None where there is none."""
+        of_schedule = {id(parameter) for parameter in self.schedule.values()}
+        own = (p for p in self.parameters() if p.is_floating_point() and id(p) not in of_schedule)
+        return next((parameter.dtype for parameter in own), None)
 
     def same_sde(self, sde: DeclaredSDE) -> bool:
         """Whether this score belongs to that SDE: declaration, values of the parameters and basis."""
@@ -88,10 +98,32 @@ class ScoreFunction(nn.Module):
         call = on_states(self.gaussian, path, like, dtype, lambda x, i, kept: self(x, times[i]))
         return GridScore(ScoreFunction.readout(self, path, like, times), call)
 
-    def _path(self, x: Tensor, t: Tensor | float) -> tuple[Kernel, Path]:
+    def _entered(self, x: Tensor, t: Tensor | float, least: float | None = None) -> tuple[Tensor, Tensor]:
+        """x as a state of this SDE, and t as float64, () or (batch,), within [cutoff, T]: see :mod:`sdeflow.checks`.
+
+        Args:
+            x: (batch, *event).
+            t: a number or (batch,).
+            least: the first time at which this score is defined, where that is not the cutoff.
+        """
+        x = checked_state(x, dtype=None if isinstance(x, Tensor) else self.dtype)
+        declaration = self.declaration
+        if declaration.coupled and x.shape[1] != len(declaration.state):
+            names = ", ".join(symbol.name for symbol in declaration.state)
+            raise DataError(
+                f"x is of shape {tuple(x.shape)}; a state of this SDE is (batch, {len(declaration.state)}, *event), "
+                f"its components {names} along the second axis."
+            )
+        if least is None:
+            least = 0.0 if self.kernel is None else self.kernel.cutoff
+        what = f"the score is defined for t in {'[cutoff, T]' if least else '[0, T]'}"
+        time = checked_time(t, len(x), least, declaration.T, what)
+        return x, time.to(x.device) if time.ndim else time
+
+    def _path(self, x: Tensor, t: Tensor) -> tuple[Kernel, Path]:
         """The Gaussian kernel, and its alpha, sigma and offset ready for x."""
         self._require_kernel("noise and denoise")
-        return self.gaussian, self.gaussian.path(x, as_time(x, t))
+        return self.gaussian, self.gaussian.path(x, t)
 
     def _require_kernel(self, purpose: str) -> None:
         if self.gaussian is None:
@@ -106,9 +138,7 @@ class CallableScore(ScoreFunction):
         self.function = function
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
-        time = as_time(x, t)
-        if self.gaussian is not None:
-            self.gaussian.require_times(time)
+        x, time = self._entered(x, t)
         return checked(self.function(x.clone(), network_time(time, x)), x, "the score")
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
@@ -177,16 +207,6 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
     if not callable(score):
         raise ScoreError(f"a score must be callable as score(x, t), not {score!r}.")
     return CallableScore(score, sde)
-
-
-def as_time(x: Tensor, t: Tensor | float) -> Tensor:
-    """t as float64, () or (batch,)."""
-    if isinstance(t, Tensor) and t.ndim == 0 and t.dtype == torch.float64:
-        return t  # as solvers give it
-    t = torch.as_tensor(t, dtype=torch.float64)
-    if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-        raise DataError(f"t must be a number or of shape (batch,) = ({len(x)},), not {tuple(t.shape)}.")
-    return t.to(x.device) if t.ndim else t
 
 
 def network_time(t: Tensor, x: Tensor) -> Tensor:

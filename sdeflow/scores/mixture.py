@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_count, checked_dtype, checked_finite, checked_numbers
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.noise import NoiseStream
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction
@@ -41,7 +42,7 @@ class GaussianMixture(ScoreFunction):
     ) -> None:
         super().__init__(sde)
         self._require_kernel("the exact score of a diffused mixture")
-        means, covariances = (torch.as_tensor(v, dtype=torch.float64) for v in (means, covariances))
+        means, covariances = (_numbers(v, name) for v, name in ((means, "means"), (covariances, "covariances")))
         if means.ndim < 2:
             raise DataError(f"means must be of shape (n, *event), not {tuple(means.shape)}.")
         n, d = len(means), means[0].numel()
@@ -49,10 +50,10 @@ class GaussianMixture(ScoreFunction):
         if tuple(covariances.shape) not in allowed:
             wanted = " or ".join(map(str, sorted(allowed)))
             raise DataError(f"covariances must be of shape {wanted}, not {tuple(covariances.shape)}.")
-        weights = torch.ones(n) if weights is None else torch.as_tensor(weights)
+        weights = torch.ones(n, dtype=torch.float64) if weights is None else _numbers(weights, "weights")
         if weights.shape != (n,) or not bool((weights > 0).all()):
             raise DataError(f"weights must be {n} positive numbers, not {weights}.")
-        weights = weights.to(torch.float64) / weights.to(torch.float64).sum()
+        weights = weights / weights.sum()
         if full:
             variances, rotations = torch.linalg.eigh(0.5 * (covariances + covariances.mT))
             marginal = covariances.diagonal(dim1=1, dim2=2)
@@ -101,6 +102,7 @@ class GaussianMixture(ScoreFunction):
         return self.data_mean, self.data_std
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        x, t = self._entered(x, t, least=0.0)
         log_joint, gradient = self._components(x, t)
         responsibility = torch.softmax(log_joint, dim=1)
         total = (responsibility[..., None] * gradient).sum(1).reshape(x.shape)
@@ -108,10 +110,11 @@ class GaussianMixture(ScoreFunction):
 
     def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """log p_t(x) in nats, (batch,) in float64; t = 0 is the data's own density."""
-        return torch.logsumexp(self._components(x, t)[0], dim=1)
+        return torch.logsumexp(self._components(*self._entered(x, t, least=0.0))[0], dim=1)
 
     def sample(self, n: int, seed: int | torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Samples of the data, (n, *event); the auxiliary components of a coupled state are zero (see ``sde.lift``)."""
+        n, dtype = checked_count(n, "n", 0), checked_dtype(dtype)
         stream = NoiseStream(seed, "mixture")
         cumulative = self.weights.cumsum(0)[:-1].cpu()
         k = torch.searchsorted(cumulative, stream.uniform((n,), torch.float64))
@@ -124,11 +127,10 @@ class GaussianMixture(ScoreFunction):
                 deviation = torch.einsum("be,bde->bd", deviation, self.rotations.cpu()[k])
         return (self.means.cpu()[k] + deviation).reshape(n, *self.event).to(dtype or torch.get_default_dtype())
 
-    def _components(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+    def _components(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """log w_k N_k (batch, n), and each component's gradient (batch, n, d), in the kernel's basis."""
         if tuple(x.shape[1:]) != self.event:
             raise DataError(f"x must be of shape (batch, {', '.join(map(str, self.event))}), not {tuple(x.shape)}.")
-        time = self.kernel.times_for(x, t)
         if self._dense:
             return self._dense_components(x.to(torch.float64), time)
         kernel = self.kernel
@@ -175,3 +177,7 @@ class GaussianMixture(ScoreFunction):
         log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
         log_normal = -0.5 * whitened.square().sum(1).mT - log_det - 0.5 * d * math.log(2.0 * math.pi)
         return log_normal + self.weights.log(), gradient
+
+
+def _numbers(values: object, name: str) -> Tensor:
+    return checked_finite(checked_numbers(values, name), name)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdeflow.errors import DataError, ScoreError
+from sdeflow.checks import checked_finite, checked_numbers
+from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
 from sdeflow.kernel import Path
-from sdeflow.scores.function import DeclaredSDE, ScoreFunction, as_time, checked, network_time, network_times, on_states
+from sdeflow.scores.function import DeclaredSDE, ScoreFunction, checked, network_time, network_times, on_states
 from sdeflow.scores.readout import GridScore, Readout
 
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
 
+HIDDEN = "pass an nn.Module whose forward(x, time) does what the function does, and holds the module that it calls"
 PREDICTIONS = ("score", "noise", "data", "v", "velocity", "edm")
 
 
@@ -23,7 +26,9 @@ class Score(ScoreFunction):
 
     Args:
         net: called as ``net(x, time)`` or ``net(x, time, y)``, with x (batch, *event), time (batch,) and
-            labels y (batch,); returns a tensor shaped as x.
+            labels y (batch,); returns a tensor shaped as x. A plain function serves too, but the parameters of a
+            module that it calls are not the score's: ``fit``, ``score.to()`` and ``score.parameters()`` do not find
+            them, and a warning says so.
         sde: the declaration it belongs to (an ``SDE``).
         predicts: what the network's output means; see the table above.
         data_mean: the data's mean, a number or a tensor that broadcasts to an event. ``fit`` measures
@@ -60,10 +65,12 @@ class Score(ScoreFunction):
         if time == "log_snr":
             self._require_kernel('time="log_snr"')
         self.net = net
+        self._warn_of_hidden_modules()
         self.predicts = predicts
         self.time = time
-        self.register_buffer("data_mean", _exact_tensor(0.0 if data_mean is None else data_mean))
-        self.register_buffer("data_std", _exact_tensor(1.0 if data_std is None else data_std))
+        for name, moment, usual in (("data_mean", data_mean, 0.0), ("data_std", data_std, 1.0)):
+            # a number keeps all its digits
+            self.register_buffer(name, checked_finite(checked_numbers(usual if moment is None else moment, name), name))
         if self.declaration.coupled and self.gaussian is not None:
             for name in ("data_mean", "data_std"):
                 moment = getattr(self, name)
@@ -73,17 +80,42 @@ class Score(ScoreFunction):
         positive = bool(
             (self.data_std >= 0).all() & (self.data_std > 0).any() if coupled else (self.data_std > 0).all()
         )
-        if not positive or not bool(torch.isfinite(self.data_std).all()):
+        if not positive:
             raise ValueError(f"data_std must be positive and finite, not {data_std}.")
         if self.declaration.coupled and predicts == "v":
             raise ValueError('predicts="v" is of elementwise SDEs; a coupled one takes the others.')
         if predicts == "velocity" and self.declaration.gram.det() == 0:
             raise ValueError('predicts="velocity": g gᵀ is singular, so the flow does not determine the score.')
 
+    @property
+    def is_function(self) -> bool:
+        """Whether the network is a plain function, which holds no parameters."""
+        return not isinstance(self.net, nn.Module)
+
+    def _warn_of_hidden_modules(self) -> None:
+        """A warning for a function that calls a module with parameters: the score does not find them."""
+        if not self.is_function or not inspect.isfunction(self.net):
+            return
+        try:
+            known = inspect.getclosurevars(self.net)
+        except ValueError:  # a cell that is still empty
+            return
+        hidden = [
+            name
+            for name, value in (*known.nonlocals.items(), *known.globals.items())
+            if isinstance(value, nn.Module) and any(True for _ in value.parameters())
+        ]
+        if hidden:
+            warn(
+                f"net is a function that calls {', '.join(hidden)}, whose parameters the score does not hold: fit, "
+                f"parameters() and to() will not find them. To have them found, {HIDDEN}.",
+                HiddenParametersWarning,
+            )
+
     def set_data_moments(self, mean: Tensor | float, std: Tensor | float) -> None:
         """Declares the data's mean and standard deviation, as measured."""
-        self.data_mean = torch.as_tensor(mean, dtype=self.data_mean.dtype, device=self.data_mean.device)
-        self.data_std = torch.as_tensor(std, dtype=self.data_std.dtype, device=self.data_std.device)
+        mean, std = (checked_finite(checked_numbers(v, name), name) for v, name in ((mean, "mean"), (std, "std")))
+        self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
         self.moments_known = torch.ones_like(self.moments_known)
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
@@ -105,20 +137,22 @@ class Score(ScoreFunction):
 
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """∇ log p_t(x), shaped as x; with labels ``y`` (batch,), the score of x given y."""
+        x, time = self._entered(x, t)
         if self.predicts == "score":
-            return self._network(x, self._checked_time(x, t), y)
-        eps, path = self._noise(x, t, y)
+            return self._network(x, time, y)
+        eps, path = self._noise(x, time, y)
         return self.kernel.from_basis(-path.sigma.T.inverse(eps))
 
     def noise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """E[eps | x_t], shaped as x."""
-        return self.kernel.from_basis(self._noise(x, t, y)[0]) if self.gaussian else super().noise(x, t)
+        return self.kernel.from_basis(self._noise(*self._entered(x, t), y)[0])
 
     def denoise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], shaped as x."""
+        x, time = self._entered(x, t)
         if self.predicts == "data":
-            return self._network(x, self._checked_time(x, t), y)
-        eps, path = self._noise(x, t, y)
+            return self._network(x, time, y)
+        eps, path = self._noise(x, time, y)
         kernel = self.kernel
         centred = kernel.to_basis(x) - path.offset.to(x.dtype)
         return kernel.from_basis(path.alpha.inverse(centred - path.sigma(eps)))
@@ -169,10 +203,10 @@ class Score(ScoreFunction):
 
         return GridScore(readout, on_states(self.gaussian, path, like, dtype, evaluate, readout))
 
-    def _noise(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Path]:
+    def _noise(self, x: Tensor, time: Tensor, y: Tensor | None) -> tuple[Tensor, Path]:
         """E[eps | x_t] in the kernel's basis, and the path."""
         self._require_kernel("the conversion of a score")
-        kernel, time = self.gaussian, self._checked_time(x, t)
+        kernel = self.gaussian
         path = kernel.path(x, time)
         readout = self.readout(path, x, time)
         centred, seen = None, x
@@ -184,12 +218,6 @@ class Score(ScoreFunction):
         output = self._called(seen, network_time(self._times_of(time), x), y, seen is x)
         return readout.noise(kernel.to_basis(output), centred), path
 
-    def _checked_time(self, x: Tensor, t: Tensor | float) -> Tensor:
-        time = as_time(x, t)
-        if self.gaussian is not None:
-            self.gaussian.require_times(time)
-        return time
-
     def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network's output for the state itself."""
         return self._called(x, network_time(self._times_of(t), x), y, True)
@@ -197,15 +225,28 @@ class Score(ScoreFunction):
     def _times_of(self, t: Tensor) -> Tensor:
         """The time in the variable that the network knows, shaped as t."""
         if self.time == "log_snr":
-            return 2.0 * self.gaussian.half_log_snr(t)
+            return 2.0 * self.gaussian.numbers.half_log_snr(t)  # of times that are checked
         return t if self.time == "t" else torch.as_tensor(self.time(t), device=t.device)
 
     def _called(self, x: Tensor, time: Tensor, y: Tensor | None, copy: bool) -> Tensor:
         """The network's output, checked. It sees components as channels, and a copy where others need ``x``."""
         folded = x.flatten(1, 2) if self.declaration.coupled and x.ndim > 2 else x
         folded = folded.clone() if copy and folded.data_ptr() == x.data_ptr() else folded
-        output = self.net(folded, time) if y is None else self.net(folded, time, y)
+        try:
+            output = self.net(folded, time) if y is None else self.net(folded, time, y)
+        except RuntimeError as error:
+            self._require_dtype(folded, error)
+            raise
         return checked(output, folded, "the network").reshape(x.shape)
+
+    def _require_dtype(self, x: Tensor, error: RuntimeError) -> None:
+        """A DataError for what a network said of states in another dtype than its own."""
+        ours = self.dtype
+        if ours not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+            raise DataError(
+                f"x is {x.dtype} and the network {ours}: pass x.to({ours}), or convert the score with "
+                f"score.to({x.dtype})."
+            ) from error
 
     def extra_repr(self) -> str:
         """predicts, time and the data's scale."""
@@ -244,8 +285,3 @@ class Conditional(ScoreFunction):
         if self.y.ndim and len(self.y) != len(x):
             raise DataError(f"{len(self.y)} labels were given for a batch of {len(x)}.")
         return self.y.to(x.device).expand(len(x))
-
-
-def _exact_tensor(value: Tensor | float) -> Tensor:
-    """``value`` in float64; a number keeps all its digits."""
-    return torch.as_tensor(value, dtype=torch.float64)

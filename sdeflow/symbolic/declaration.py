@@ -20,6 +20,7 @@ from sympy.core.function import AppliedUndef
 
 from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
 from sdeflow.symbolic.affine import affine_split, kink_in_state
+from sdeflow.symbolic.arguments import applied
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.grammar import parse
@@ -192,8 +193,8 @@ def declare(
     parameters = tuple(parameters)
     components = _components(f, g, names)
     coupled = components != _ELEMENTWISE
-    rows = f(*components, t) if coupled and _is_function(f) else f
-    matrix = g(*components, t) if coupled and _is_function(g) else g
+    rows = applied(f, "f", components) if coupled and _is_function(f) else f
+    matrix = applied(g, "g", components) if coupled and _is_function(g) else g
     if coupled:
         drift = sp.ImmutableMatrix([_coefficient(v, "f", components, parameters) for v in _column(rows, components)])
         entries = [[_coefficient(v, "g", components, parameters) for v in row] for row in _matrix(matrix, components)]
@@ -411,13 +412,7 @@ def _coefficient(
     if isinstance(value, str):
         value = parse(value, known)
     if _is_function(value):
-        try:
-            value = value(*components, t)
-        except TypeError as error:
-            arguments = ", ".join(c.name for c in (*components, t))
-            raise DeclarationError(
-                f"{name} is a function that could not be called with ({arguments}): {error}"
-            ) from error
+        value = applied(value, name, components)
     if isinstance(value, Real) and not isinstance(value, bool | sp.Basic):
         number = _real(value, name)
         value = sp.Integer(int(number)) if number.is_integer() else sp.Float(number)

@@ -1,0 +1,310 @@
+r"""What users hand in, read in one place: states, times, x_0, dtypes, shapes and counts.
+
+Every public function reads its arguments here, so that one rule holds everywhere:
+
+    ==========================  =============================================================================
+    a state                     is read as
+    ==========================  =============================================================================
+    floating tensor             itself: float16, bfloat16, float32 or float64, with its graph
+    floating NumPy array        a tensor of its dtype (of the network's, where a network is asked)
+    number, list of numbers     a tensor of torch's default dtype (of the network's, where a network is asked)
+    integer tensor or array     an error: whole numbers as states are mostly grey levels, which want a scale
+    bool, complex, text, other  an error
+    ==========================  =============================================================================
+
+A tensor's dtype is its user's choice. Where a network has another, an error says what to write.
+
+**Times** are numbers, one for all samples or one for each, (batch,), and become float64. Outside of the range on which
+what is asked for is defined, and where they are NaN, a :class:`~sdeflow.errors.ScheduleError` names the range. Times
+that lie on an accelerator are not read back, which would make it wait: those outside become NaN there, and so does what
+follows from them.
+
+**x_0** beside x_t is of x_t's shape, or one for all samples: (1, *event), or a number. Nothing else is broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError, ScheduleError
+
+__all__ = [
+    "checked_count",
+    "checked_dtype",
+    "checked_finite",
+    "checked_images",
+    "checked_noise",
+    "checked_numbers",
+    "checked_range",
+    "checked_shape",
+    "checked_start",
+    "checked_state",
+    "checked_states",
+    "checked_time",
+]
+
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+# -------------------------------------------------------------------- states
+
+
+def checked_state(x: object, name: str = "x", sides: int = 2, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` as a floating tensor (batch, *event); see the module. Whether it is finite is not read.
+
+    Args:
+        x: as given.
+        name: how messages call it.
+        sides: the least number of axes: 2 where an event has at least one, 1 where an event may be a number, 0 where
+            one number may stand for all.
+        dtype: of the network that is asked, for what is no tensor.
+
+    Raises:
+        DataError: for what is no state.
+    """
+    if not isinstance(x, Tensor):
+        x = _converted(x, name, dtype)
+    if x.dtype not in FLOATING:
+        raise DataError(f"{name} must be floating, not {x.dtype}: {_remedy(x.dtype, name)}.")
+    if x.ndim < sides:
+        wanted = "(batch, *event)" if sides > 1 else "(batch,) or (batch, *event)"
+        hint = f"; one sample is {name}[None]" if x.ndim else ""
+        raise DataError(f"{name} must be a tensor {wanted}, not of shape {tuple(x.shape)}{hint}.")
+    return x
+
+
+def checked_states(x: object, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
+    """As :func:`checked_state`, and finite: read once before a solve, not at each call of a score.
+
+    Raises:
+        DataError: for what is no state, and for samples that are not finite, with their rows.
+    """
+    return checked_finite(checked_state(x, name, dtype=dtype), name)
+
+
+def checked_images(images: object) -> Tensor:
+    """Integer images (batch, *event), a tensor, an array or a list, as an integer tensor.
+
+    Raises:
+        DataError: for anything else.
+    """
+    if not isinstance(images, Tensor):
+        array = _as_array(images)
+        if array is not None and array.dtype.kind in "iu":
+            images = torch.from_numpy(array.astype(np.int64))
+    if not isinstance(images, Tensor) or images.dtype.is_floating_point or images.dtype == torch.bool:
+        given = getattr(images, "dtype", type(images).__name__)
+        raise DataError(f"images must be integers (batch, *event), not {given}; for floating states use log_prob.")
+    if images.is_complex() or images.ndim < 2:
+        raise DataError(f"images must be integers (batch, *event), not {images.dtype} of shape {tuple(images.shape)}.")
+    return images
+
+
+def checked_finite(x: Tensor, name: str = "x", rows: list[int] | None = None) -> Tensor:
+    """``x`` if it is finite.
+
+    Raises:
+        DataError: otherwise, naming the samples (by ``rows`` where given).
+    """
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist() if x.ndim > 1 else (~finite).nonzero().tolist()
+        bad = bad if rows is None else [rows[row] for row in bad]
+        where = f" in samples {bad[:8]}{' ...' if len(bad) > 8 else ''}" if x.ndim > 1 else ""
+        raise DataError(f"{name} is not finite{where}.")
+    return x
+
+
+def checked_start(x_0: object, x_t: Tensor, name: str = "x_0", beside: str = "x_t") -> Tensor:
+    """``x_0`` as a tensor of the shape of ``x_t`` (batch, *event).
+
+    It may be one for all samples, (1, *event) or a number.
+
+    Raises:
+        DataError: for any other shape, naming both.
+    """
+    x_0 = checked_state(x_0, name, 0, torch.float64)  # numbers keep their digits
+    if x_0.shape == x_t.shape:
+        return x_0
+    if not x_0.ndim or (x_0.ndim == x_t.ndim and len(x_0) == 1 and x_0.shape[1:] == x_t.shape[1:]):
+        return x_0.expand(x_t.shape)
+    raise DataError(
+        f"{name} is of shape {tuple(x_0.shape)} and {beside} of {tuple(x_t.shape)}: {name} must have the same shape, "
+        f"or be one for all samples, of shape {(1, *x_t.shape[1:])} or a number."
+    )
+
+
+def checked_noise(noise: object, x: Tensor) -> Tensor:
+    """``noise`` for states like ``x``, of its very shape and in its dtype.
+
+    Raises:
+        DataError: for any other shape.
+    """
+    noise = checked_state(noise, "noise", 0)
+    if noise.shape != x.shape:
+        raise DataError(f"noise is of shape {tuple(noise.shape)}, and must be shaped as x_0, {tuple(x.shape)}.")
+    return noise.to(dtype=x.dtype, device=x.device)
+
+
+def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
+    """What is no tensor as one: floating, or a DataError."""
+    if isinstance(x, list | tuple) and any(isinstance(part, Tensor) for part in x):
+        try:
+            return torch.stack([checked_state(part, name, 0, dtype) for part in x])
+        except RuntimeError as error:
+            raise DataError(f"{name} is a list of tensors that do not fit together: {error}") from error
+    plain = isinstance(x, Real | list | tuple)
+    wanted = f"{name} must be a tensor, an array or a list of numbers, not {_shown(x)}"
+    if not plain and not hasattr(x, "__array__"):
+        raise DataError(f"{wanted}.")
+    array = _as_array(x)
+    if array is None:
+        raise DataError(f"{wanted} (its parts are of different shapes).")
+    kind = array.dtype.kind
+    if kind in "bc" or (kind in "iu" and not plain):
+        raise DataError(f"{name} must be floating, not {array.dtype}: {_remedy(array.dtype, name)}.")
+    if kind not in "fiu" or array.dtype.itemsize > 8:
+        raise DataError(f"{wanted}.")
+    if plain:
+        return torch.tensor(array.astype(np.float64), dtype=dtype or torch.get_default_dtype())
+    native = array.astype(array.dtype.newbyteorder("="))  # a copy, which PyTorch may write to
+    return torch.from_numpy(native).to(dtype) if dtype is not None else torch.from_numpy(native)
+
+
+def _as_array(x: object) -> np.ndarray | None:
+    """``x`` as an array; None for a ragged list."""
+    try:
+        return np.asarray(x)
+    except ValueError:
+        return None
+
+
+def _remedy(dtype: object, name: str) -> str:
+    """What to write for a state of a dtype that is not floating."""
+    if "complex" in str(dtype):
+        return "states are real; declare real and imaginary part as two components"
+    convert = f"convert it ({name}.float() of a tensor, {name}.astype('float32') of an array)"
+    return f"{convert}, and dequantise integer levels (bits_per_dim)" if "int" in str(dtype) else convert
+
+
+def _shown(x: object) -> str:
+    """``x`` as messages show it."""
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+# -------------------------------------------------------------------- times
+
+
+def checked_time(t: object, batch: int, low: float, high: float, what: str) -> Tensor:
+    """``t`` as float64, () or (batch,), within [low, high]; see the module.
+
+    Args:
+        t: a number, or one for each sample.
+        batch: how many samples there are.
+        low, high: the range, up to a relative 1e-6.
+        what: "the kernel is defined for t in [0, T]", say, for the message.
+
+    Raises:
+        DataError: for what is no time, or not of that shape.
+        ScheduleError: for times outside of the range, NaN included.
+    """
+    t = checked_numbers(t, "t")
+    if t.ndim and (t.ndim > 1 or len(t) != batch):
+        raise DataError(f"t must be a number or of shape (batch,) = ({batch},), not {tuple(t.shape)}.")
+    return checked_range(t, low, high, what)
+
+
+def checked_range(t: Tensor, low: float, high: float, what: str) -> Tensor:
+    """As :func:`checked_time` for float64 times of any shape."""
+    least, most = low * (1.0 - 1e-6), high * (1.0 + 1e-6)
+    if t.device.type != "cpu":
+        return torch.where((t >= least) & (t <= most), t, math.nan)
+    if not t.ndim:
+        first = last = float(t.detach())
+    elif t.numel():
+        first, last = (float(end) for end in torch.aminmax(t.detach()))
+    else:
+        return t
+    if not (first >= least and last <= most):
+        asked = f"{first:.6g}" if first == last or math.isnan(first) else f"{first:.6g} to {last:.6g}"
+        raise ScheduleError(f"{what} = [{low:.6g}, {high:g}]; asked for {asked}.")
+    return t
+
+
+def checked_numbers(values: object, name: str) -> Tensor:
+    """Real numbers of any shape as float64: times, moments, weights. Integers are numbers too.
+
+    Raises:
+        DataError: for bool, complex, text and whatever else is no number.
+    """
+    if isinstance(values, Tensor):
+        if values.dtype == torch.float64:
+            return values
+        if values.dtype != torch.bool and not values.is_complex():
+            return values.to(torch.float64)
+    elif isinstance(values, list | tuple) and any(isinstance(part, Tensor) for part in values):
+        parts = [checked_numbers(part, name) for part in values]
+        if len({part.shape for part in parts}) == 1:
+            return torch.stack(parts)
+    elif isinstance(values, list | tuple) or hasattr(values, "__array__"):
+        array = _as_array(values)
+        if array is not None and array.dtype.kind in "fiu":
+            return torch.tensor(array.astype(np.float64))
+    elif hasattr(values, "__float__") and not isinstance(values, bool):  # SymPy's numbers too
+        try:
+            return torch.tensor(float(values), dtype=torch.float64)
+        except TypeError:
+            pass  # an expression that is no number
+    raise DataError(f"{name} must be a real number or a tensor of them, not {_shown(values)}.")
+
+
+# -------------------------------------------------------------------- dtypes, shapes, options
+
+
+def checked_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
+    """A floating dtype of states, or None where it is left open.
+
+    Raises:
+        TypeError: for what is no ``torch.dtype``.
+        DataError: for one that states cannot have.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, such as torch.float32, not {dtype!r}.")
+    if dtype not in FLOATING:
+        allowed = ", ".join(sorted(map(str, FLOATING)))
+        raise DataError(f"{name} is that of a state, which is floating ({allowed}), not {dtype}.")
+    return dtype
+
+
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
+    given = shape
+    try:
+        valid = not any(isinstance(n, bool) for n in given)
+        shape = tuple(operator.index(n) for n in given)
+    except TypeError:
+        valid = False
+    if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
+        wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
+        raise ValueError(f"shape must be {wanted}, not {given!r}.")
+    return shape
+
+
+def checked_count(value: object, name: str, least: int = 1) -> int:
+    """A whole number of at least ``least``; NumPy's count.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+    return int(value)

@@ -1,0 +1,118 @@
+"""Functions that declare a coefficient: called once, with symbols, in the order that the names of their arguments tell.
+
+    lambda x, t: -x / 2        as documented
+    lambda t, x: -x / 2        as torchsde and torchdiffeq have it: read by its names
+
+An argument named t (or time) is the time, and one named as a component is that component, wherever they stand; the
+others take what is left, in the order (x, t) or (x, v, ..., t). Names that contradict each other are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+
+import sympy as sp
+
+from sdeflow.errors import DeclarationError
+from sdeflow.symbolic.symbols import t
+
+__all__ = ["applied"]
+
+_TIMES = ("t", "time")
+_STATES = ("x", "y", "z", "state")  # what a state is called elsewhere
+
+# What NumPy, PyTorch, math and SymPy say where a function of numbers meets a symbol, with the function's name.
+_NUMERIC = tuple(
+    map(
+        re.compile,
+        (
+            r"no callable (\w+) method",
+            r"^(\w+)\(\).*must be Tensor",
+            r"^(\w+)\(\) received an invalid combination",
+            r"has no attribute '(\w+)'",
+            r"annot convert expression to float|must be real number",
+        ),
+    )
+)
+_OURS = {
+    "abs": "Abs",
+    "absolute": "Abs",
+    "maximum": "Max",
+    "minimum": "Min",
+    "where": "Piecewise",
+    "clamp": "Min",
+    "clip": "Min",
+}
+
+
+def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> object:
+    """What ``function`` returns for the components of the state and t.
+
+    Args:
+        function: of the components and t, in the order that its arguments' names tell.
+        name: of the coefficient, for messages.
+        components: of the state.
+
+    Raises:
+        DeclarationError: for a function that does not take them, whose names contradict each other, or that calls what
+            is no SymPy function.
+    """
+    symbols = (*components, t)
+    wanted = ", ".join(symbol.name for symbol in symbols)
+    arguments = _in_order(function, name, symbols)
+    try:
+        return function(*arguments)
+    except (TypeError, AttributeError) as error:
+        hint = _hint(str(error))
+        raise DeclarationError(
+            f"{name} is a function that could not be called with ({wanted}): {error}{hint}"
+        ) from error
+
+
+def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> tuple[sp.Symbol, ...]:
+    """The symbols in the order of the function's arguments."""
+    names = _argument_names(function)
+    if names is None or len(names) < len(symbols):
+        return symbols
+    further, names = names[len(symbols) :], names[: len(symbols)]
+    told = {symbol.name: symbol for symbol in symbols}
+    told.update({other: t for other in _TIMES if other not in told})
+    found = [told.get(argument) for argument in names]
+    known = [symbol for symbol in found if symbol is not None]
+    left = [symbol for symbol in symbols if symbol not in known]
+    clash = len(set(known)) < len(known) or any(argument in told for argument in further)
+    if left == [t]:  # what is left stands for the time: it must not be called as a state is
+        clash = clash or next(n for n, symbol in zip(names, found, strict=True) if symbol is None) in _STATES
+    elif len(symbols) == 2 and not known:
+        clash = all(argument in _STATES for argument in names)
+    if clash:
+        raise DeclarationError(
+            f"{name} is a function of ({', '.join(names)}), whose names do not tell which argument is the time: write "
+            f"a function of ({', '.join(symbol.name for symbol in symbols)}), in any order."
+        )
+    rest = iter(left)
+    return tuple(next(rest) if symbol is None else symbol for symbol in found)
+
+
+def _argument_names(function: Callable) -> list[str] | None:
+    """The names of the arguments that can be given by position; None where they cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in by_position]
+
+
+def _hint(message: str) -> str:
+    """What to write in place of a function of numbers."""
+    once = ". It is called once, with SymPy symbols: write"
+    if "truth value" in message:
+        return f"{once} a condition as sp.Piecewise((value, condition), ...), sp.Max or sp.Min."
+    match = next(filter(None, (pattern.search(message) for pattern in _NUMERIC)), None)
+    if match is None:
+        return ""
+    called = match.group(1) if match.re.groups else "sqrt"
+    return f"{once} SymPy's functions, as sp.{_OURS.get(called, called)} for {called} of NumPy, PyTorch or math."
