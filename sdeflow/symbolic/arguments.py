@@ -65,9 +65,9 @@ def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> o
     try:
         return function(*arguments)
     except (TypeError, AttributeError) as error:
-        hint = _hint(str(error))
+        said = str(error).splitlines()[0].rstrip(".")
         raise DeclarationError(
-            f"{name} is a function that could not be called with ({wanted}): {error}{hint}"
+            f"{name} is a function that could not be called with ({wanted}): {said}{_hint(said)}"
         ) from error
 
 
