@@ -254,9 +254,12 @@ def checked_numbers(values: object, name: str) -> Tensor:
             return torch.stack(parts)
     elif isinstance(values, list | tuple) or hasattr(values, "__array__"):
         array = _as_array(values)
-        if array is not None and array.dtype.kind in "fiu":
-            return torch.tensor(array.astype(np.float64))
-    elif hasattr(values, "__float__") and not isinstance(values, bool):  # SymPy's numbers too
+        if array is not None and array.dtype.kind in "fiuO":
+            try:
+                return torch.tensor(array.astype(np.float64))  # SymPy's numbers are objects
+            except (TypeError, ValueError):
+                pass
+    elif hasattr(values, "__float__") and not isinstance(values, bool):
         try:
             return torch.tensor(float(values), dtype=torch.float64)
         except TypeError:

@@ -53,6 +53,7 @@ class Gaussian:
 
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + root noise: a sample of this law from one of N(0, 1), (batch, *event)."""
+        noise = checked_state(noise, "noise", 1)
         x = self._level(noise) + self._moved(noise.device)(noise)
         return x if self.basis is None else self.basis.inverse(x)
 

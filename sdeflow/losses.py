@@ -61,7 +61,7 @@ def denoising_score_matching(
     Raises:
         ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
     """
-    x_0 = checked_state(x_0, "x_0")
+    x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     x_t = score.kernel.sample(x_0, t, noise=noise)
     data_std = overall_std(score.data_std) if weighting == "edm" else 1.0

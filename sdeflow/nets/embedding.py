@@ -77,6 +77,28 @@ class TimeEmbedding(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
+def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
+    """x as a floating tensor that meets ``weight`` in its dtype; what is no tensor is converted.
+
+    Raises:
+        TypeError: for what is no state, and for a tensor of another dtype than the net's.
+    """
+    if not isinstance(x, Tensor):
+        try:
+            rows = isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x)
+            x = torch.stack([torch.as_tensor(part) for part in x]) if rows else torch.as_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{what} must be a tensor or an array, not {type(x).__name__}: {error}") from error
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+    if not x.is_floating_point():
+        raise TypeError(f"{what} is {x.dtype}, a net takes floating states: pass {what}.to({weight.dtype})")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{what} is {x.dtype} and the net {weight.dtype}: pass {what}.to({weight.dtype}), or net.to({x.dtype})"
+        )
+    return x
+
+
 class Conditioning(nn.Module):
     r"""Creates what the blocks of a net are modulated by: SiLU(embedding of t + that of y).
 

@@ -14,7 +14,7 @@ up to a few hundred unordered coordinates; where neighbours matter (signals, ima
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import Conditioning
+from .embedding import Conditioning, checked_input
 
 
 class Block(nn.Module):
@@ -98,6 +98,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: If a shape or a label does not fit.
         """
+        x = checked_input(x, self.stem.weight)
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, this MLP takes (batch, {self.features}): "

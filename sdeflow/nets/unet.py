@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .embedding import Conditioning
+from .embedding import Conditioning, checked_input
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLING = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -251,6 +251,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: If a shape or a label does not fit.
         """
+        x = checked_input(x, self.stem.weight)
         if x.ndim != 2 + self.spatial_dims or x.shape[1] != self.channels:
             sides = ("depth", "height", "width")[-self.spatial_dims :]
             raise ValueError(

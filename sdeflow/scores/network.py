@@ -267,12 +267,15 @@ class Conditional(ScoreFunction):
         self.register_buffer("y", torch.as_tensor(y))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        x, t = self._entered(x, t)
         return self.score(x, t, self._labels(x))
 
     def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        x, t = self._entered(x, t)
         return self.score.noise(x, t, self._labels(x))
 
     def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        x, t = self._entered(x, t)
         return self.score.denoise(x, t, self._labels(x))
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
