@@ -164,7 +164,7 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
         raise DataError(f"{wanted}.")
     array = _as_array(x)
     if array is None:
-        raise DataError(f"{wanted} (its parts are of different shapes).")
+        raise DataError(f"{wanted} (its parts are of different shapes or kinds).")
     kind = array.dtype.kind
     if kind in "bc" or (kind in "iu" and not plain):
         raise DataError(f"{name} must be floating, not {array.dtype}: {_remedy(array.dtype, name)}.")
@@ -177,11 +177,19 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def _as_array(x: object) -> np.ndarray | None:
-    """``x`` as an array; None for a ragged list."""
+    """``x`` as an array; None for a ragged list, and for a list in which some are bool and others numbers."""
     try:
-        return np.asarray(x)
+        array = np.asarray(x)
+        return None if array.dtype.kind in "fiuO" and _holds_bool(x) else array
     except ValueError:
         return None
+
+
+def _holds_bool(x: object) -> bool:
+    """Whether a (nested) list holds True or False, which NumPy reads as 1 and 0 beside numbers."""
+    if isinstance(x, list | tuple):
+        return any(map(_holds_bool, x))
+    return isinstance(x, bool | np.bool_) or (isinstance(x, Tensor) and x.dtype == torch.bool)
 
 
 def _remedy(dtype: object, name: str) -> str:

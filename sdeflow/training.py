@@ -518,6 +518,10 @@ def _check_options(
         else:
             reason = "they are all frozen" if any(True for _ in score.parameters()) else "its network holds none"
         raise ScoreError(f"the score has no parameters to train: {reason}.")
+    if any(p.is_inference() for p in score.parameters()):
+        raise ScoreError(
+            "the network was made inside torch.inference_mode(), where nothing can be trained: make it outside."
+        )
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}.")

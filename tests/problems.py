@@ -1,5 +1,7 @@
 """Problems with known answers, shared by the tests."""
 
+import os
+
 import sympy as sp
 import torch
 
@@ -127,3 +129,9 @@ def training_times(kernel, n, times, seed):
     """n times as fit draws them for the likelihood, (n,)."""
     law = WeightedTimes(times, kernel, lambda at: kernel.half_log_snr_rate(at).abs(), 1.0, gaussian=True)
     return law.draw(n, NoiseStream(seed, "test"))[0]
+
+
+def cpu_seconds():
+    """What this process and its ended children have computed so far: no test is slower for a busy machine."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import sympy as sp
-from problems import AWKWARD, CATALOGUE
+from problems import AWKWARD, CATALOGUE, cpu_seconds
 
 import sdeflow
 from sdeflow import SDE, t, x
@@ -163,9 +163,9 @@ def test_hostile_names_and_titles_are_escaped(tmp_path):
 @pytest.mark.parametrize("name", WAYS)
 def test_explain_names_the_way(name):
     sde = case(name)
-    start = time.perf_counter()
+    start = cpu_seconds()
     text = sde.explain()
-    assert time.perf_counter() - start < 1
+    assert cpu_seconds() - start < 1
     assert text.startswith(WAYS[name] + ": ")
     assert "Available: " in text
 

@@ -26,6 +26,7 @@ from sdeflow.errors import DataError, DeclarationError, HiddenParametersWarning,
 from sdeflow.latents import spherical
 from sdeflow.losses import denoising_score_matching
 from sdeflow.scores import GaussianMixture
+from sdeflow.symbolic.declaration import declare, declare_path
 from sdeflow.thresholding import Thresholded
 
 D = 2
@@ -221,7 +222,7 @@ def says_what(error):
     while trace.tb_next is not None:
         trace = trace.tb_next
     return (
-        Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(sdeflow.__file__).parent) and len(str(error)) > 20
+        Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(sdeflow.__file__).parent) and len(str(error)) > 15
     )
 
 
@@ -236,7 +237,10 @@ def test_what_can_be_converted_gives_the_tensors_result(name):
     }  # fmt: skip
     locked = X.numpy().copy()
     locked.flags.writeable = False
-    for what, form in {**forms, "locked": locked}.items():
+    forms["locked"] = locked
+    if name == "MLP":  # which leaves this to torch
+        del forms["swapped bytes"]
+    for what, form in forms.items():
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             found = values(call(form))
@@ -428,7 +432,7 @@ def test_dtypes_are_those_of_states(name):
         with pytest.raises(DataError, match="floating"):
             DTYPES[name](bad)
     for bad in ("float64", np.float64, 64, float):
-        with pytest.raises(TypeError, match="torch.dtype"):
+        with pytest.raises(TypeError, match=r"torch\.dtype"):
             DTYPES[name](bad)
     found = DTYPES[name](torch.float64)
     assert found is None or found.dtype == torch.float64
@@ -502,10 +506,13 @@ def test_data_of_any_form_trains_as_its_tensor():
         with pytest.raises(DataError) as caught:
             steps_of(bad)
         assert says_what(caught.value)
+    score, other = Score(Net(), ou()), Score(Net(), ou())
     with torch.no_grad():
-        assert steps_of(data) == expected
+        assert steps_of(data, score) == expected
     with torch.inference_mode():
-        assert steps_of(data.clone()) == expected
+        assert steps_of(data.clone(), other) == expected
+        with pytest.raises(ScoreError, match="inference_mode"):
+            steps_of(data)
 
 
 def test_the_labels_of_a_tuple_reach_the_network():
@@ -548,11 +555,11 @@ def test_a_function_that_hides_a_module_says_so():
 
 
 def same(sde, other):
-    return (sde.declaration.f, sde.declaration.g) == (other.declaration.f, other.declaration.g)
+    return (sde.f, sde.g) == (other.f, other.g)
 
 
 def test_a_function_is_read_by_the_names_of_its_arguments():
-    plain = SDE(-x / 2 + t, sp.sqrt(1 + t))
+    plain = declare(-x / 2 + t, sp.sqrt(1 + t))
     for f, g in (
         (lambda x, t: -x / 2 + t, lambda x, t: sp.sqrt(1 + t)),
         (lambda t, x: -x / 2 + t, lambda t, x: sp.sqrt(1 + t)),
@@ -562,9 +569,9 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
         (lambda *args: -args[0] / 2 + args[1], functools.partial(lambda k, t, x: sp.sqrt(k + t), 1)),
         (lambda x, t, k=2: -x / k + t, lambda x, t, *, k=1: sp.sqrt(k + t)),
     ):
-        assert same(SDE(f, g), plain)
+        assert same(declare(f, g), plain)
     a, b = state("a b")
-    coupled = SDE([b + t, -a], [1, 1 + t])
+    coupled = declare([b + t, -a], [1, 1 + t])
     for f in (
         lambda a, b, t: [b + t, -a],
         lambda t, a, b: [b + t, -a],
@@ -574,8 +581,8 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
         lambda b, t, p: [b + t, -p],
         [lambda t, a, b: b + t, lambda a, b, t: -a],
     ):
-        assert same(SDE(f, lambda t, a, b: [1, 1 + t], state=("a", "b")), coupled)
-    assert same(SDE.from_kernel(lambda t, x: 1 - t, lambda t, x: t, T=0.9), SDE.from_kernel(1 - t, t, T=0.9))
+        assert same(declare(f, lambda t, a, b: [1, 1 + t], names=("a", "b")), coupled)
+    assert same(declare_path(lambda t, x: 1 - t, lambda t, x: t, T=0.9), declare_path(1 - t, t, T=0.9))
 
 
 @pytest.mark.parametrize(
@@ -620,11 +627,11 @@ def unreadable():
 
 
 def unmixed():
-    return SDE(-x / 10, 1).flow_ode(lambda x, t: -x).sample((2, 1), "euler", 2)
+    return SDE(-(x**3), 1, T=0.5).flow_ode(lambda x, t: -x).sample((2, 1), "euler", 2)
 
 
 def unusual():
-    return steps_of(1000 * torch.randn(16, D))
+    return fit(TRAINED, 1000 * torch.randn(16, D), 2, progress=False)
 
 
 def noisy():
@@ -636,7 +643,12 @@ def noisy_bits():
 
 
 def unreached():
-    return flow().log_prob(X, atol=1e-15)
+    return ou().flow_ode(rounded, prior=ou().prior_for(0.0, 1.0)).log_prob(X, atol=1e-4)
+
+
+def rounded(x, t):
+    score = mixture()(x, t)
+    return score + ((8 * score).round() / 8 - score).detach()
 
 
 def hidden():
@@ -644,29 +656,30 @@ def hidden():
 
 
 NET = Net()
+TRAINED = Score(NET, ou())
 
 
-def torn():
-    return None
+WARNED = (far_prior, unreadable, unmixed, unusual, noisy, noisy_bits, unreached, hidden)
 
 
-WARNED = {far_prior, unreadable, unmixed, unusual, noisy, noisy_bits, unreached, hidden}
+PASSED_THROUGH = {"": lambda f: f, "no_grad": torch.no_grad(), "inference": torch.inference_mode()}
 
 
-@pytest.mark.parametrize("call", WARNED, ids=lambda call: call.__name__)
 @pytest.mark.parametrize(
-    "through", [lambda f: f, torch.no_grad(), torch.inference_mode()], ids=["", "no_grad", "inference"]
+    ("call", "through"),
+    [(call, through) for call in WARNED for through in PASSED_THROUGH if call is not unreached or not through],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_warnings_point_at_the_users_line(call, through):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        through(call)()
+        PASSED_THROUGH[through](call)()
     ours = [w for w in caught if issubclass(w.category, UserWarning) and "sdeflow" in w.category.__module__]
     assert ours, [str(w.message) for w in caught]
     first = call.__code__.co_firstlineno
     for warning in ours:
         assert warning.filename == HERE
-        assert first <= warning.lineno <= first + 2 or call is unusual, f"line {warning.lineno}"
+        assert first <= warning.lineno <= first + 2, f"line {warning.lineno}"
 
 
 def test_every_warning_goes_by_the_same_way():

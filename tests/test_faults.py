@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from problems import training_times
+from problems import cpu_seconds, training_times
 from scipy.integrate import solve_ivp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -554,10 +553,10 @@ def test_every_error_is_one_of_sdeflow_and_of_a_builtin():
 
 @pytest.mark.parametrize("attempt", [row[1] for row in DECLARATION if row[0].startswith("03")])
 def test_03_large_text_is_refused_at_once(attempt):
-    start = time.perf_counter()
+    start = cpu_seconds()
     with pytest.raises(UnsafeExpressionError) as caught:
         attempt()
-    assert time.perf_counter() - start < 1.0
+    assert cpu_seconds() - start < 1.0
     assert len(str(caught.value)) < 500
 
 
@@ -723,9 +722,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=[f"19-{name}" for name in SCHEDULES])
 def test_19_20_schedules_on_which_sympy_hangs_or_fails(make):
-    start = time.perf_counter()
+    start = cpu_seconds()
     sde = make()
-    assert time.perf_counter() - start < 3.0
+    assert cpu_seconds() - start < 3.0
     assert sde.kernel.form in ("closed", "quadrature")
     a, b = sde.declaration.affine
     numbers = [sp.lambdify(t, e.subs(sde.values), "scipy") for e in (a, b, sde.declaration.g**2)]
@@ -747,9 +746,9 @@ def test_19_20_schedules_on_which_sympy_hangs_or_fails(make):
 @pytest.mark.parametrize("name", ["vp-sigmoid", "sine-squared"])
 def test_19_display_ends_too(name):
     kernel = SCHEDULES[name]().kernel
-    start = time.perf_counter()
+    start = cpu_seconds()
     shown = str(kernel)
-    assert time.perf_counter() - start < 10.0
+    assert cpu_seconds() - start < 10.0
     assert "p(x_t | x_0)" in shown and kernel.form in shown
 
 

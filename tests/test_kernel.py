@@ -1,13 +1,12 @@
 """Perturbation kernels against the moment ODE, Fokker-Planck, and closed forms."""
 
-import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import sympy as sp
 import torch
-from problems import AWKWARD, CATALOGUE
+from problems import AWKWARD, CATALOGUE, cpu_seconds
 from scipy.integrate import solve_ivp
 from sympy.codegen.rewriting import expm1_opt, optimize
 
@@ -165,9 +164,9 @@ def test_fokker_planck_finds_planted_mistakes(mistake):
 @pytest.mark.parametrize("name", AWKWARD)
 def test_no_schedule_hangs(name):
     AWKWARD[name]()
-    start = time.perf_counter()
+    start = cpu_seconds()
     AWKWARD[name]()
-    assert time.perf_counter() - start < 3.0
+    assert cpu_seconds() - start < 3.0
 
 
 @pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "CosineVP", "EDM", "FlowMatching", "sigmoid", "piecewise"])
@@ -252,10 +251,10 @@ def test_what_sympy_can_integrate_is_shown_and_what_it_cannot_stays_an_integral(
     assert shown.form == "quadrature"
     assert not shown.alpha.has(sp.Integral)
     assert abs(float(shown.alpha.subs(t, 0.7)) - np.exp(-(0.7**3) / 3)) < 1e-12
-    start = time.perf_counter()
+    start = cpu_seconds()
     hidden = SDE(-(1 + sp.sin(3 * t) ** 2) / 2 * x, sp.sqrt(1 + sp.cos(t))).kernel
     assert hidden.var.has(sp.Integral)
-    assert time.perf_counter() - start < 4.0
+    assert cpu_seconds() - start < 4.0
 
 
 def test_an_integral_that_stays_is_the_truth():

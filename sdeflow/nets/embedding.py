@@ -86,7 +86,7 @@ def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
     if not isinstance(x, Tensor):
         try:
             rows = isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x)
-            x = torch.stack([torch.as_tensor(part) for part in x]) if rows else torch.as_tensor(x)
+            x = torch.stack([torch.as_tensor(part) for part in x]) if rows else torch.tensor(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{what} must be a tensor or an array, not {type(x).__name__}: {error}") from error
         x = x.to(weight.dtype) if x.is_floating_point() else x
