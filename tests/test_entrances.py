@@ -20,6 +20,7 @@ from torch import nn
 import sdeflow
 from sdeflow import SDE, Gaussian, Score, SdeflowError, catalog, fit, state, t, x
 from sdeflow.basis import DCT, Orthogonal
+from sdeflow.bridge import ReducibleBridge
 from sdeflow.checks import checked_start, checked_state, checked_time
 from sdeflow.dequantisation import Uniform
 from sdeflow.errors import DataError, DeclarationError, HiddenParametersWarning, ScheduleError, ScoreError
@@ -56,6 +57,10 @@ def mixture(sde=None):
 @functools.cache
 def geometric():
     return SDE(x, x / 2).kernel
+
+
+def geometric_bridge(x_T):
+    return ReducibleBridge(geometric(), x_T)
 
 
 @functools.cache
@@ -150,6 +155,8 @@ STATES = {
     "bridge.sample": lambda x: ou().bridge(0.3).sample(x, 0.5, seed=0),
     "bridge.paths": lambda x: ou().bridge(0.3).paths(x, [0.5, 1.0], seed=0),
     "bridge, x_T": lambda x: ou().bridge(x).moments(torch.zeros(3, D), 0.5),
+    "bridge of geometric": lambda x: geometric_bridge(0.3).moments(x, 0.5),
+    "bridge of geometric, x_T": lambda x: geometric_bridge(x).moments(torch.ones(3, D), 0.5),
     "simulate": lambda x: ou().simulate(x, [0.1, 0.2], steps=2, seed=0),
     "decode": lambda x: flow().decode(x, "euler", steps=2),
     "encode": lambda x: flow().encode(x, "euler", steps=2),
@@ -177,8 +184,15 @@ STATES = {
     "MLP": lambda x: sdeflow.nets.MLP(D)(x, torch.ones(3)),
 }  # fmt: skip
 # Where one number may stand for all, or an event without a side is a state too.
-ALSO_NUMBERS = {"bridge, x_T", *(n for n in STATES if n.endswith("x_0"))}
-ALSO_FLAT = {n for n in STATES if n.startswith(("kernel.", "geometric.", "CIR.", "bridge.", "Gaussian."))} - {
+ALSO_NUMBERS = {
+    "bridge, x_T",
+    "bridge of geometric, x_T",
+    "geometric.transport",
+    *(n for n in STATES if n.endswith("x_0")),
+}
+ALSO_FLAT = {
+    n for n in STATES if n.startswith(("kernel.", "geometric.", "CIR.", "bridge.", "bridge of", "Gaussian."))
+} - {
     "kernel.lift",
     *ALSO_NUMBERS,
 }
@@ -284,6 +298,7 @@ TIMES = {
     "bridge.moments": lambda time: ou().bridge(0.3).moments(X, time),
     "bridge.sample": lambda time: ou().bridge(0.3).sample(X, time, seed=0),
     "bridge.paths": lambda time: ou().bridge(0.3).paths(X, [time], seed=0),
+    "bridge of geometric": lambda time: geometric_bridge(0.3).moments(X, time),
     "simulate": lambda time: ou().simulate(X, [time], steps=2, seed=0),
     "denoising_score_matching": lambda time: denoising_score_matching(network(), X, time, X),
 }
