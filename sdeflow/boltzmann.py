@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_dtype, checked_shape, checked_state
+from sdeflow.errors import DataError
 from sdeflow.noise import NoiseStream
 
 __all__ = ["BoltzmannLaw"]
@@ -40,6 +42,8 @@ class BoltzmannLaw:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Independent draws of the given ``shape`` (batch, 2, *event)."""
+        shape, dtype = checked_shape(shape), checked_dtype(dtype)
+        self._require_event(shape[1:])
         noise, part = NoiseStream(seed, "prior"), (shape[0], *shape[2:])
         positions = self.of_position.quantile(noise.uniform(part, torch.float64))
         velocities = math.sqrt(self.temperature) * noise.normal(part, torch.float64)
@@ -48,10 +52,16 @@ class BoltzmannLaw:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x, v) in nats, (batch,) in float64, for states (batch, 2, *event); -inf outside the domain."""
+        x = checked_state(x)
+        self._require_event(tuple(x.shape[1:]))
         positions, velocities = (x[:, i].double().reshape(len(x), -1) for i in (self.position, self.velocity))
         constant = 0.5 * math.log(2.0 * math.pi * self.temperature)
         of_velocity = -0.5 * velocities.square() / self.temperature - constant
         return self.of_position.log_prob(positions) + of_velocity.sum(1)
+
+    def _require_event(self, event: tuple[int, ...]) -> None:
+        if event[0] != 2:
+            raise DataError(f"this prior is of states (batch, 2, *event), position and velocity, not (batch, {event}).")
 
     def __repr__(self) -> str:
         return f"BoltzmannLaw(position ~ {self.of_position}, velocity variance {self.temperature:.6g})"

@@ -159,10 +159,9 @@ def _warn_where_unreached(sde: DeclaredSDE, law: BoltzmannLaw) -> None:
         reached = (
             f"is {distance:.2g} away (Kolmogorov-Smirnov) from p(x_T) of its own 2 % or 98 % quantile at T = {T:g}"
         )
-    warnings.warn(
+    warn(
         f"the prior is the law of Boltzmann, which {reached}: raise T, or pass prior=sde.fit_prior(data).",
         PriorMismatchWarning,
-        stacklevel=6,
     )
 
 
