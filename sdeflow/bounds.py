@@ -51,6 +51,7 @@ from sdeflow.linear import Linear
 from sdeflow.model import Model, Prior
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import ScoreFunction, as_score, evaluating
+from sdeflow.traces import total_variance, widening
 
 __all__ = ["Elbo", "KLBound", "elbo", "kl_bound"]
 
@@ -67,12 +68,14 @@ class Elbo:
 
     Attributes:
         value: an unbiased estimate of a lower bound on log p^θ(x), the model being the reverse-time SDE.
-        stderr: its standard error over the draws.
+        stderr: its standard error over the draws, an estimate whose square is unbiased.
         prior: E_q[-log π(x_T)].
         diffusion: ½ ∫ E_q ‖s - ∇ log q_t‖²_Q dt; elementwise ∫ E‖eps - eps̃‖² dλ.
         entropy: log|sigma_cutoff| - log|sigma_T|, one number.
         reconstruction: E_q[-log r(x | x_cutoff)] - H(q_cutoff); 0 for the bound at the cutoff.
         nfe: evaluations of the score for each sample.
+        error: the error bar: ``stderr`` widened by its degrees of freedom, which a few strata may determine, and by
+            1 + 2 / √draws for their heavy tails, so that two of it cover about 95 %.
     """
 
     value: Tensor
@@ -82,6 +85,7 @@ class Elbo:
     entropy: float
     reconstruction: Tensor
     nfe: int
+    error: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class KLBound:
         prior: that of the prior: KL(p_T ‖ π), or what is left of the cross-entropy.
         kind: "kl" or "cross_entropy".
         nfe: evaluations of the model's score for each sample.
+        error: the error bar: ``stderr`` widened by its degrees of freedom and for heavy tails, as in :class:`Elbo`.
     """
 
     value: float
@@ -103,6 +108,7 @@ class KLBound:
     prior: float
     kind: str
     nfe: int
+    error: float
 
 
 def elbo(
@@ -129,7 +135,8 @@ def elbo(
             x_cutoff ~ p(x_cutoff | x), joint for a coupled state: an equality for exact scores.
         draws: of (t, eps) for each sample, even: two in each of draws / 2 strata of time. A quarter as many,
             and at least two, are drawn at the cutoff, and ``draws`` (without the score) at T.
-        times: "log_snr" draws t by importance, ∝ tr(P⁻¹ Q); "t" uniformly. The bound is the same.
+        times: "log_snr" draws t by importance, ∝ tr(P⁻¹ Q); "t" half of the draws so, and half uniformly. The
+            bound is the same.
         seed: of the draws.
         progress: a progress bar; None shows it on a terminal only.
 
@@ -147,7 +154,7 @@ def elbo(
     x = model.states(x)
     if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
-        return Elbo(empty, empty, empty, empty, 0.0, empty, 0)
+        return Elbo(empty, empty, empty, empty, 0.0, empty, 0, empty)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model.score):
         sample = _Sample(model, x)
         first, last = sample.end(model.cutoff), sample.end(model.T)
@@ -158,14 +165,17 @@ def elbo(
         of_reference = sample.cross_entropy(last)
         prior = of_reference + gain.mean(0)
         diffusion = sample.cross_entropy(first) - of_reference - entropy + excess.mean(0)
-        variance = _stratified_variance(excess) + gain.var(0) / len(gain)
+        parts = [*((part, 1) for part in _of_strata(excess)), (gain.var(0) / len(gain), len(gain) - 1)]
         reconstruction, nfe = torch.zeros_like(prior), draws
         if at == "data":
             nfe += max(2, draws // 4)
             reconstruction, of_decoder = sample.reconstruction(first, nfe - draws, seed)
-            variance = variance + of_decoder
+            parts.append((of_decoder, nfe - draws - 1))
+    variance, dof = total_variance(parts)
     value = -(prior + diffusion + entropy + reconstruction)
-    return Elbo(value, variance.sqrt(), prior, diffusion, entropy, reconstruction, nfe)
+    stderr = variance.sqrt()
+    error = _heavy_tails(draws) * widening(dof) * stderr
+    return Elbo(value, stderr, prior, diffusion, entropy, reconstruction, nfe, error)
 
 
 def kl_bound(
@@ -194,7 +204,7 @@ def kl_bound(
         score_of_data: the exact ∇ log p_t, such as :class:`sdeflow.scores.GaussianMixture`. Without a method
             ``log_prob(x, t)``, KL(p_T ‖ π) is replaced by its bound E KL(p(x_T | x_0) ‖ π).
         draws: of (t, eps) for each sample, even.
-        times: "log_snr" draws t by importance, "t" uniformly.
+        times: as of :func:`elbo`.
         seed: of the draws.
         progress: a progress bar; None shows it on a terminal only.
 
@@ -209,7 +219,8 @@ def kl_bound(
     if score_of_data is None:
         bound = elbo(model, data, at="cutoff", draws=draws, times=times, seed=seed, progress=progress)
         score, prior = float(bound.diffusion.mean()), float(bound.prior.mean()) + bound.entropy
-        return KLBound(score + prior, _stderr_of_mean(bound.value), score, prior, "cross_entropy", draws)
+        stderr, error = _stderr_of_mean(bound.value), _bar_of_mean(bound.value)
+        return KLBound(score + prior, stderr, score, prior, "cross_entropy", draws, error)
     truth = as_score(score_of_data, model.score)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model.score), evaluating(truth):
         sample = _Sample(model, data)
@@ -219,9 +230,9 @@ def kl_bound(
             difference = draw.noise_of(model) - draw.noise_of(other)
             parts.append(draw.product(difference, difference))
         score, prior = torch.cat(parts).mean(0), sample.divergence_of_prior(truth, draws, seed)
-    stderr = _stderr_of_mean(score + prior)
+    stderr, error = _stderr_of_mean(score + prior), _bar_of_mean(score + prior)
     value = float(score.mean()), float(prior.mean())
-    return KLBound(sum(value), stderr, *value, "kl", draws)
+    return KLBound(sum(value), stderr, *value, "kl", draws, error)
 
 
 def _kernel(model: Model, purpose: str) -> Kernel:
@@ -237,29 +248,46 @@ def _even(draws: int) -> int:
 
 
 def _stderr_of_mean(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        return math.nan
+    return float(values.std() / math.sqrt(len(values)))
+
+
+def _bar_of_mean(values: Tensor) -> float:
+    return _heavy_tails(len(values)) * _stderr_of_mean(values) * float(widening(values.new_tensor(len(values) - 1.0)))
+
+
+def _heavy_tails(draws: int) -> float:
+    """By what a bar is widened because draws have heavier tails than normal numbers, measured: 2 for 4, 1.25 for 64."""
+    return 1.0 + 2.0 / math.sqrt(draws)
+
+
+def _of_strata(values: Tensor) -> Tensor:
+    """What each stratum of two independent draws adds to the variance of the mean of (draws, batch): unbiased."""
+    return (values[0::2] - values[1::2]).square() / len(values) ** 2
 
 
 def _stratified_variance(values: Tensor) -> Tensor:
-    """The variance of the mean of (draws, batch), of two independent draws in each stratum: unbiased, (batch,)."""
-    return (values[0::2] - values[1::2]).square().sum(0) / len(values) ** 2
+    """The variance of the mean of (draws, batch), (batch,)."""
+    return _of_strata(values).sum(0)
 
 
 # -------------------------------------------------------------------- times
 
 
 class _Times:
-    """t(u) and dt/du for u in [0, 1]: uniform u draws t by importance. Unbiased whatever the table's accuracy.
+    """t(u) and dt/du for u in [0, 1]. Unbiased whatever the table's accuracy.
 
-    The importance is ½ tr(P⁻¹ Q), the rate of log|sigma| - log|alpha|; elementwise that is -λ, averaged over the event.
+    Under "log_snr" uniform u draws t by importance, ½ tr(P⁻¹ Q), the rate of log|sigma| - log|alpha|; elementwise that
+    is -λ, averaged over the event. Under "t" half of the draws are uniform in t and the other half are these, as one
+    density: where the noise runs over many scales, as EDM's does, uniform times alone miss nearly all of the integral,
+    and their spread does not tell.
     """
 
     def __init__(self, kernel: Kernel, times: str) -> None:
         if times not in ("log_snr", "t"):
             raise ValueError(f'times must be "log_snr" or "t", not {times!r}.')
-        self.cutoff, self.T, self._curve = kernel.cutoff, kernel.T, None
-        if times == "t":
-            return
+        self.cutoff, self.T = kernel.cutoff, kernel.T
         from scipy.interpolate import PchipInterpolator  # half a second to import
 
         with torch.no_grad():
@@ -274,6 +302,8 @@ class _Times:
                 if bool(torch.isfinite(exact).all() & (exact.diff() > 0).all()):  # |alpha| of a stiff SDE underflows
                     rising = exact
             u = (rising - rising[0]) / (rising[-1] - rising[0])
+            if times == "t":
+                u = 0.5 * (u + (t - t[0]) / (t[-1] - t[0]))
         # Where g = 0 the level stands still: such times have no importance, and one of each level is enough.
         keep = torch.cat([torch.tensor([True]), u[1:] > u[:-1].cummax(0).values])
         self._curve = PchipInterpolator(u[keep].numpy(), t[keep].numpy())
@@ -281,9 +311,6 @@ class _Times:
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """t and dt/du, shaped as u, float64."""
-        if self._curve is None:
-            length = self.T - self.cutoff
-            return self.cutoff + length * u, torch.full_like(u, length)
         at = u.cpu().numpy()
         t, rate = (torch.as_tensor(curve(at), device=u.device) for curve in (self._curve, self._slope))
         return t.clamp(self.cutoff, self.T), rate

@@ -206,7 +206,8 @@ def _sizes_in_nats(
         size = reference(model, t, u).inverse(delta).flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
         step = _APART / size.clamp_min(torch.finfo(torch.float64).tiny)
         half = kernel.equation(u, t)[2].scaled(0.5 / kernel.half_log_snr_rate(t))
-        pair = [Hutchinson(2, fresh=False).start(u.shape, [0.5, -0.5], seed=k, device=u.device) for k in (0, 1)]
+        trace = Hutchinson(2, fresh=False, distinct=False)
+        pair = [trace.start(u.shape, [0.5, -0.5], seed=k, device=u.device) for k in (0, 1)]
         score = torch.zeros_like(u)
         with torch.enable_grad():
             for shifted in (u + step * delta, u - step * delta):

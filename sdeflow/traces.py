@@ -74,9 +74,16 @@ __all__ = [
     "Hutchinson",
     "Integral",
     "Products",
+    "Spread",
     "Trace",
+    "are_few",
+    "columns_of",
+    "hadamard",
+    "heavy_dof",
     "pool",
+    "total_variance",
     "until",
+    "widening",
 ]
 
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
@@ -101,6 +108,26 @@ class Estimate:
     dof: Tensor
     products: int
 
+    @property
+    def bar(self) -> Tensor:
+        """``stderr`` widened so that value ± 2 bars is the 95.45 % interval of its degrees of freedom."""
+        return self.stderr * widening(self.dof)
+
+
+def widening(dof: Tensor) -> Tensor:
+    """Half of Student's two-sided 95.45 % quantile: 1 for many degrees of freedom, 2.3 for 2, and 7 for 1."""
+    from scipy.special import stdtrit  # half a second to import
+
+    known = dof.detach().double().clamp(1.0, 1e6).cpu().numpy()
+    return 0.5 * torch.as_tensor(stdtrit(known, 0.977249868), dtype=torch.float64, device=dof.device)
+
+
+def total_variance(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """The sum of independent estimated variances, each with its degrees of freedom, and Satterthwaite's of the sum."""
+    variance = sum(part for part, _ in parts)
+    squares = sum(part.square() / (dof + 2.0) for part, dof in parts)
+    return variance, _satterthwaite(variance, squares).clamp_min(min(dof for _, dof in parts))
+
 
 class Trace(ABC):
     """A way to estimate the divergence; it holds options alone, and :meth:`start` begins a trajectory."""
@@ -116,6 +143,7 @@ class Trace(ABC):
         device: torch.device | str = "cpu",
         create_graph: bool = False,
         purpose: str = "probe",
+        draws: Sequence[int] | None = None,
     ) -> Integral:
         """The sum over the nodes, empty.
 
@@ -128,6 +156,8 @@ class Trace(ABC):
             device: where the fields live.
             create_graph: whether the value can be differentiated in turn.
             purpose: a word that separates the probes of different sums with one seed.
+            draws: which node of a coarser grid each node takes the probes of, (nodes,) and rising: sums over two grids
+                then differ by the grids alone. Such a sum has no error of its own. By default each node has its own.
         """
         weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
         if weights.ndim != 1 or not len(weights):
@@ -135,7 +165,7 @@ class Trace(ABC):
         purpose = purpose if round == 0 else f"{purpose} {round}"
         shape = tuple(shape)
         return self._integral(
-            Integral._Setting(shape, weights, resolve_seed(seed), purpose, rows, device, create_graph)
+            Integral._Setting(shape, weights, resolve_seed(seed), purpose, rows, device, create_graph, draws)
         )
 
     @abstractmethod
@@ -155,6 +185,7 @@ class Integral(ABC):
         rows: Tensor | None
         device: torch.device | str
         create_graph: bool
+        draws: Sequence[int] | None = None
 
         @property
         def samples(self) -> int:
@@ -177,9 +208,24 @@ class Integral(ABC):
         self.value = torch.zeros(setting.samples, dtype=torch.float64, device=setting.device)
         self._stream = NoiseStream(setting.seed, setting.purpose, setting.first)
         self._products = Products(setting.create_graph)
+        self._drawn: int | None = None
 
     draws_per_node = 0
     """How many draws of probes a node takes, beyond those at the start."""
+
+    def _draw_of(self, node: int) -> int:
+        """Which draw of probes the node takes."""
+        return node if self.setting.draws is None else int(self.setting.draws[node])
+
+    def _is_new(self) -> bool:
+        """Whether this node's draw is another one than that of the node before, up to which the stream then is."""
+        draw, last = self._draw_of(self.node), self._drawn
+        if last is not None and draw == last:
+            return False
+        if last is not None and draw > last + 1:
+            self._stream.skip((draw - last - 1) * self.draws_per_node)
+        self._drawn = draw
+        return True
 
     def revisit(self, node: int) -> None:
         """Makes the next :meth:`add`, the first of this sum, that of ``node``, with the probes it has."""
@@ -295,10 +341,12 @@ class Products:
 
     def forms(self, output: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         """vᵀ J v of each sample for vectors (k, samples, d), (k, samples) in float64."""
-        size = max(1, _CHUNK // max(1, output.numel()))
-        return torch.cat(
-            [_dot(self.gradients(output, x, chunk), chunk.to(output.dtype)) for chunk in vectors.split(size)]
-        )
+        parts = self.chunks(vectors, output)
+        return torch.cat([_dot(self.gradients(output, x, part), part.to(output.dtype)) for part in parts])
+
+    def chunks(self, vectors: Tensor, output: Tensor) -> Sequence[Tensor]:
+        """Vectors (k, samples, d) in parts whose products may be held at once."""
+        return vectors.split(max(1, _CHUNK // max(1, output.numel())))
 
     def divergence(self, output: Tensor, x: Tensor) -> Tensor:
         """tr J of each sample by all d products, (samples,) in float64."""
@@ -344,11 +392,16 @@ class Hutchinson(Trace):
         probes: at each node.
         probe: "rademacher" or "gaussian".
         fresh: new ones at each node; False keeps them, as adaptive solvers need, with a much larger error.
+
+        distinct: whether random signs of so few coordinates that all probes could be the same by chance,
+            (d - 1) (probes - 1) < 10, are distinct columns of a randomised Hadamard matrix instead; as many as it has
+            are the exact trace.
     """
 
     probes: int = 4
     probe: str = "rademacher"
     fresh: bool = True
+    distinct: bool = True
 
     def __post_init__(self) -> None:
         _require_count("probes", self.probes, 1)
@@ -364,24 +417,47 @@ class _Hutchinson(Integral):
         super().__init__(setting)
         self._trace = trace
         self.draws_per_node = int(trace.fresh)
+        self._normals = trace.probe == "gaussian"
+        self._distinct = trace.distinct and not self._normals and are_few(self.d, trace.probes)
+        self.probes = min(trace.probes, _padded(self.d)) if self._distinct else trace.probes
+        self._left = 1.0 - self.probes / _padded(self.d) if self._distinct else 1.0
         self._vectors: Tensor | None = None
-        self._integrals = 0.0
-        self._nodes = _Nodewise(self.value)
+        self._sum: Tensor | float = 0.0
+        self._nodes = _Nodewise(self.value, self.probes)
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
-        if self._vectors is None or self._trace.fresh:
-            draw = self._signs if self._trace.probe == "rademacher" else self._normal
-            self._vectors = draw(self._trace.probes)
-        forms = self._products.forms(output, x, self._vectors)
+        if self._vectors is None or (self._trace.fresh and self._is_new()):
+            self._vectors = self._drawn_vectors(self._drawn or 0)
+        forms, parts, spread = [], [], Spread(self._normals)
+        for vectors in self._products.chunks(self._vectors, output):
+            gradients = self._products.gradients(output, x, vectors)
+            forms.append(_dot(gradients, vectors.to(gradients.dtype)))
+            if self._trace.fresh:
+                spread.add(vectors, gradients.detach())
+            else:
+                parts.append(gradients.detach().double())
         weight = float(self.weights[self.node])
-        self._integrals = self._integrals + weight * forms.detach()
-        self._nodes.add(weight, forms.detach())
-        return forms.mean(0)
+        if self._trace.fresh:
+            self._nodes.add(weight, self._left * spread.variance())
+        else:
+            self._sum = self._sum + weight * torch.cat(parts)
+        return torch.cat(forms).mean(0)
+
+    def _drawn_vectors(self, draw: int) -> Tensor:
+        if self._normals:
+            return self._normal(self.probes)
+        if not self._distinct:
+            return self._signs(self.probes)
+        columns = columns_of(self.d, self.setting.seed, f"{self.setting.purpose} {draw}")
+        signs = hadamard(torch.arange(self.d), columns[: self.probes])
+        return self._signs() * signs[:, None].to(self.setting.device)
 
     def _error(self) -> tuple[Tensor, Tensor]:
-        if self._trace.fresh:
-            return self._nodes.error()
-        return _of_whole_integrals(self._integrals)
+        if not self._trace.fresh:
+            spread = Spread(self._normals)
+            spread.add(self._vectors, self._sum)
+            self._nodes.add(1.0, self._left * spread.variance())
+        return self._nodes.error()
 
 
 @dataclass(frozen=True, eq=False)
@@ -470,20 +546,28 @@ class _HutchPP(Integral):
         super().__init__(setting)
         self._rank = min(probes // 3, self.d)
         self._rest = probes - 2 * (probes // 3)
-        self._nodes = _Nodewise(self.value)
+        self._nodes = _Nodewise(self.value, self._rest)
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
-        sketch = self._products.gradients(output, x, self._signs(self._rank)).detach()
+        if self._is_new():
+            self._probes = self._signs(self._rank), self._normal(self._rest).permute(1, 2, 0)
+        signs, probes = self._probes
+        sketch = self._products.gradients(output, x, signs).detach()
         # The choice of Q carries no derivative: the value is unbiased for every Q, so its derivative is too.
         q = torch.linalg.qr(sketch.double().permute(1, 2, 0)).Q  # (samples, d, rank)
         # Uniform on the sphere of the complement: what is a multiple of the identity there costs nothing.
-        probes = self._normal(self._rest).permute(1, 2, 0)
         probes = probes - q @ (q.mT @ probes)
         norm = probes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         probes = probes * (math.sqrt(self.d - self._rank) / norm)
-        forms = self._products.forms(output, x, torch.cat([q, probes], dim=2).permute(2, 0, 1))
+        vectors = torch.cat([q, probes], dim=2).permute(2, 0, 1)
+        gradients = self._products.gradients(output, x, vectors)
+        forms = _dot(gradients, vectors.to(gradients.dtype))
         within, rest = forms[: self._rank].sum(0), forms[self._rank :]
-        self._nodes.add(float(self.weights[self.node]), rest.detach())
+        # On a sphere of c dimensions the variance of pᵀMp is twice the mean square of what Mp has across p.
+        across = gradients[self._rank :].detach().double().permute(1, 2, 0)
+        across = across - q @ (q.mT @ across)
+        left = across.square().sum((1, 2)) - rest.detach().square().sum(0) / max(1, self.d - self._rank)
+        self._nodes.add(float(self.weights[self.node]), 2.0 * left.clamp_min(0.0) / self._rest)
         return within + rest.mean(0)
 
     def _error(self) -> tuple[Tensor, Tensor]:
@@ -510,35 +594,38 @@ class Hadamard(Trace):
 class _Hadamard(Integral):
     def __init__(self, setting: Integral._Setting, probes: int) -> None:
         super().__init__(setting)
-        self.padded = 1 << (max(1, self.d) - 1).bit_length()
+        self.padded = _padded(self.d)
         self.probes = min(probes, self.padded)
         nodes = len(self.weights)
         self._diagonal = self._signs()  # D: (samples, d)
-        # One order for all samples, whichever they are: their signs differ, so their errors are uncorrelated.
-        stream = NoiseStream(setting.seed, f"{setting.purpose} order")
-        order = stream.uniform((1, self.padded), torch.float64)[0].argsort()
-        self.slots = torch.arange(nodes * self.probes) % self.padded
-        self.columns = order[self.slots].reshape(nodes, self.probes)
+        order = columns_of(self.d, setting.seed, setting.purpose)
+        draws = torch.tensor([self._draw_of(node) for node in range(nodes)])
+        slots = (draws[:, None] * self.probes + torch.arange(self.probes)) % self.padded
+        self.columns = order[slots]
         self._values: list[Tensor] = []
+        self._spreads: list[Tensor] = []
         self._gram: list[Tensor] = []
         # Correlations matter once columns come round; before that, leaving them out errs on the safe side.
         few = min(self.probes, 4, _GRAM // nodes)
-        self._few = few if few > 1 and 2 * nodes * self.probes > self.padded > self.probes else 0
+        rounds = 2 * nodes * self.probes > self.padded > self.probes
+        self._few = few if few > 1 and rounds and setting.draws is None else 0
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
         rows = torch.arange(self.d, device=output.device)
         signs = hadamard(rows, self.columns[self.node].to(output.device))
         vectors = self._diagonal.to(output.dtype) * signs[:, None].to(output.dtype)
         size = max(self._few, _CHUNK // max(1, output.numel()), 1)
-        parts = []
+        parts, spread = [], Spread()
         for first in range(0, self.probes, size):
             chunk = vectors[first : first + size]
             gradients = self._products.gradients(output, x, chunk)
             parts.append(_dot(gradients, chunk))
+            spread.add(chunk, gradients.detach())
             if self._few and first == 0:
                 self._gram.append(self._against_all(gradients[: self._few].detach()))
         forms = torch.cat(parts)
         self._values.append(forms.detach())
+        self._spreads.append(spread.variance())
         return forms.mean(0)
 
     def _against_all(self, gradients: Tensor) -> Tensor:
@@ -554,7 +641,7 @@ class _Hadamard(Integral):
             return _unknown(self.value)
         forms = torch.stack(self._values).permute(2, 0, 1)  # (samples, nodes, probes)
         weights, P, nodes = self.weights.to(forms.device), self.padded, len(self.weights)
-        scale = forms.var(2) * (P - 1) / P  # K_nn: columns repel each other by 1 / (P - 1)
+        scale = torch.stack(self._spreads, dim=1) * (P - 1) / P  # K_nn: columns repel each other by 1 / (P - 1)
         own = weights.square() * scale
         alone = (P / self.probes - 1.0) / (P - 1.0)
         variance = alone * own.sum(1)
@@ -567,7 +654,7 @@ class _Hadamard(Integral):
             coefficients = overlap.to(forms.device) * weights[:, None] * weights
             variance = (correlated * coefficients).sum((1, 2)).clamp_min(0.0) + _NUGGET * variance
         # Fewer than of independent probes, measured: all nodes share their signs, and the length has its error.
-        dof = _satterthwaite(own.sum(1), own.square().sum(1) / (self.probes + 1))
+        dof = _satterthwaite(own.sum(1), own.square().sum(1) / (self.probes + 1.5))
         return variance.sqrt(), (dof / max(5, self.probes - 1)).clamp_min(1.0)
 
     def _correlations(self, traces: Tensor) -> Tensor:
@@ -626,7 +713,7 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
     Args:
         run: (round, rows) -> the estimate of those rows; it passes both on to :meth:`Trace.start`.
         samples: how many rows there are.
-        target: of the standard error, in nats.
+        target: of the standard error as widened by its degrees of freedom, in nats.
         rounds: at most.
 
     Returns:
@@ -647,7 +734,7 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
             put = {name: getattr(done, name).index_copy(0, rows.to(pooled.value.device), getattr(pooled, name))
                    for name in ("value", "stderr", "dof")}  # fmt: skip
             done = Estimate(**put, products=pooled.products)
-        open_ = ~(pooled.stderr <= target)  # NaN stays open
+        open_ = ~(pooled.bar <= target)  # NaN stays open
         if not bool(open_.any()):
             break
         rows = rows[open_.to(rows.device)]
@@ -658,27 +745,81 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
 # ---------------------------------------------------------------- pieces
 
 
-class _Nodewise:
-    """The error of a sum whose nodes are independent, from the spread of k values within each."""
+class Spread:
+    """The variance of vᵀJv over probes v from the gradients Jᵀv, each of whose coordinates tells of it.
 
-    def __init__(self, like: Tensor) -> None:
+    For random signs, Σ_i Var(v_i (Jᵀv)_i) is half of the variance, and for normal numbers E‖Jᵀv‖² is, for symmetric J
+    (for another J it is more). The spread of the forms themselves has the same mean and far more noise of its own.
+    """
+
+    def __init__(self, normals: bool = False) -> None:
+        self.normals, self.count = normals, 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, vectors: Tensor, gradients: Tensor) -> None:
+        """More probes (k, samples, d) and their gradients."""
+        products = gradients.double() * vectors if not self.normals else gradients.double()
+        self.count += len(vectors)
+        self.total = self.total + products.sum(0)
+        self.squares = self.squares + products.square().sum((0, 2))
+
+    def variance(self) -> Tensor:
+        """(samples,); NaN for one probe."""
+        if self.count < 2:
+            return self.squares * math.nan
+        if self.normals:
+            return 2.0 * self.squares / self.count
+        apart = self.squares - self.total.square().sum(1) / self.count
+        return 2.0 * apart.clamp_min(0.0) / (self.count - 1)
+
+
+class _Nodewise:
+    """The error of a sum whose nodes are independent, from the variance at each of k probes.
+
+    A variance is taken to have k - ½ degrees of freedom: forms of rank one have k, and of two signs each some part of J
+    is not seen at all.
+    """
+
+    def __init__(self, like: Tensor, k: int) -> None:
         self.variance = torch.zeros_like(like)
         self.squares = torch.zeros_like(like)
-        self.values = 0
+        self.k, self.dof = k, k - 0.5
 
-    def add(self, weight: float, values: Tensor) -> None:
-        """Values (k, samples) at a node."""
-        self.values = len(values)
-        if self.values > 1:
-            part = weight**2 * values.var(0) / self.values
-            self.variance += part
-            self.squares += part.square() / (self.values + 1)
+    def add(self, weight: float, variance: Tensor) -> None:
+        """The variance (samples,) of one probe at a node."""
+        part = weight**2 * variance / self.k
+        self.variance = self.variance + part
+        self.squares = self.squares + part.square() / (self.dof + 2.0)
 
     def error(self) -> tuple[Tensor, Tensor]:
         """The standard error, and Satterthwaite's degrees of freedom."""
-        if self.values < 2:
+        if self.k < 2:
             return _unknown(self.variance)
-        return self.variance.sqrt(), _satterthwaite(self.variance, self.squares).clamp_min(self.values - 1.0)
+        dof = _satterthwaite(self.variance, self.squares).clamp_min(self.dof)
+        return self.variance.sqrt(), torch.where(self.variance > 0, dof.clamp_max(heavy_dof(self.k)), dof)
+
+
+def are_few(d: int, probes: int) -> bool:
+    """Whether random signs could all be the same, up to the sign of a whole probe, with a probability above 1e-3."""
+    return probes > 1 and (d - 1) * (probes - 1) < 10
+
+
+def heavy_dof(probes: int) -> float:
+    """Degrees of freedom for means of forms vᵀJv, whose tails are heavier than those of normal numbers; measured."""
+    return max(min(probes - 0.5, 6.0), probes / 4.0)
+
+
+def columns_of(d: int, seed: int, purpose: str) -> Tensor:
+    """The columns of the Hadamard matrix of d dimensions, padded to a power of two, in a random order.
+
+    One order for all samples, whichever they are: their signs differ, so their errors are uncorrelated.
+    """
+    return NoiseStream(seed, f"{purpose} order").uniform((1, _padded(d)), torch.float64)[0].argsort()
+
+
+def _padded(d: int) -> int:
+    return 1 << (max(1, d) - 1).bit_length()
 
 
 def hadamard(rows: Tensor, columns: Tensor) -> Tensor:
@@ -705,9 +846,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _satterthwaite(variance: Tensor, squares: Tensor) -> Tensor:
-    """(Σ V_n)² / Σ (V_n² / (k - 1)) from v_n, the spread of k values each: variance Σ v_n, squares Σ v_n² / (k + 1).
+    """(Σ V_n)² / Σ (V_n² / k) from v_n with k degrees of freedom each: variance Σ v_n, squares Σ v_n² / (k + 2).
 
-    E v_n² = V_n² (k + 1) / (k - 1), which makes ``squares`` unbiased, and its double is too much in variance².
+    E v_n² = V_n² (k + 2) / k, which makes ``squares`` unbiased, and its double is too much in variance².
     """
     dof = variance.square() / squares.clamp_min(torch.finfo(torch.float64).tiny) - 2.0
     return torch.where(squares > 0, dof, math.inf)

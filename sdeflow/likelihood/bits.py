@@ -87,5 +87,11 @@ def bits_per_dim(
     if not full:
         warn_if_noisy(found.stderr / math.sqrt(draws), asked.warn_above)
         return bits.value
-    parts = (found.solver_error, found.truncation, found.prior_mismatch)
-    return LogProb(bits.value, bits.stderr, *(of_draws(p).mean(0) / nats for p in parts), found.nfe)
+
+    def mean(part: Tensor) -> Tensor:
+        return of_draws(part).mean(0) / nats
+
+    return LogProb(
+        bits.value, bits.stderr, mean(found.solver_error), mean(found.truncation), mean(found.prior_mismatch),
+        found.nfe, mean(found.prior_error),
+    )  # fmt: skip

@@ -13,7 +13,8 @@ joint law at the cutoff is what is meant: their noise is not small there.
 
 **The prior.** What the flow measures with is π, and the score at T belongs to some p_T. Along the straight line from a
 point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_q[p_T / q] = 1 for any q near
-p_T: the prior that the data's moments or the score itself suggest.
+p_T: the prior that the data's moments or the score itself suggest. The draws of q are doubled until the standard error
+of that mean is small, and the integral is taken by Gauss and Kronrod, so that both parts know their own error.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from torch import Tensor
 from sdeflow.gaussian import Gaussian
 from sdeflow.kernel import Path
 from sdeflow.linear import Linear
-from sdeflow.model import Model
-from sdeflow.traces import Trace
+from sdeflow.model import Model, Prior
+from sdeflow.traces import Trace, widening
 
 __all__ = ["mean_path", "prior_mismatch", "truncation"]
 
-_RAY, _MASS = np.polynomial.legendre.leggauss(4)
-_DRAWS = 64  # of the prior, for the constant
+# Kronrod's seven points in (-1, 1), their weights, and those of the three of Gauss among them.
+_RAY = np.array([-0.960491268708020283, -0.774596669241483377, -0.434243749346802558, 0.0])
+_MASS = np.array([0.104656226026467265, 0.268488089868333440, 0.401397414775962222, 0.450916538658474142])
+_GAUSS = np.array([0.0, 5.0 / 9.0, 0.0, 8.0 / 9.0])
+_RAY, _MASS, _GAUSS = np.append(_RAY, -_RAY[2::-1]), np.append(_MASS, _MASS[2::-1]), np.append(_GAUSS, _GAUSS[2::-1])
+_DRAWS, _MOST_DRAWS = 64, 1024  # of the prior, for the constant
+_SMALL = 0.01  # nats, of the constant's error
+_TAILS = 2.0  # weights have heavy tails, of which few draws tell too little
 
 
 def mean_path(model: Model, x: Tensor) -> tuple[Tensor, float]:
@@ -110,37 +117,56 @@ def _deblurring(
         change = -0.5 * (integral.result().value + (field * s).flatten(1).sum(1))
     if not graph:
         change, s = change.detach(), s.detach()
-    return change, 0.5 * integral.result().stderr, s
+    return change, 0.5 * integral.result().bar, s
 
 
 @torch.no_grad()
-def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """log p_T(x_T) - log π(x_T), (batch,) in nats, p_T the law whose gradient the score is at T.
+def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log p_T(x_T) - log π(x_T) and its own error bar, (batch,) each in nats, p_T the law whose gradient the score is.
 
-    The constant is a mean over 64 draws; of a score with labels for each sample, over the labels too.
+    Of a score with labels for each sample the constant is a mean over the labels too.
 
     Args:
         model: the SDE with its score and prior.
         x_T: (batch, *event) in float64.
         dtype: in which the score is called.
     """
-    like, event = x_T[:1].to(dtype), tuple(x_T.shape[1:])
+    like, x_T = x_T[:1].to(dtype), x_T.detach()
     prior, near = model.prior_for(like), model.with_own_prior().prior_for(like)
-    draws = near.sample((_DRAWS, *event), seed=0, dtype=torch.float64, device=x_T.device)
-    centre = draws.mean(0, keepdim=True)
-    if isinstance(near, Gaussian):  # in pairs about the centre, whose odd moments cancel
-        centre = near.coloured(torch.zeros_like(centre))
-        draws = torch.cat([draws[::2], 2.0 * centre - draws[::2]])
+    if isinstance(near, Gaussian):
+        centre = near.coloured(torch.zeros_like(x_T[:1]))
+    else:
+        centre = _drawn(near, x_T, 0).mean(0, keepdim=True)
+    log_weight = torch.empty(0, dtype=torch.float64, device=x_T.device)
+    while True:
+        draws = _drawn(near, x_T, len(log_weight) // _DRAWS)
+        if isinstance(near, Gaussian):  # in pairs about the centre, whose odd moments cancel
+            draws = torch.cat([draws[::2], 2.0 * centre - draws[::2]])
+        of_draws, _ = _from_centre(model.of_probes(len(draws)), centre, draws, dtype)
+        of_draws = (of_draws - near.log_prob(draws)).reshape(2, -1).logsumexp(0) - math.log(2.0)
+        log_weight = torch.cat([log_weight, of_draws])
+        count = len(log_weight)
+        share = torch.softmax(log_weight, 0) * count
+        dof = share.new_tensor(count - 1.0)
+        of_constant = torch.log1p(_TAILS * widening(dof) * share.std() / math.sqrt(count))
+        if float(of_constant) <= _SMALL or 2 * count >= _MOST_DRAWS:
+            break
+    at_centre = math.log(count) - torch.logsumexp(log_weight, 0)
+    found, error = _from_centre(model, centre, x_T, dtype)
+    return found + at_centre - prior.log_prob(x_T), torch.hypot(error, of_constant)
 
-    def from_centre(model: Model, x: Tensor) -> Tensor:
-        """log p_T at x, minus that at the centre."""
-        way, total = x - centre, torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for node, mass in zip(_RAY, _MASS, strict=True):
-            s = model.score((centre + 0.5 * (1.0 + node) * way).to(dtype), model.T).double()
-            total += 0.5 * mass * (s * way).flatten(1).sum(1)
-        return total
 
-    of_draws = from_centre(model.of_probes(_DRAWS), draws) - near.log_prob(draws)
-    at_centre = math.log(_DRAWS) - torch.logsumexp(of_draws, 0)
-    x_T = x_T.detach()
-    return from_centre(model, x_T) + at_centre - prior.log_prob(x_T)
+def _drawn(near: Prior, like: Tensor, round: int) -> Tensor:
+    """Some draws near p_T, those of each round independent."""
+    return near.sample((_DRAWS, *like.shape[1:]), seed=round, dtype=torch.float64, device=like.device)
+
+
+def _from_centre(model: Model, centre: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log p_T at x, minus that at the centre, and the difference to a formula of lower order, (batch,) each."""
+    way, total = x - centre, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    rough = torch.zeros_like(total)
+    for node, mass, of_gauss in zip(_RAY, _MASS, _GAUSS, strict=True):
+        s = model.score((centre + 0.5 * (1.0 + node) * way).to(dtype), model.T).double()
+        rate = 0.5 * (s * way).flatten(1).sum(1)
+        total, rough = total + mass * rate, rough + of_gauss * rate
+    return total, (total - rough).abs()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdeflow.errors import ScoreError
+from sdeflow.errors import ScoreError, SolverError
 from sdeflow.likelihood.options import DEFAULT_PROBES, Options, is_exact
 from sdeflow.likelihood.result import Solved
 from sdeflow.model import Model
@@ -18,7 +19,18 @@ from sdeflow.reference import reference, reference_growth
 from sdeflow.solvers import Problem
 from sdeflow.solvers.clock import Clock
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Estimate, Exact, Given, Products, until
+from sdeflow.traces import (
+    Estimate,
+    Exact,
+    Given,
+    Products,
+    Spread,
+    are_few,
+    columns_of,
+    hadamard,
+    heavy_dof,
+    until,
+)
 
 __all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
 
@@ -49,7 +61,7 @@ def by_torchdiffeq(
         on_call: called at each call of the score.
     """
     plan, clock = plan_of(options, dtype), model.clock(options.grid)
-    found: list[tuple[Estimate, Tensor, Tensor | None, int]] = []
+    found: list[tuple[Estimate, Tensor, FixedProbes | None, int]] = []
 
     def run(round: int, part: Tensor) -> Estimate:
         part = part.to(x.device)
@@ -66,16 +78,31 @@ def by_torchdiffeq(
     first, x_T, vectors, _ = found[0]
     error = torch.full_like(first.value.detach(), math.nan)
     if options.full:
-        rough = Flow(model, equation, clock, dtype, vectors, False)(x.detach(), plan.looser(), on_call)[0]
-        error = (first.value.detach() - rough.value).abs()
-    return Solved(estimate.value, estimate.stderr, error, x_T, sum(nfe for *_, nfe in found))
+        flow = Flow(model, equation, clock, dtype, vectors, False)
+        error = _compared(first.value.detach(), plan, lambda other: flow(x.detach(), other, on_call)[0].value)
+    return Solved(estimate.value, estimate.stderr, estimate.dof, error, x_T, sum(nfe for *_, nfe in found))
 
 
-def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> Tensor | None:
-    """Probe vectors (probes, batch, *event), or None for the exact trace."""
+def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Tensor:
+    """What log p of a solve may be off by: its difference to a finer one.
+
+    A finer solve of the same method may agree by chance, so no less is taken than a tenth of the difference to a looser
+    one, at ten times the tolerance or in half the steps; and all of that where nothing finer comes to an end.
+    """
+    try:
+        finer = solve(plan.finer())
+    except SolverError:
+        return (value - solve(plan.looser())).abs()
+    error = torch.hypot(value - finer, torch.finfo(torch.float64).eps * value)
+    same = plan.solver == plan.finer().solver
+    return torch.hypot(error, 0.1 * (value - solve(plan.looser()))) if same else error
+
+
+def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> FixedProbes | None:
+    """The probes of a solve, or None for the exact trace."""
     if isinstance(options.trace, Given):
         given = options.trace if model.kernel is None else options.trace.mapped(model.kernel.to_basis, x.shape[1:])
-        return given.of_rows(rows, tuple(x.shape), x.device)
+        return FixedProbes(given.of_rows(rows, tuple(x.shape), x.device), 1.0, None)
     if options.trace not in (None, "exact", "hutchinson") and not isinstance(options.trace, Exact):
         raise ValueError(
             f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {options.trace!r}: others go '
@@ -87,33 +114,65 @@ def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int)
     return fixed_probes(x, rows, options, probes * 2**round, round)
 
 
-def fixed_probes(x: Tensor, rows: Tensor, options: Options, probes: int, round: int = 0) -> Tensor:
-    """Probe vectors (probes, batch, *event), which stay as they are over a solve."""
-    first = int(rows.min()) if len(rows) else 0
-    stream = NoiseStream(options.seed, "probe" if round == 0 else f"probe {round}", first)
+class FixedProbes(NamedTuple):
+    """Probes that stay as they are over a solve.
+
+    Attributes:
+        vectors: (probes, batch, *event).
+        left: the part of a mean's variance over independent probes that is left: less than 1 for distinct columns.
+        normals: whether they are normal numbers, or random signs; None where their law is not known.
+    """
+
+    vectors: Tensor
+    left: float
+    normals: bool | None
+
+
+def fixed_probes(x: Tensor, rows: Tensor, options: Options, probes: int, round: int = 0) -> FixedProbes:
+    """Probes of states x (batch, *event).
+
+    Where random signs could all be the same by chance they are distinct columns of a randomised Hadamard matrix, as
+    those of :class:`~sdeflow.traces.Hutchinson`; as many as it has are the exact trace.
+    """
+    event, left = tuple(x.shape[1:]), 1.0
+    first, purpose = int(rows.min()) if len(rows) else 0, "probe" if round == 0 else f"probe {round}"
+    stream = NoiseStream(options.seed, purpose, first)
     draw = stream.rademacher if options.probe == "rademacher" else stream.normal
-    count = int(rows.max()) + 1 - first if len(rows) else 0
-    drawn = draw((count, probes, *x.shape[1:]), torch.float64)[rows.cpu() - first]
-    return drawn.to(x.device).movedim(1, 0).contiguous()
+    count, d = int(rows.max()) + 1 - first if len(rows) else 0, math.prod(event)
+    few = options.probe == "rademacher" and are_few(d, probes)
+    drawn = draw((count, 1 if few else probes, *event), torch.float64)[rows.cpu() - first]
+    if few:
+        order = columns_of(d, options.seed, purpose)
+        columns = order[:probes]
+        drawn = drawn * hadamard(torch.arange(d), columns).reshape(-1, *event)
+        left = 1.0 - len(columns) / len(order)
+    return FixedProbes(drawn.to(x.device).movedim(1, 0).contiguous(), left, options.probe == "gaussian")
 
 
 class Flow:
     """d/dt of (x, what the divergence adds to log p), and its solves."""
 
     def __init__(
-        self, model: Model, equation: Equation, clock: Clock, dtype: torch.dtype, vectors: Tensor | None, graph: bool
+        self,
+        model: Model,
+        equation: Equation,
+        clock: Clock,
+        dtype: torch.dtype,
+        probes: FixedProbes | None,
+        graph: bool,
     ) -> None:
-        self.model, self.clock, self.dtype, self.vectors, self.graph = model, clock, dtype, vectors, graph
+        self.model, self.clock, self.dtype, self.graph = model, clock, dtype, graph
+        self.probes, self.columns = probes, 1 if probes is None else len(probes.vectors)
         self.drift, self.products = model.drift(equation), Products(create_graph=graph)
 
     def __call__(self, x: Tensor, plan: Plan, on_call: Callable[[], object] | None) -> tuple[Estimate, Tensor, int]:
         """log p, x_T and the calls."""
-        model, d = self.model, math.prod(x.shape[1:])
-        columns = 1 if self.vectors is None else len(self.vectors)
+        model, d, columns = self.model, math.prod(x.shape[1:]), self.columns
+        extra = 0 if self.probes is None else 1
 
         def row_norm(error: Tensor) -> Tensor:
             error = error.detach()  # a step's length has no gradient
-            of_state, of_log_p = error[:, :d], error[:, d:].mean(1)
+            of_state, of_log_p = error[:, :d], error[:, d : d + columns].mean(1)
             return torch.maximum(of_state.square().mean(1).sqrt(), of_log_p.abs())
 
         def rate(y: Tensor, t: Tensor) -> Tensor:
@@ -124,17 +183,22 @@ class Flow:
                 rate, self.clock, backward=False, row_norm=row_norm, max_calls=plan.max_calls, on_call=on_call
             )
             start = model.to_solver(x, model.cutoff).flatten(1)
-            y = torch.cat([start, start.new_zeros(len(x), columns)], dim=1)
+            y = torch.cat([start, start.new_zeros(len(x), columns + extra)], dim=1)
             y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-            x_T, integrals = model.from_solver(y[:, :d].reshape(x.shape), model.T), y[:, d:]
+            x_T, integrals = model.from_solver(y[:, :d].reshape(x.shape), model.T), y[:, d : d + columns]
             prior = model.prior_for(x.detach().to(self.dtype))
             value = prior.log_prob(x_T) + integrals.mean(1) + reference_growth(model, x[:1].detach())
-        plain = integrals.detach()
-        if self.vectors is None:
-            stderr, dof = torch.zeros_like(plain[:, 0]), torch.full_like(plain[:, 0], math.inf)
-        else:
-            stderr = plain.std(1) / math.sqrt(columns) if columns > 1 else torch.full_like(plain[:, 0], math.nan)
-            dof = torch.full_like(stderr, columns - 1.0)
+        stderr, dof = torch.zeros_like(value.detach()), torch.full_like(value.detach(), math.inf)
+        if self.probes is not None:
+            # The bound of few probes is about twice too large where J is far from symmetric; many tell by themselves.
+            spread, trust = y[:, -1].detach(), 0.0 if columns < 8 else 0.5 if columns < 16 else 1.0
+            trust = 1.0 if self.probes.normals is None else trust
+            if columns < 2:
+                spread = spread * math.nan
+            elif trust:
+                spread = (trust * integrals.detach().var(1) + (1.0 - trust) * spread.square()).sqrt()
+            stderr = spread * math.sqrt(self.probes.left / columns)
+            dof = dof if self.probes.left == 0 else torch.full_like(dof, heavy_dof(columns))
         return Estimate(value, stderr, dof, columns), x_T.detach(), problem.nfe
 
     def rate(self, y: Tensor, t: Tensor, event: tuple[int, ...]) -> Tensor:
@@ -146,19 +210,30 @@ class Flow:
             s = self.model.solver_score(u, t, self.dtype)
             velocity = self.drift(u, t, s)
             if kernel is None:
-                change = self._divergence(velocity, u)
+                change, spread = self._divergence(velocity, u)
             else:
                 _, _, q = kernel.equation(u, t)
                 inverse = reference(self.model, t, u).inverse
                 known = (q @ inverse.T @ inverse).trace(event)
-                change = -0.5 * (self._divergence(q(s), u) + known)
-            rate = torch.cat([velocity.flatten(1), change.mT.to(y.dtype)], dim=1)
+                divergence, spread = self._divergence(q(s), u)
+                change, spread = -0.5 * (divergence + known), 0.5 * spread
+            rate = torch.cat([velocity.flatten(1), change.mT.to(y.dtype), spread.mT.to(y.dtype)], dim=1)
         return rate if self.graph else rate.detach()
 
-    def _divergence(self, field: Tensor, u: Tensor) -> Tensor:
-        """div of a field, (columns, batch): exact in one column, or vᵀ J v for each probe v."""
+    def _divergence(self, field: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """div of a field, (columns, batch): exact in one column, or vᵀ J v for each probe v, and its deviation.
+
+        Of fixed probes the errors at all times add up, so that the integral of the standard deviation over probes (none
+        for the exact trace, else one row) is that of the integral, or more.
+        """
         if not field.requires_grad:
             raise ScoreError("no gradient flows through the score (a detach or no_grad inside?): it has no divergence.")
-        if self.vectors is None:
-            return self.products.divergence(field, u)[None]
-        return self.products.forms(field, u, self.vectors.flatten(2))
+        if self.probes is None:
+            divergence = self.products.divergence(field, u)[None]
+            return divergence, divergence.detach()[:0]
+        forms, spread = [], Spread(self.probes.normals)
+        for vectors in self.products.chunks(self.probes.vectors.flatten(2), field):
+            gradients = self.products.gradients(field, u, vectors)
+            forms.append((gradients * vectors.to(gradients.dtype)).sum(-1, dtype=torch.float64))
+            spread.add(vectors, gradients.detach())
+        return torch.cat(forms), spread.variance().nan_to_num(0.0).sqrt()[None]

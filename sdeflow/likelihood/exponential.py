@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdeflow.errors import MaxStepsError, SolverError, ToleranceWarning, warn
 from sdeflow.likelihood import adjoint
-from sdeflow.likelihood.continuous import Flow, fixed_probes
+from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
 from sdeflow.likelihood.options import Options, estimator
 from sdeflow.likelihood.result import Solved
@@ -33,6 +33,7 @@ _FINER = 1.5  # each next one has so many times the steps
 _MOST_STEPS = 520  # of the finest
 _FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
 _ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
+_COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
 
 def by_exponential(
@@ -72,14 +73,17 @@ def by_exponential(
     return _to_tolerance(carrier, model, equation, x, rows, options)
 
 
-def _measured(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Carried:
-    """log p on one grid, with the gradient asked for, and with probes until their error is small where that is."""
+def _measured(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> tuple[Carried, Carried]:
+    """log p on one grid, with the gradient asked for, and with probes until their error is small where that is.
+
+    The second is that of the first round of probes.
+    """
     mode = {None: torch.no_grad, "backprop": torch.enable_grad}.get(options.gradient, nullcontext)
     with mode():
         return _until(carrier, model, x, rows, options)
 
 
-def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Carried:
+def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> tuple[Carried, Carried]:
     def once(carrier: Carrier, part: Tensor, round: int) -> Carried:
         of_part = model.of_indices(part, len(x))
         if options.gradient == "adjoint":
@@ -88,7 +92,8 @@ def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Opt
 
     everyone = torch.arange(len(x), device=x.device)
     if options.target is None:
-        return once(carrier, everyone, 0)
+        total = once(carrier, everyone, 0)
+        return total, total
     found: list[Carried] = []
 
     def run(round: int, part: Tensor) -> Estimate:
@@ -100,7 +105,7 @@ def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Opt
 
     total = until(run, len(x), options.target, rounds=8)
     calls = sum(part.calls for part in found)
-    return Carried(total.value, total.stderr, total.dof, found[0].x_T, calls)
+    return Carried(total.value, total.stderr, total.dof, found[0].x_T, calls, found[0].defect), found[0]
 
 
 def _same_for_all_grids(carrier: Carrier) -> Carrier:
@@ -115,15 +120,28 @@ def _alone(carrier: Carrier, model: Model, x: Tensor, rows: Tensor) -> Carried:
 
 
 def _in_steps(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> Solved:
-    """log p in a fixed number of steps; with ``full``, compared with two thirds of them (of one step, with two)."""
-    found = _measured(carrier, model, x, rows, options)
+    """log p in a fixed number of steps; with ``full``, compared with a finer grid."""
+    found, first = _measured(carrier, model, x, rows, options)
     error = torch.full_like(found.value.detach(), math.nan)
     if options.full:
-        same = _same_for_all_grids(carrier)
-        here = found if same is carrier else _alone(same, model, x, rows)
-        other = _alone(replace(same, steps=2 * carrier.steps // 3 or 2), model, x, rows)
-        error = (here.value.detach() - other.value).abs()
-    return Solved(found.value, found.stderr, error, found.x_T, found.calls)
+        error = _compared(carrier, model, x, rows, first)
+    return Solved(found.value, found.stderr, found.dof, error, found.x_T, found.calls)
+
+
+def _compared(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, found: Carried) -> Tensor:
+    """What log p on a grid may be off by: its difference to a grid twice as fine, and what that may be off by.
+
+    Every step is split in two (in more where 20 steps are not reached), and takes its probes along. The error of the
+    finer grid is of the size of its defect, or smaller by the factor by which the defect has fallen where steps resolve
+    the flow; between narrow modes they do not, both grids may be off by as much, and the defect tells.
+    """
+    solver = carrier.solver if carrier.solver.past else replace(carrier.solver, corrector=True)
+    refined = max(2, math.ceil(_COMPARED_WITH / carrier.steps))
+    finer = _alone(replace(carrier, solver=solver, refined=refined), model, x, rows)
+    # Where the trace is estimated the difference is too, and may be small by chance.
+    falls = (finer.defect / found.defect).nan_to_num(1.0).clamp_max(1.0) if isinstance(carrier.trace, Exact) else 1.0
+    rounding = torch.finfo(carrier.dtype).eps * finer.value.abs()
+    return torch.stack([found.value.detach() - finer.value, finer.defect * falls, rounding]).norm(dim=0)
 
 
 def _to_tolerance(
@@ -141,6 +159,7 @@ def _to_tolerance(
     order = carrier.solver.convergence_order - model.kernel.coupled  # coupled states come to their order late
     value = x.detach().new_full((len(x),), math.nan)
     stderr, error, x_T = torch.zeros_like(value), value.clone(), x.detach().clone()
+    dof = torch.full_like(value, math.inf)
     steps_of, rtol_of = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.zeros_like(value)
     left, steps, calls = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0
     while len(left) and steps <= _MOST_STEPS:
@@ -149,6 +168,7 @@ def _to_tolerance(
         found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
         before, last = value[left], error[left]
         value[left], stderr[left], x_T[left], steps_of[left] = found.value, found.stderr, found.x_T, steps
+        dof[left] = found.dof
         calls += found.calls
         if steps > _FIRST_STEPS:
             change = 2.0 / (_FINER**order - 1.0) * (found.value - before).abs()
@@ -166,12 +186,13 @@ def _to_tolerance(
         closer, before[left] = change < error[left], found.value
         better = left[closer]
         value[better], stderr[better], x_T[better] = found.value[closer], found.stderr[closer], ends[closer]
+        dof[better] = found.dof[closer]
         error[better], rtol_of[better] = change[closer], rtol
         left = left[~(error[left] <= _tolerance(carrier, options, value[left], x))]
         rtol *= 0.1
     _look_at_the_rest(carrier, options, left, value, error, x, calls)
     if same is carrier and options.gradient is None:
-        return Solved(value, stderr, error, x_T, calls)
+        return Solved(value, stderr, dof, error, x_T, calls)
     value = torch.zeros_like(value)
     for n, rtol in {*zip(steps_of.tolist(), rtol_of.tolist(), strict=True)}:
         part = ((steps_of == n) & (rtol_of == rtol)).nonzero().flatten()
@@ -179,11 +200,14 @@ def _to_tolerance(
             graph = options.gradient is not None and torch.is_grad_enabled()
             found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
         else:
-            found = _measured(replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options)
+            found, _ = _measured(
+                replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options
+            )
             nfe = found.calls
         calls += nfe
         value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
-    return Solved(value, stderr, error, x_T, calls)
+        dof = dof.index_copy(0, part, found.dof)
+    return Solved(value, stderr, dof, error, x_T, calls)
 
 
 def _adaptively(
@@ -193,12 +217,12 @@ def _adaptively(
     """log p of the samples ``part`` by dopri5, with as many probes as the carrier's trace has, fixed."""
     trace = carrier.trace
     if isinstance(trace, Exact):
-        vectors = None
+        probes = None
     elif isinstance(trace, Given):
-        vectors = trace.of_rows(rows[part], tuple(x.shape), x.device)
+        probes = FixedProbes(trace.of_rows(rows[part], tuple(x.shape), x.device), 1.0, None)
     else:
-        vectors = fixed_probes(x[part], rows[part], options, trace.probes)
-    flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, vectors, graph)
+        probes = fixed_probes(x[part], rows[part], options, trace.probes)
+    flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, probes, graph)
     return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 
 

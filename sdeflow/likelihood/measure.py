@@ -23,7 +23,7 @@ from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import evaluating
 from sdeflow.solvers import Grid, Solver
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Exact, Given, Hutchinson, Trace
+from sdeflow.traces import Exact, Given, Hutchinson, Trace, widening
 
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
@@ -129,7 +129,7 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
     options = _with_gradient(model, x, options, exponential)
     if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
-        return LogProb(empty, empty, empty, empty, empty, 0)
+        return LogProb(empty, empty, empty, empty, empty, 0, empty)
     size = options.chunk or max(1, _LARGEST // math.prod(x.shape[1:]))
     rows = options.first_row + torch.arange(len(x), device=x.device)
     no_bar = None if options.progress is None else not options.progress
@@ -152,8 +152,9 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
     if len(parts) == 1:
         return parts[0]
     order = torch.cat([part for _, part in groups]).argsort()
-    names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch")
-    return LogProb(*(torch.cat([getattr(p, name) for p in parts])[order] for name in names), sum(p.nfe for p in parts))
+    names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
+    joined = {name: torch.cat([getattr(p, name) for p in parts])[order] for name in names}
+    return LogProb(**joined, nfe=sum(p.nfe for p in parts))
 
 
 def _chunk(
@@ -172,14 +173,14 @@ def _chunk(
     if bad:
         raise NonFiniteStateError(f"log p is not finite in samples {bad[:8]}.", nfe=found.calls, bad_rows=bad)
     unknown = torch.full_like(found.value.detach(), math.nan)
-    value, left, mismatch = found.value + volume, unknown, unknown
+    value, left, mismatch = found.value + volume, unknown, (unknown, unknown)
     if options.full or from_data:
         of_cutoff = estimator(x, options) if exponential else Hutchinson() if found.stderr.any() else Exact()
         change, left = truncation(model, x, of_cutoff, seed=options.seed, rows=rows, from_data=from_data)
         value, left = (value + change, left) if from_data else (value, change)
     if options.full:
         mismatch = prior_mismatch(model, found.x_T, x.dtype)
-    return LogProb(value, found.stderr, found.error, left, mismatch, found.calls)
+    return LogProb(value, found.bar, found.error, left, mismatch[0], found.calls, mismatch[1])
 
 
 def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool) -> Options:
@@ -292,6 +293,14 @@ def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: 
     joint = of_states(model.repeated(samples, each=True), equation, states.to(x.dtype), options)
     normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
     draws = (joint.value + 0.5 * noise.square().flatten(1).sum(1) + normaliser).reshape(len(x), samples)
-    stderr = draws.std(1) / math.sqrt(samples) if samples > 1 else torch.full_like(draws[:, 0], math.nan)
-    parts = (joint.solver_error, joint.truncation, joint.prior_mismatch)
-    return LogProb(draws.mean(1), stderr, *(part.reshape(len(x), samples).mean(1) for part in parts), joint.nfe)
+    stderr = torch.full_like(draws[:, 0], math.nan)
+    if samples > 1:
+        stderr = draws.std(1) * (widening(stderr.new_tensor(samples - 1.0)) / math.sqrt(samples))
+
+    def mean(part: Tensor) -> Tensor:
+        return part.reshape(len(x), samples).mean(1)
+
+    return LogProb(
+        draws.mean(1), stderr, mean(joint.solver_error), mean(joint.truncation), mean(joint.prior_mismatch), joint.nfe,
+        mean(joint.prior_error),
+    )  # fmt: skip

@@ -11,6 +11,7 @@ sum Σ_n w_n ½ div (Q r)_n with weights of the grid alone, so that traces may b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,13 +34,18 @@ _DEGREE = 4
 
 
 class Carried(NamedTuple):
-    """log p of the flow with its trace's error, (batch,) each in nats and float64, and where the flow went."""
+    """log p of the flow with its trace's error, (batch,) each in nats and float64, and where the flow went.
+
+    ``defect`` is Σ_n |s·δ_n| over the nodes, δ_n what the corrector moved the state there: the size in nats of the
+    predictor's local errors, since the score is the adjoint of the flow. NaN of a solver without a corrector.
+    """
 
     value: Tensor
     stderr: Tensor
     dof: Tensor
     x_T: Tensor
     calls: int
+    defect: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Carrier:
         seed: of the probes.
         dtype: in which the score is called; the state itself is carried in float64.
         on_call: called at each call, for a progress bar.
+        refined: into how many parts each step is split. All parts take the probes of their step, so that log p on the
+            two grids differs by the grids alone; it has no standard error then.
     """
 
     trace: Trace
@@ -63,6 +71,7 @@ class Carrier:
     seed: int
     dtype: torch.dtype
     on_call: Callable[[], object] | None = None
+    refined: int = 1
 
     def __call__(self, model: Model, x: Tensor, rows: Tensor, round: int = 0) -> Carried:
         """log p of x at the cutoff, by the flow to T; one call of the score more than the solver's.
@@ -76,6 +85,8 @@ class Carrier:
             round: which of several independent draws of probes.
         """
         u, graph = model.to_solver(x, model.cutoff), torch.is_grad_enabled()
+        basis, defect = self.solver.basis, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        last: list[Tensor] = []
 
         def traced(times: Tensor, like: Tensor) -> GridScore:
             return GridScore(model.score.on_grid(times, like, self.dtype).readout, call)
@@ -86,14 +97,22 @@ class Carrier:
                 state = state if state.requires_grad else state.requires_grad_(True)
                 output = integrand.output(i, state)
                 integral.add(multiplied(integrand.push[i], output), state)
+            last[:] = state.detach(), output.detach()
             return output if graph else output.detach()
 
-        problem = self.problem(model, u, on_grid=traced)
+        @torch.no_grad()
+        def corrected(i: int, before: Tensor, after: Tensor) -> None:
+            moved = (after - before).detach()
+            moved = moved if basis is None else basis.inverse(moved)
+            defect.add_((integrand.of_score(i, *last) * moved).flatten(1).sum(1).abs())
+
+        problem = self.problem(model, u, on_grid=traced, on_correction=corrected)
         problem.start(u.flatten(1))
-        times = self.solver.grid(problem, self.steps)
+        times = self.solver.grid(problem, self.steps * self.refined)
+        draws = None if self.refined == 1 else _nearest_before(times, self.solver.grid(problem, self.steps))
         integrand = Integrand(model, times, u, self.dtype)
-        integral = self.integral(integrand.weight, u, rows, round, create_graph=graph)
-        program, basis = self.solver.compile(problem, times, u), self.solver.basis
+        integral = self.integral(integrand.weight, u, rows, round, create_graph=graph, draws=draws)
+        program = self.solver.compile(problem, times, u)
         u = program.run(problem, u if basis is None else basis.forward(u))
         u = u if basis is None else basis.inverse(u)
         call(len(times) - 1, u)
@@ -101,17 +120,22 @@ class Carrier:
         found = integral.result()
         value = model.prior_for(x.detach().to(self.dtype)).log_prob(x_T) + found.value
         value = value + reference_growth(model, x[:1].detach()) + integrand.known
-        return Carried(value, found.stderr, found.dof, x_T.detach(), problem.nfe + 1)
+        if not self.solver.past:
+            defect = defect + math.nan
+        return Carried(value, found.stderr, found.dof, x_T.detach(), problem.nfe + 1, defect)
 
     def problem(self, model: Model, u: Tensor, **other: object) -> Problem:
         """What the solver is given, for its states like ``u``."""
         inputs = {**model.solver_inputs(tuple(u.shape[1:]), self.dtype), **other}
-        budget = 2 * self.steps + 10
+        budget = 2 * self.steps * self.refined + 10
         return Problem(_no_drift, self.clock, backward=False, max_calls=budget, on_call=self.on_call, **inputs)
 
-    def integral(self, weight: list[float], u: Tensor, rows: Tensor, round: int, create_graph: bool) -> Integral:
+    def integral(
+        self, weight: list[float], u: Tensor, rows: Tensor, round: int, create_graph: bool,
+        draws: list[int] | None = None,
+    ) -> Integral:  # fmt: skip
         """The sum over the nodes, empty."""
-        where = {"rows": rows, "device": u.device}
+        where = {"rows": rows, "device": u.device, "draws": draws}
         return self.trace.start(tuple(u.shape), weight, seed=self.seed, round=round, create_graph=create_graph, **where)
 
 
@@ -134,6 +158,7 @@ class Integrand:
         self.times = torch.as_tensor(times)
         self.score = model.score.on_grid(self.times, like, dtype)
         self._model, self._like = model, like[:1].detach()
+        self._score: tuple | None = None
         with torch.no_grad():
             path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, self.times)
             of_state, of_output, self._constant = self.score.coefficients(n, identity(like, kernel.coupled))
@@ -143,6 +168,8 @@ class Integrand:
             linear = (self._half @ Linear(of_state, kernel.coupled)).values + self._of_reference.values
             self._linear = Linear(linear, kernel.coupled)
             self.push = rows(self._half @ Linear(of_output, kernel.coupled), like)
+            self._of_output, self._of_state = Linear(of_output, kernel.coupled), Linear(of_state, kernel.coupled)
+            self._noise_to_score = path.sigma.T.inverse.scaled(-1.0)
             rate = kernel.half_log_snr_rate(self.times)
             weight = torch.as_tensor(quadrature_weights(kernel.half_log_snr(self.times).numpy())) / rate
             self.weight = (-weight).tolist()
@@ -155,6 +182,16 @@ class Integrand:
         if not output.requires_grad and torch.equal(self.score.call(i, u.detach() + 1.0), output):
             output = output + 0.0 * u
         return output
+
+    def of_score(self, i: int, u: Tensor, output: Tensor) -> Tensor:
+        """s at node i, of the state u and the output F there."""
+        if self._score is None:
+            maps = (self._noise_to_score @ part for part in (self._of_state, self._of_output))
+            level = None if self._constant is None else self._noise_to_score(self._constant.to(torch.float64))
+            self._score = *(rows(part, self._like) for part in maps), level
+        of_state, of_output, level = self._score
+        s = multiplied(of_state[i], u) + multiplied(of_output[i], output)
+        return s if level is None else s + level[i]
 
     def mean(self) -> Tensor | None:
         """alpha m at each node, m the data's mean in the basis; None where it is 0."""
@@ -176,6 +213,12 @@ class Integrand:
             return value if level is None else value + level[n]
 
         return rest
+
+
+def _nearest_before(times: np.ndarray, coarse: np.ndarray) -> list[int]:
+    """The number of the coarse time at or before each time, both from the cutoff on."""
+    slack = 1e-9 * (times[-1] - times[0])
+    return (np.searchsorted(coarse, times + slack, side="right") - 1).clip(0).tolist()
 
 
 def _no_drift(y: Tensor, t: Tensor) -> Tensor:

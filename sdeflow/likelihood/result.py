@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow.traces import widening
+
 __all__ = ["LogProb", "Solved"]
 
 
@@ -27,6 +29,7 @@ class LogProb:
             score has at T.
         nfe: calls of the score for ``value``, those of all grids where the steps were chosen; the budget takes some
             more.
+        prior_error: what ``prior_mismatch`` itself may be off by, an estimate of its own.
     """
 
     value: Tensor
@@ -35,11 +38,12 @@ class LogProb:
     truncation: Tensor = field(default_factory=lambda: torch.zeros(()))
     prior_mismatch: Tensor = field(default_factory=lambda: torch.zeros(()))
     nfe: int = 0
+    prior_error: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def error(self) -> Tensor:
-        """One bar for all of it, the root of the sum of squares: twice that is more than all four together."""
-        parts = (self.stderr, self.solver_error, self.truncation, self.prior_mismatch)
+        """One bar for all of it, the root of the sum of squares."""
+        parts = (self.stderr, self.solver_error, self.truncation, self.prior_mismatch, self.prior_error)
         return sum(part.square() for part in parts).sqrt()
 
 
@@ -48,6 +52,12 @@ class Solved(NamedTuple):
 
     value: Tensor
     stderr: Tensor
+    dof: Tensor
     error: Tensor
     x_T: Tensor
     calls: int
+
+    @property
+    def bar(self) -> Tensor:
+        """The standard error, widened by its degrees of freedom."""
+        return self.stderr * widening(self.dof)

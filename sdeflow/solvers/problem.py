@@ -56,6 +56,7 @@ class Problem:
         on_grid: (times, like) -> the score on a fixed grid, a :class:`~sdeflow.scores.GridScore`.
         mean, scale: the data's mean and standard deviation where they are known, else 0 and 1: a reference, no more.
         on_step: called as (step, t, y) after each step, for trajectories and callbacks.
+        on_correction: called as (n, predicted, corrected) where the state at time number n is corrected.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Problem:
         mean: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
         on_step: Callable[[int, float, Tensor], object] | None = None,
+        on_correction: Callable[[int, Tensor, Tensor], object] | None = None,
     ) -> None:
         self._drift = drift
         self._diffusion = diffusion
@@ -96,7 +98,7 @@ class Problem:
         self._score, self._on_grid = score, on_grid
         self.mean = torch.as_tensor(mean, dtype=torch.float64)
         self.scale = torch.as_tensor(scale, dtype=torch.float64)
-        self.on_step = on_step
+        self.on_step, self.on_correction = on_step, on_correction
         self.nfe = 0
         self.eager_checks = False
         self._end = 1.0

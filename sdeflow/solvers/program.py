@@ -152,6 +152,8 @@ class Program:
                 record.append(past[0].clone())
             if n and self.steps.corrector[n - 1]:
                 base = self._moved(n - 1, base, self.steps.corrector[n - 1], past, noise)
+                if problem.on_correction is not None:
+                    problem.on_correction(n, u, base)
             else:
                 base = u
             if self.steps.noise is not None:
