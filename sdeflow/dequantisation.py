@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -38,6 +39,7 @@ from sdeflow.checks import checked_dtype, checked_images
 from sdeflow.errors import DataError
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.traces import heavy_tails, widening
 
 __all__ = [
     "Bits",
@@ -107,11 +109,13 @@ class Dequantised:
         x: (draws, batch, *event).
         log_q: log q(u | k) in nats, a density of u in [0, 1]^d, (draws, batch) in float64.
         log_det: log|dx/du| in nats, over the event.
+        moment: powers s -> log E[q^-s] up to a constant times s, where it is known.
     """
 
     x: Tensor
     log_q: Tensor
     log_det: float
+    moment: Callable[[Tensor], Tensor] | None = None
 
     def log_weight(self, log_p: Tensor) -> Tensor:
         """log p(x) + log|dx/du| - log q(u | k), (draws, batch), for log p(x) of the same shape, in nats.
@@ -238,7 +242,15 @@ class TruncatedNormal:
         d = math.prod(images.shape[1:])
         log_q = -0.5 * n.square().flatten(2).sum(2)
         log_q = log_q + d * (math.log(2.0 * tau) - 0.5 * math.log(2.0 * math.pi) - _log_mass(tau))
-        return _dequantised(grid, images, 0.5 + n / (2.0 * tau), log_q, dtype)
+        points, mass = (torch.as_tensor(v) for v in np.polynomial.legendre.leggauss(64))
+        square = 0.5 * (tau * points).square()
+
+        def moment(power: Tensor) -> Tensor:
+            """log E[q^-power] up to a constant times the power."""
+            inside = (power.cpu()[..., None] - 1.0) * square + mass.log()
+            return d * (inside.logsumexp(-1) - (mass.log() - square).logsumexp(0)).to(power.device)
+
+        return _dequantised(grid, images, 0.5 + n / (2.0 * tau), log_q, dtype, moment)
 
     def __repr__(self) -> str:
         return f"TruncatedNormal(noise={self.noise:.6g})"
@@ -327,8 +339,13 @@ def bits_from(
 ) -> Bits:  # fmt: skip
     r"""Bits per dimension from log p of the draws.
 
-        importance       -log (1/K Σ w_k) / (d log 2)     stderr  std(w) / (√K mean(w))  (delta method)
+        importance       -log (1/K Σ w_k) / (d log 2)     stderr  log(1 + std(w) / (√K mean(w)))
         not importance   -(1/K Σ log w_k) / (d log 2)     stderr  std(log w) / √K
+
+    each widened by Student's t and by 1 + 2 / √K (at most 2) for heavy tails, so that two cover 95 %. Where q is
+    narrow in the bin and p is not, few draws see little of the spread of w = p / q; of a law whose log q is known
+    (``Dequantised.moment``), w is taken to be a power of 1 / q, fitted to the draws, and no less than its spread under
+    all of q is taken.
 
     Both bound -log₂ P(k) / d from above in expectation; the first is never larger than the second, falls with K
     (arXiv:1509.00519), and tends to it. Its bias is var(w) / (2 K mean(w)²) nats for large K, half the square of its
@@ -347,13 +364,15 @@ def bits_from(
     log_w = drawn.log_weight(log_p)
     draws, d = len(log_w), math.prod(drawn.x.shape[2:])
     share = torch.softmax(log_w, dim=0)
-    if importance:
-        value = torch.logsumexp(log_w, dim=0) - math.log(draws)
-        spread = draws * share.std(0) if draws > 1 else torch.full_like(value, math.nan)
-    else:
-        value = log_w.mean(0)
-        spread = log_w.std(0) if draws > 1 else torch.full_like(value, math.nan)
-    variance = spread.square() / draws
+    value = torch.logsumexp(log_w, dim=0) - math.log(draws) if importance else log_w.mean(0)
+    stderr = torch.full_like(value.detach(), math.nan)
+    if draws > 1:
+        spread = (draws * share if importance else log_w).detach().std(0)
+        stderr = spread * (widening(value.new_tensor(draws - 1.0)) / math.sqrt(draws))
+        if importance:
+            stderr = torch.maximum(torch.log1p(stderr), softplus(_unseen(drawn, log_w.detach())))
+        stderr = heavy_tails(draws) * stderr
+    variance = stderr.square()
     if log_p_stderr is not None:
         weight = share if importance else torch.full_like(share, 1.0 / draws)
         # The error of log p is already part of the spread of several draws; of one it is all that is known.
@@ -402,6 +421,20 @@ def bits_per_dim(
     return bits_from(drawn, values, torch.stack([r.stderr for r in results]) if known else None, importance)
 
 
+def _unseen(drawn: Dequantised, log_w: Tensor) -> Tensor:
+    """log of std(w) / (√K mean(w)) under q, (batch,), for w = q^-s with the s that fits the K draws best.
+
+    -∞ where the law of log q is not known.
+    """
+    if drawn.moment is None:
+        return torch.full_like(log_w[0], -math.inf)
+    of_q = -(drawn.log_q - drawn.log_q.mean(0)).detach()
+    fitted = (of_q * (log_w - log_w.mean(0))).sum(0) / of_q.square().sum(0).clamp_min(1e-300)
+    power = fitted.nan_to_num(0.0).clamp(0.0, 1.0)
+    excess = (drawn.moment(2.0 * power) - 2.0 * drawn.moment(power)).clamp_min(1e-300)
+    return 0.5 * (excess + torch.log(-torch.expm1(-excess)) - math.log(len(log_w)))
+
+
 def _begin(
     images: Tensor, levels: int, low: float, high: float, seed: int | torch.Generator | None, draws: int, first_row: int
 ) -> tuple[Levels, Tensor, NoiseStream]:
@@ -420,9 +453,12 @@ def _float(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _dequantised(grid: Levels, images: Tensor, u: Tensor, log_q: Tensor, dtype: torch.dtype | None) -> Dequantised:
+def _dequantised(
+    grid: Levels, images: Tensor, u: Tensor, log_q: Tensor, dtype: torch.dtype | None,
+    moment: Callable[[Tensor], Tensor] | None = None,
+) -> Dequantised:  # fmt: skip
     x = grid.state(images + u).to(_float(dtype))
-    return Dequantised(x, log_q, grid.log_det(math.prod(images.shape[1:])))
+    return Dequantised(x, log_q, grid.log_det(math.prod(images.shape[1:])), moment)
 
 
 def _log_mass(tau: float) -> float:
