@@ -32,6 +32,8 @@ from sdeflow.traces import (
     until,
 )
 
+_MANY_PROBES = 8  # from here on the spread of fixed probes tells their error
+
 __all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
 
 
@@ -190,15 +192,13 @@ class Flow:
             value = prior.log_prob(x_T) + integrals.mean(1) + reference_growth(model, x[:1].detach())
         stderr, dof = torch.zeros_like(value.detach()), torch.full_like(value.detach(), math.inf)
         if self.probes is not None:
-            # The bound of few probes is about twice too large where J is far from symmetric; many tell by themselves.
-            spread, trust = y[:, -1].detach(), 0.0 if columns < 8 else 0.5 if columns < 16 else 1.0
-            trust = 1.0 if self.probes.normals is None else trust
-            if columns < 2:
-                spread = spread * math.nan
-            elif trust:
-                spread = (trust * integrals.detach().var(1) + (1.0 - trust) * spread.square()).sqrt()
+            # The bound is too large where J is far from symmetric; many probes tell by themselves.
+            few = columns < _MANY_PROBES and self.probes.normals is not None
+            spread = y[:, -1].detach() if few else integrals.detach().std(1)
             stderr = spread * math.sqrt(self.probes.left / columns)
-            dof = dof if self.probes.left == 0 else torch.full_like(dof, heavy_dof(columns))
+            stderr = stderr if columns > 1 else torch.full_like(stderr, math.nan)
+            if self.probes.left:
+                dof = torch.full_like(dof, heavy_dof(columns) if few else max(1.0, 0.5 * columns))
         return Estimate(value, stderr, dof, columns), x_T.detach(), problem.nfe
 
     def rate(self, y: Tensor, t: Tensor, event: tuple[int, ...]) -> Tensor:
