@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well density ood bits test lint docs zoo bench bench-solvers readme clean
+.PHONY: demo few-calls double-well density ood bits test mutations lint docs zoo bench bench-solvers readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -26,6 +26,9 @@ bits: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
+
+mutations: $(VENV)/ready
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

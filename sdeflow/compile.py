@@ -381,8 +381,7 @@ class Compiled:
                     out = None
                 raise
 
-        # A table's derivatives are known; others are those of an interpolant.
-        return self._table(expr, values, kind.breakpoints, kind.order if kind.table is None else 0)
+        return self._table(expr, values, kind.breakpoints, kind.order)
 
     def _table(
         self, expr: sp.Function, function: Callable[..., np.ndarray], breaks: Sequence[float] = (), order: int = 0

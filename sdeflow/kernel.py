@@ -107,10 +107,6 @@ class Kernel:
         self.has_offset = any(entry != 0 for entry in drift[1]) if self.coupled else drift[1] != 0
         self._derived = like._derived if like is not None else self._derive()
         self.numbers = Coefficients(declaration, self.values, self._derived)
-        self._bind()
-
-    def _bind(self) -> None:
-        """The functions of t that are the numbers' own."""
         self.coefficients, self.sde_coefficients = self.numbers.of_kernel, self.numbers.of_sde
 
     @property
@@ -165,16 +161,6 @@ class Kernel:
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""
         return Kernel(self.declaration, values, self.basis, like=self)
-
-    def with_cutoff(self, declaration: Declaration) -> Kernel:
-        """The same kernel for the same declaration with another cutoff; nothing is computed anew."""
-        other = object.__new__(Kernel)
-        other.__dict__.update(vars(self))
-        other.declaration, other.numbers = declaration, self.numbers.with_cutoff(declaration)
-        for derived in ("log_snr_falls", "log_snr_falls_steadily"):
-            vars(other).pop(derived, None)
-        other._bind()
-        return other
 
     # ---------------------------------------------------------------- symbolic side
 
@@ -332,10 +318,12 @@ class Kernel:
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
             return self._coupled_transition(x, s, t)
-        later, earlier = (self.path(x, torch.as_tensor(time, dtype=torch.float64)) for time in (t, s))
-        alpha = later.alpha @ earlier.alpha.inverse
-        kept = (earlier.sigma @ alpha @ later.sigma.inverse).values.square()
-        left = later.sigma.scaled((-torch.expm1(kept.log())).clamp_min(0.0).sqrt())
+        times = [torch.as_tensor(time, dtype=torch.float64, device=x.device) for time in (t, s)]
+        later, earlier = (self.path(x, time) for time in times)
+        change = self._as_level(self.numbers.log_alpha(times[0]) - self.numbers.log_alpha(times[1]), x, 0)
+        alpha = Linear(torch.exp(change))  # alpha_t and alpha_s may both have underflowed
+        kept = 2.0 * (change + earlier.sigma.values.log() - later.sigma.values.log())
+        left = later.sigma.scaled((-torch.expm1(kept)).clamp_min(0.0).sqrt())
         return Path(alpha, left, later.offset - alpha.values * earlier.offset)
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -14,10 +15,14 @@ from scipy import special
 from sympy import Rational as R
 
 import sdeflow
+import sdeflow.certificate.transport as transport
 import sdeflow.kernel
 from sdeflow import SDE, t, x
 from sdeflow.basis import DCT, Orthogonal
+from sdeflow.bridge import Bridge
 from sdeflow.certificate import Certificate, Check, certify
+from sdeflow.certificate.intervals import breaks, enclose
+from sdeflow.certificate.oracle import Oracle
 from sdeflow.symbolic.evaluate import evaluate
 
 k = sp.Symbol("k")
@@ -47,6 +52,13 @@ SPECIAL = {
     "fast": lambda: SDE(-100 * x, sp.sin(40 * t) + 2, T=5),
 }
 EVERY = {**CATALOGUE, **AWKWARD, **{f"coupled {name}": make for name, make in COUPLED.items()}, **GENERAL, **SPECIAL}
+
+
+@pytest.fixture(autouse=True)
+def integrals_stay(monkeypatch):
+    """Formulas keep their integral signs, which SymPy tries for two seconds to take off."""
+    monkeypatch.setattr(sdeflow.kernel, "integrate_within", lambda *args: None)
+    monkeypatch.setattr("sdeflow.certificate.bridge._SECONDS", 20.0)  # however busy the machine is
 
 
 @functools.cache
@@ -210,13 +222,13 @@ def test_wrong_equations_are_found(monkeypatch, name, equation, share):
         return Equation(_drift(declaration, sp.sympify(share)), diffusion, "w̄", declaration.state)
 
     sde = build(name)
-    monkeypatch.setattr(f"sdeflow.certificate.{equation}", wrong)
+    monkeypatch.setattr(transport, equation, wrong)
     assert {"flow", "reverse"} & failed(sde)
 
 
 @pytest.mark.parametrize("name", ["square root that folds", "Stratonovich", "CIR", "coupled, not linear"])
 def test_a_forgotten_divergence_is_found(monkeypatch, name):
-    sde, right = build(name), sdeflow.certificate.reverse_time
+    sde, right = build(name), transport.reverse_time
 
     def without(declaration):
         equation, state = right(declaration), declaration.state
@@ -226,7 +238,7 @@ def test_a_forgotten_divergence_is_found(monkeypatch, name):
         ]
         return replace(equation, drift=sp.ImmutableMatrix(rows) if declaration.coupled else rows[0])
 
-    monkeypatch.setattr(sdeflow.certificate, "reverse_time", without)
+    monkeypatch.setattr(transport, "reverse_time", without)
     assert "reverse" in failed(sde)
 
 
@@ -286,8 +298,8 @@ def test_wrong_weighting_prior_transition_and_log_snr_are_found(monkeypatch):
     }
     right = kernel.transition
 
-    def transition(self, y, s, t):
-        path = right(self, y, s, t)
+    def transition(self, y, s, t, exactly=False):
+        path = right(self, y, s, t, exactly)
         return path._replace(sigma=path.sigma.scaled(1 + 1e-6))
 
     plants["transition"] = (kernel, "transition", transition)
@@ -322,3 +334,240 @@ def test_wrong_draws_and_a_wrong_rate_of_the_log_snr_are_found():
     rate = sde.kernel.half_log_snr_rate
     sde.kernel.half_log_snr_rate = lambda times: (1 + 1e-4) * rate(times)
     assert "half_log_snr_rate" in failed(sde)
+
+
+def test_each_mutation_stands_in_its_file():
+    """The texts that tests/mutations.py replaces, so that its list keeps up with the package."""
+    import mutations
+
+    assert not mutations.misplaced()
+    assert len(mutations.MUTATIONS) >= 60
+    assert len({mutation.name for mutation in mutations.MUTATIONS}) == len(mutations.MUTATIONS)
+
+
+def test_what_breaks_a_check_fails_it(monkeypatch):
+    monkeypatch.setattr(Bridge, "moments", lambda *args: 1 / 0)
+    assert "the bridge's moments" in failed(build("OU"))
+
+
+# -------------------------------------------------------------------------------- the oracle
+
+PULSE = sp.sqrt(sp.Piecewise((1 + 10**4, (t > 0.3137) & (t < 0.3138)), (1, True)))
+
+
+def variance_of_pulse(T, height, start, end):
+    """∫ g² e^{-2 (T - u)} du of g² = 1 + height on (start, end), 1 elsewhere."""
+    return (1 - math.exp(-2 * T)) / 2 + height * (math.exp(2 * (end - T)) - math.exp(2 * (start - T))) / 2
+
+
+@pytest.mark.parametrize(
+    ("declare", "expected"),
+    [
+        (lambda: (-x, PULSE, 1), variance_of_pulse(1, 1e4, 0.3137, 0.3138)),
+        (
+            lambda: (-x, sp.sqrt(sp.Piecewise((1 + 10**4, (t > 999) & (t < R(99901, 100))), (1, True))), 1000),
+            variance_of_pulse(1000, 1e4, 999, 999.01),
+        ),
+        *(
+            (
+                lambda w=w: (0, sp.sqrt(1 + 10**5 * sp.exp(-(((t - R(31371, 10**5)) / w) ** 2))), 1),
+                1 + 1e5 * w * math.sqrt(math.pi),
+            )
+            for w in (1e-5, 1e-6, 1e-7)
+        ),
+        (lambda: (0, sp.sqrt(1 + sp.Mod(t, R(1, 7))), 1), 1 + 1 / 14),
+        (lambda: (0, sp.sqrt(sp.floor(10 * t) + sp.Abs(sp.Abs(t - R(1, 2)) - R(1, 4))), 1), 4.5 + 0.125),
+        (lambda: (0, sp.sqrt(sp.Piecewise((1, sp.sin(40 * sp.pi * t) > R(1, 2)), (2, True))), 1), 5 / 3),
+        (lambda: (-(10**6) * x, 10**3, 1), 0.5),
+        (lambda: (-x, 1, 10**6), 0.5),
+        (lambda: (-x / sp.sqrt(t), t ** R(-1, 4), 1), (1 - math.exp(-4)) / 2),
+    ],
+)
+def test_the_oracle_finds_what_is_narrow_steep_or_long(declare, expected):
+    f, g, T = declare()
+    declaration = sdeflow.symbolic.declaration.declare(f, g, T, None, {}, 0.0, "ito", None)
+    law = Oracle(declaration, {}).law(np.array([float(T)]))
+    assert law.cov[0, 0, 0, 0] == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_oracle_follows_components_that_influence_each_other():
+    """Integrated noise: P = t³/3, t²/2, t, each entry to rounding however small t is; and a law since s."""
+    sde = SDE(lambda a, v, t: [v, 0], [0, 1], state=("a", "v"), T=2)
+    oracle, times = Oracle(sde.declaration, {}), np.array([1e-7, 1e-3, 2.0])
+    P = oracle.law(times).cov[:, 0]
+    exact = np.array([[[u**3 / 3, u**2 / 2], [u**2 / 2, u]] for u in times])
+    np.testing.assert_allclose(P, exact, rtol=1e-9)
+    since = oracle.law(np.array([1.5]), since=0.5)
+    np.testing.assert_allclose(since.cov[0, 0], [[1 / 3, 1 / 2], [1 / 2, 1]], rtol=1e-9)
+    np.testing.assert_allclose(since.phi[0, 0], [[1, 1], [0, 1]], rtol=1e-12)
+
+
+def test_breaks_are_where_the_declaration_says():
+    third, sixth = 1 / 3, 1 / 6
+    expression = sp.Piecewise((t, t < R(1, 3)), (sp.Max(t, R(1, 2)), True)) + sp.floor(6 * t) * sp.Abs(t**2 - R(1, 16))
+    found = breaks([expression], 1.0, {})
+    expected = sorted({sixth, third, 0.5, 4 * sixth, 5 * sixth, 0.25})
+    np.testing.assert_allclose(found, expected, rtol=4e-16 * 4)
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [
+        sp.exp(-(((t - R(1, 3)) * 20) ** 2)), sp.sin(9 * t) / (1 + t), sp.cos(5 * t) ** 3, t ** R(1, 3) - sp.log(1 + t),
+        sp.Mod(3 * t, R(1, 2)), sp.tan(t) * sp.Abs(t - R(1, 2)), sp.Piecewise((t, t < R(1, 3)), (1 - t, True)),
+        (t - R(1, 2)) ** -2, sp.tanh(t) + sp.Max(t, 1 - t) * sp.Min(t, R(1, 4)), HALF_WELL(t) - sp.floor(4 * t), 2**t,
+    ],
+)  # fmt: skip
+def test_bounds_hold_every_value(expr):
+    edges = np.linspace(0, 1, 24)
+    low, high = enclose(expr, edges[:-1], edges[1:], {})
+    values = evaluate(expr, {t: edges[:-1, None] + np.linspace(1e-9, 1 - 1e-9, 50) * np.diff(edges)[:, None]})
+    assert (values >= low[:, None] - 1e-12).all() and (values <= high[:, None] + 1e-12).all()
+
+
+# -------------------------------------------------------------------------------- no miss, and no false alarm
+
+
+def test_a_kernel_whose_panels_miss_a_feature_is_found(monkeypatch):
+    """Numbers as panels that miss the pulse give them: those of the SDE without it."""
+    sde, without = SDE(-x, PULSE), SDE(-x, 1)
+    for name in ("coefficients", "half_log_snr", "half_log_snr_rate", "time_of"):
+        monkeypatch.setattr(sde.kernel, name, getattr(without.kernel, name))
+    assert failed(sde) >= {"sigma²", "half_log_snr", "prior", "transition", "kernel.log_prob", "bridge.moments"}
+
+
+HARD = {
+    "CIR of small dimension": lambda: SDE((R(3, 20) - x) / 2, sp.sqrt(x), T=2),
+    "three components": lambda: SDE(
+        lambda a, b, c, t: [-a + t * b + 1, -t * a - 2 * b + sp.exp(-t) * c, sp.cos(t) - c + t**2 * a],
+        [[1, R(1, 3), 0], [0, 1, t], [R(1, 4), 0, 1]], state=("a", "b", "c"),
+    ),
+    "narrow lognormal": lambda: SDE(x / 10, x / 300),
+    "skewed lognormal": lambda: SDE(x / 10, x),
+    "falling square root": lambda: SDE(-x - 1, sp.sqrt(3 - x)),
+    "narrow Jacobi": lambda: SDE(R(1, 2) - x, sp.sqrt(x * (1 - x)) / 10, T=2),
+    "stiff": lambda: SDE(-1000 * x + sp.cos(t), 1 + t),
+    "tiny": lambda: SDE(-x, R(1, 10**4) * (1 + t), cutoff=0.01),
+    "huge and long": lambda: SDE((10**6 - x) / 100, 10**5, T=1000),
+    "decoupled scales": lambda: SDE(lambda a, v, t: [v, 10**4 - v], [R(1, 10**4), 10**3], state=("a", "v")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_right_kernels_raise_no_alarm(name):
+    start = os.times()
+    certificate = HARD[name]().verify()
+    assert certificate, str(certificate)
+    spent = sum(after - before for after, before in zip(os.times()[:4], start[:4], strict=True))
+    assert spent < 10.0
+
+
+def test_all_entries_of_tensors_are_compared(monkeypatch):
+    rates = torch.linspace(0.5, 3.0, 30).reshape(5, 6)
+    sde = SDE(-k * x + t, sp.sqrt(k), params={k: rates})
+    right = sde.kernel.coefficients
+
+    def wrong(times):
+        alpha, sigma, offset = right(times)
+        factor = torch.ones(5, 6)
+        factor[3, 1] += 1e-6
+        return alpha, sigma * factor, offset
+
+    monkeypatch.setattr(sde.kernel, "coefficients", wrong)
+    assert "sigma²" in failed(sde)
+
+
+# -------------------------------------------------------------------------------- more planted mistakes
+
+
+@pytest.mark.parametrize("name", ["OU", "sine squared", "initial variance", "coupled offset", "coupled not commuting"])
+@pytest.mark.parametrize("formula", ["alpha", "var", "offset", "std", "log_snr"])
+def test_a_wrong_formula_is_found_closed_or_not(monkeypatch, name, formula):
+    sde = build(name)
+    if formula == "offset" and not sde.kernel.has_offset:
+        pytest.skip("it has no offset")
+    right = getattr(sdeflow.kernel.Kernel, formula).fget
+    monkeypatch.setattr(sdeflow.kernel.Kernel, formula, property(lambda self: right(self) * (1 + R(1, 10**5))))
+    assert f"kernel.{formula}" in failed(sde)
+
+
+def test_a_power_of_alpha_that_is_lost_in_an_integral_is_found(monkeypatch):
+    """P0 alpha for P0 alpha², and exp(∫ a) for exp(2 ∫ a) under the integral."""
+    import sdeflow.symbolic.moments as module
+
+    right = module.integral_moments
+
+    def wrong(drift, q, P0):
+        found = right(drift, q, P0)
+        return replace(found, var=found.var + P0 * (found.alpha - found.alpha**2))
+
+    monkeypatch.setattr(module, "integral_moments", wrong)
+    sde = SDE(-(1 + sp.sin(3 * t) ** 2) / 2 * x, sp.sqrt(1 + sp.exp(-(t**2))), P0=0.3)
+    assert sde.kernel.form == "quadrature"
+    assert "kernel.var" in failed(sde)
+
+
+@pytest.mark.parametrize("name", ["OU", "initial variance", "coupled noise matrix", "tensor"])
+def test_wrong_bridges_are_found(monkeypatch, name):
+    sde = build(name)
+    moments, paths = Bridge.moments, Bridge.paths
+
+    def shifted(self, x_0, at):
+        mean, spread = moments(self, x_0, at)
+        return mean + 1e-6 * mean.abs(), spread
+
+    def wider(self, x_0, ts, seed=None):
+        found = paths(self, x_0, ts, seed)
+        return found + 0.2 * (found - found.mean(1, keepdim=True))
+
+    for expected, attribute, wrong in (("bridge.moments", "moments", shifted), ("bridge.paths", "paths", wider)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Bridge, attribute, wrong)
+            assert expected in failed(sde)
+
+
+def test_a_wrong_drift_of_a_bridge_is_found(monkeypatch):
+    """Without the offset, or without the transpose of Φ_Tt."""
+    right = Bridge.drift.fget
+    for name in ("OU", "coupled noise matrix"):
+        sde = build(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(Bridge, "drift", property(lambda self: right(self) * (1 + R(1, 10**4))))
+            assert "bridge.drift" in failed(sde)
+
+
+def test_wrong_seeded_draws_are_found(monkeypatch):
+    for name in ("VP", "CIR", "Jacobi", "geometric Brownian motion", "square root that folds"):
+        sde = build(name)
+        kernel, right = type(sde.kernel), type(sde.kernel).sample
+
+        def wrong(self, x_0, at, seed=None, noise=None, right=right):
+            found = right(self, x_0, at, seed, noise)
+            return found if seed is None else found.mean() + 0.8 * (found - found.mean())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "sample", wrong)
+            assert "kernel.sample" in failed(sde), name
+
+
+def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
+    from sdeflow import pearson
+    from sdeflow.reducible import ReducibleKernel
+
+    right = ReducibleKernel.line_score
+    with monkeypatch.context() as patch:
+        patch.setattr(ReducibleKernel, "line_score", lambda *args: (lambda y, s: (y, s * 1.001))(*right(*args)))
+        assert "line_score" in failed(build("geometric Brownian motion"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sdeflow.coefficients._CUTOFF_NOISE", 2.1e-3)
+        assert "cutoff" in failed(sdeflow.catalog.VP())
+        assert "cutoff" in failed(GENERAL["CIR"]())
+    log_prob = pearson.PearsonKernel.log_prob
+
+    def far_off(self, x_t, x_0, at):
+        found = log_prob(self, x_t, x_0, at)
+        return found + 1e-4 * (x_0.double().flatten(1).amax(1) > 1e4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pearson.PearsonKernel, "log_prob", far_off)
+        assert "kernel.log_prob" in failed(build("CIR"))
