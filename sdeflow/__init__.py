@@ -2,6 +2,7 @@
 
 from sdeflow import basis, catalog, errors, losses, nets, scores, solvers
 from sdeflow._version import __version__
+from sdeflow.brownian import BrownianPath
 from sdeflow.errors import (
     DataError,
     DeclarationError,
@@ -22,6 +23,7 @@ from sdeflow.training import fit
 
 __all__ = [
     "SDE",
+    "BrownianPath",
     "DataError",
     "DeclarationError",
     "Gaussian",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
+from sdeflow.brownian import BrownianPath
 from sdeflow.checks import checked_dtype
 from sdeflow.errors import DataError
 from sdeflow.latents import spherical
@@ -123,6 +124,7 @@ class ReverseSDE(_Bound):
         steps: int | None = None,
         *,
         seed: Seed = None,
+        noise: BrownianPath | None = None,
         rtol: float | None = None,
         atol: float | None = None,
         grid: Grid = None,
@@ -146,6 +148,8 @@ class ReverseSDE(_Bound):
             steps: of a solver of fixed steps; without a solver, the number of calls of the score, which has a default.
                 A solver that is given a tensor for ``grid`` may do without: it takes the steps between its times.
             seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
+            noise: a :class:`~sdeflow.BrownianPath` to follow, for solves of one path in different steps; ``seed`` is
+                then that of the prior's draw alone.
             rtol, atol: without ``steps``, tolerances of an adaptive solve.
             grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t", a tensor of times, or
                 "pilot", measured once for a score (:mod:`sdeflow.pilot`); by default what the solver prefers, or else
@@ -178,7 +182,7 @@ class ReverseSDE(_Bound):
         options = Options(
             solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
             callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
-            progress=progress,
+            progress=progress, noise=noise,
         )  # fmt: skip
         return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=True)
 

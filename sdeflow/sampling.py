@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow.brownian import BrownianPath, BrownianRows
 from sdeflow.errors import ScheduleError, SolverError
 from sdeflow.model import Model
 from sdeflow.noise import BLOCK, NoiseStream
@@ -28,7 +29,7 @@ from sdeflow.solvers import Clock, Grid, Problem, Solver, names_for, resolve
 from sdeflow.symbolic.equations import Equation
 from sdeflow.thresholding import Threshold, Thresholded
 
-__all__ = ["Answer", "Callback", "Options", "field", "run"]
+__all__ = ["Answer", "Callback", "Options", "field", "require_follower", "run"]
 
 Callback = Callable[[int, float, Tensor], object]
 Answer = Tensor | tuple[Tensor, ...]
@@ -57,6 +58,7 @@ class Options:
     threshold: Threshold | None = None
     chunk: int | None = None
     progress: bool | None = None
+    noise: BrownianPath | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_calls", "chunk"):  # NumPy's integers are integers
@@ -73,6 +75,8 @@ class Options:
         whole = isinstance(self.chunk, int) and not isinstance(self.chunk, bool)
         if self.chunk is not None and (not whole or self.chunk < 1):
             raise ValueError(f"chunk must be a positive number of samples, not {self.chunk!r}.")
+        if not (self.noise is None or isinstance(self.noise, BrownianPath)):
+            raise TypeError(f"noise must be a sdeflow.BrownianPath, not {self.noise!r}; seed= is for the rest.")
         if not (self.progress is None or isinstance(self.progress, bool)):
             raise TypeError(f"progress must be True, False or None, not {self.progress!r}.")
 
@@ -126,11 +130,18 @@ def run(
             make_problem = partial(
                 Problem, field(part, equation, event, x.dtype), clock, backward=backward, max_calls=plan.max_calls,
                 on_call=None if bar.disable else bar.update,
-                noise=None if seed is None else NoiseStream(seed, "path", first), **noise,
+                noise=_noise(options, seed, first), **noise,
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
                 found.append(_solve(part, x[first:last], make_problem, plan, options))
     return _answer(options, found)
+
+
+def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | BrownianRows | None:
+    """What drives the rows of a solve from ``first`` on."""
+    if options.noise is not None:
+        return options.noise.rows(first)
+    return None if seed is None else NoiseStream(seed, "path", first)
 
 
 def field(
@@ -171,6 +182,8 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
         )
     if options.trajectory and _per_sample(solver):
         raise ValueError(f"trajectory=True: {solver} takes each sample through times of its own; use callback=.")
+    if options.noise is not None:
+        require_follower(solver, model.declaration.coupled)
     if options.chunk is not None and _of_whole_batch(solver):
         raise ValueError(
             f"chunk={options.chunk}: {solver} chooses its steps for the whole batch, so samples would depend on the "
@@ -179,6 +192,15 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
     if general and (options.denoise or options.return_denoised):
         model.declaration.require_affine("denoise=True" if options.denoise else "return_denoised=True")
     return plan
+
+
+def require_follower(solver: Solver, coupled: bool) -> None:
+    """A ValueError unless the solver can follow a path of Brownian motion; those that can say ``follows_path``."""
+    if not getattr(solver, "follows_path", False) or (coupled and solver.needs_kernel):
+        also = "" if coupled else ", or an Exponential(eta=1)"
+        raise ValueError(
+            f"noise=: {solver} does not follow a given path; take EulerMaruyama() or a method of torchsde's{also}."
+        )
 
 
 def _observable(solver: Solver) -> bool:

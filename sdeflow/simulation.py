@@ -48,6 +48,7 @@ from tqdm import tqdm
 from sdeflow.basis import Basis
 from sdeflow.batches import mixed_seed
 from sdeflow.boundary import Boundary
+from sdeflow.brownian import BrownianPath, BrownianRows
 from sdeflow.checks import checked_dtype, checked_numbers, checked_state, checked_states
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
@@ -57,6 +58,7 @@ from sdeflow.losses import Pairs
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
+from sdeflow.sampling import require_follower
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, resolve
 from sdeflow.symbolic.declaration import Declaration
@@ -80,6 +82,7 @@ def simulate(
     steps: int | None = None,
     *,
     seed: int | torch.Generator | None = None,
+    noise: BrownianPath | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     dtype: torch.dtype | None = None,
@@ -98,6 +101,7 @@ def simulate(
         steps: of a fixed-step method between 0 and the last time, 500 by default; each interval of ``ts`` gets its
             share, and at least one.
         seed: makes the result reproducible; path i does not depend on the batch size.
+        noise: a :class:`~sdeflow.BrownianPath` to follow in place of ``seed``, for one path in different steps.
         rtol, atol: of an adaptive solver.
         dtype: of the states; that of x_0 by default.
         boundary: what a step does at the end of the domain where f and g are real: "truncate", "reflect" or "absorb"
@@ -113,7 +117,14 @@ def simulate(
         DeclarationError: for a boundary= that the SDE does not have.
     """
     if isinstance(solver, str) and solver == "exact":
-        given = (("steps", steps), ("rtol", rtol), ("atol", atol), ("max_calls", max_calls), ("boundary", boundary))
+        given = (
+            ("noise", noise),
+            ("steps", steps),
+            ("rtol", rtol),
+            ("atol", atol),
+            ("max_calls", max_calls),
+            ("boundary", boundary),
+        )
         if any(value is not None for _, value in given):
             names = ", ".join(name for name, value in given if value is not None)
             raise ValueError(f'solver="exact" draws each state at once, within the domain: it takes no {names}.')
@@ -126,7 +137,9 @@ def simulate(
         return x.new_empty(len(times), *x.shape)
     working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     ends = None if boundary is None else _boundary(boundary, model, working, plan)
-    path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed), ends)
+    if noise is not None:
+        _require_path(noise, seed, plan.solver, model.declaration.coupled)
+    path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
     hidden = None if progress is None else not progress
     y = (working if basis is None else basis.forward(working)).flatten(1)
     found, now = [], 0.0
@@ -138,6 +151,15 @@ def simulate(
             found.append(shown if ends is None else ends.nearest(shown, time))
             now = time
     return torch.stack(found).to(x.dtype)
+
+
+def _require_path(noise: object, seed: object, solver: Solver, coupled: bool) -> None:
+    """That ``noise`` is a path, alone, and the solver follows paths."""
+    if not isinstance(noise, BrownianPath):
+        raise TypeError(f"noise must be a sdeflow.BrownianPath, not {noise!r}.")
+    if seed is not None:
+        raise ValueError("the noise is the path's: give seed= or noise=, not both.")
+    require_follower(solver, coupled)
 
 
 def _exactly(
@@ -181,10 +203,10 @@ class _Path:
     """Stretches of one path, each a solve of its own in t, that share their noise."""
 
     def __init__(
-        self, model: Model, event: tuple[int, ...], plan: Plan, seed: int, ends: Boundary | None = None
+        self, model: Model, event: tuple[int, ...], plan: Plan, seed: int | BrownianPath, ends: Boundary | None = None
     ) -> None:
         self.plan, self.seed, self.event, self.ends = plan, seed, event, ends
-        self.noise = NoiseStream(seed, "simulation")
+        self.noise = seed.rows() if isinstance(seed, BrownianPath) else NoiseStream(seed, "simulation")
         self._drift = model.function_of_state(model.declaration.drifts)
         self._diffusion = model.noise(forward(model.declaration), event)
         if ends is not None:
@@ -204,7 +226,9 @@ class _Path:
     def advance(self, y: Tensor, first: float, last: float, end: float, on_call: Callable[[], object] | None) -> Tensor:
         """Flattened states at ``last`` from those at ``first``."""
         plan, noise = self.plan, self.noise
-        if plan.solver.adaptive:  # torchsde's own Brownian motion starts from a seed: each stretch needs another
+        if plan.solver.adaptive and isinstance(
+            noise, NoiseStream
+        ):  # torchsde's own Brownian motion starts from a seed: each stretch needs another
             noise = NoiseStream(mixed_seed(self.seed, self._stretch), "simulation")
         self._stretch += 1
         steps = None if plan.steps is None else max(1, math.ceil(plan.steps * (last - first) / end - 1e-9))
@@ -217,7 +241,7 @@ class _Path:
         return y
 
     def _solved(
-        self, y: Tensor, first: float, last: float, steps: int | None, noise: NoiseStream,
+        self, y: Tensor, first: float, last: float, steps: int | None, noise: NoiseStream | BrownianRows,
         on_call: Callable[[], object] | None,
     ) -> Tensor:  # fmt: skip
         plan = self.plan

@@ -51,6 +51,7 @@ class EulerMaruyama:
     adaptive = False
     calls_per_step = 1
     default_grid = None
+    follows_path = True
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
@@ -58,7 +59,7 @@ class EulerMaruyama:
         y = problem.to_rows(y)
         shape = (len(y), problem.motions or y.shape[1])
         for k in range(steps):
-            noise = problem.normal(shape, y.dtype, y.device)
+            noise = problem.motion_in(k, k + 1, shape, y.dtype, y.device)
             y = torch.add(y, problem.drift(k, y)).add_(_shaken(problem.diffusion(k, y), noise))
             _observe(problem, k + 1, y)
         return problem.finish(problem.from_rows(y))

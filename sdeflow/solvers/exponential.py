@@ -71,6 +71,7 @@ class Exponential:
     basis: Basis | None = field(default=None, repr=False)
 
     needs_kernel = True
+    follows_path = True
     adaptive = False
     calls_per_step = 1
     default_grid = "log_snr"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.brownian import BrownianRows
 from sdeflow.errors import MaxStepsError, NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.noise import NoiseStream
@@ -46,7 +47,7 @@ class Problem:
         hint: a sentence for the message of a state that is not finite.
         components: k where the diffusion is a matrix: it is then (batch · n / k, k, motions).
         motions: m, the number of Brownian motions of each coordinate then.
-        noise: where the Brownian increments come from.
+        noise: where the Brownian increments come from: fresh numbers, or a path that other solves can follow too.
         row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
         max_calls: the budget of calls of the drift.
         on_call: called at each call of the drift, for a progress bar.
@@ -70,7 +71,7 @@ class Problem:
         hint: str = "",
         components: int | None = None,
         motions: int | None = None,
-        noise: NoiseStream | None = None,
+        noise: NoiseStream | BrownianRows | None = None,
         row_norm: Callable[[Tensor], Tensor] | None = None,
         max_calls: int = 10_000,
         on_call: Callable[[], object] | None = None,
@@ -135,6 +136,36 @@ class Problem:
         """The next standard normal numbers, for states or rows of them: those of a sample are drawn together."""
         batch = len(self._bad_since)
         return self.noise.normal((batch, math.prod(shape) // max(batch, 1)), dtype, device).reshape(shape)
+
+    def motion(
+        self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The increment of the Brownian motion between two times of the SDE, over the root of their distance."""
+        if isinstance(self.noise, NoiseStream):
+            return self.normal(shape, dtype, device)
+        return self._along(between, shape, dtype, device)[0]
+
+    def motion_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """:meth:`motion` between two values of the clock's variable r."""
+        if isinstance(self.noise, NoiseStream):
+            return self.normal(shape, dtype, device)
+        return self._along(self._times_of(a, b), shape, dtype, device)[0]
+
+    def area_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Its space-time area, likewise normalised, of variance 1/12: ∫ (w - w_a) dr = h (Δw / 2 + area)."""
+        if isinstance(self.noise, NoiseStream):
+            return self.normal(shape, dtype, device) * math.sqrt(1.0 / 12.0)
+        return self._along(self._times_of(a, b), shape, dtype, device)[1]
+
+    def _times_of(self, a: float, b: float) -> tuple[float, float]:
+        return float(self.time(a)[0]), float(self.time(b)[0])
+
+    def _along(
+        self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        batch = len(self._bad_since)
+        found = self.noise.step(*between, (batch, math.prod(shape) // max(batch, 1)))
+        return tuple(part.reshape(shape).to(device=device, dtype=dtype) for part in found)
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""

@@ -157,7 +157,7 @@ class Program:
             else:
                 base = u
             if self.steps.noise is not None:
-                noise = multiplied(self.steps.noise[n], problem.normal(tuple(u.shape), u.dtype, u.device))
+                noise = multiplied(self.steps.noise[n], self._motion(problem, n, u))
             u = self._moved(n, base, self.steps.predictor[n], past, noise)
             problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
         return u
@@ -170,9 +170,13 @@ class Program:
             problem.called(u, output, n)
             u = torch.mul(u, of_state).add_(output, alpha=of_output)
             if noise is not None:
-                add_multiple(u, noise[n], problem.normal(tuple(u.shape), u.dtype, u.device))
+                add_multiple(u, noise[n], self._motion(problem, n, u))
             problem.observe(n + 1, self.times[n + 1], u)
         return u
+
+    def _motion(self, problem: Problem, n: int, u: Tensor) -> Tensor:
+        """The normal numbers of step n."""
+        return problem.motion((self.times[n], self.times[n + 1]), tuple(u.shape), u.dtype, u.device)
 
     def _prediction(self, problem: Problem, n: int, u: Tensor, out: Tensor) -> Tensor:
         """F at time number n, in the memory of ``out``."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.brownian import BrownianRows
 from sdeflow.errors import StepUnderflowError
-from sdeflow.noise import resolve_seed
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["Torchsde"]
@@ -53,6 +53,7 @@ class Torchsde:
     needs_kernel = False
     stochastic = True
     default_grid = None
+    follows_path = True
     methods = _ITO + _STRATONOVICH
 
     def __post_init__(self) -> None:
@@ -126,11 +127,11 @@ class Torchsde:
         import torchsde
 
         size = (len(y), problem.motions or y.shape[1])
-        if not self.adaptive:
+        if not self.adaptive or isinstance(problem.noise, BrownianRows):
             return _Increments(problem, size, y, _levy_area(self.method))
         return torchsde.BrownianInterval(
             0.0, end, size=size, dtype=y.dtype, device=y.device, dt=1.0,
-            entropy=resolve_seed(problem.noise.seed) % 2**32, levy_area_approximation=_levy_area(self.method),
+            entropy=problem.noise.seed, levy_area_approximation=_levy_area(self.method),
         )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ class _System:
 
 
 class _Increments:
-    """Brownian increments over successive steps, drawn when asked for, from sdeflow's own stream.
+    """Brownian increments over steps, drawn when asked for from sdeflow's own stream, or those of a path.
 
     For a step [a, b] of length h: W ~ N(0, h), and with ``return_U`` the space-time integral
     U = h (W / 2 + H), H ~ N(0, h / 12) independent of W. Memory does not grow with the steps.
@@ -168,12 +169,13 @@ class _Increments:
         if step != self._step:
             h = step[1] - step[0]
             self._step, self._length = step, h
-            self._w = self._problem.normal(self.shape, self.dtype, self.device) * math.sqrt(h)
+            self._w = self._problem.motion_in(*step, self.shape, self.dtype, self.device) * math.sqrt(h)
             self._h: Tensor | None = None
         out = [self._w]
         if return_U:
             if self._h is None:
-                self._h = self._problem.normal(self.shape, self.dtype, self.device) * math.sqrt(self._length / 12.0)
+                area = self._problem.area_in(*self._step, self.shape, self.dtype, self.device)
+                self._h = area * math.sqrt(self._length)
             out.append(self._length * (0.5 * self._w + self._h))
         if return_A:
             out.append(torch.zeros((), dtype=self.dtype, device=self.device))  # diagonal noise commutes
