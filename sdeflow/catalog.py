@@ -1,4 +1,4 @@
-"""The named SDEs of the literature, each a declaration like any user's."""
+"""The named SDEs of the literature, each a declaration like any user's; ``T`` and ``cutoff`` are as in ``SDE``."""
 
 from __future__ import annotations
 
@@ -27,53 +27,64 @@ __all__ = [
 ]
 
 
-def VP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0) -> SDE:
+def VP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0, cutoff: float | None = None) -> SDE:
     """Variance preserving, the limit of DDPM (arXiv:2011.13456): dx = -½ beta x dt + √beta dw, beta linear in t."""
     beta_min, beta_max = _exact(beta_min), _exact(beta_max)
     beta = beta_min + (beta_max - beta_min) * t
-    return SDE(f=-beta * x / 2, g=sp.sqrt(beta), T=T)
+    return SDE(f=-beta * x / 2, g=sp.sqrt(beta), T=T, cutoff=cutoff)
 
 
-def SubVP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0) -> SDE:
-    """Sub-variance preserving (arXiv:2011.13456): VP's drift, g² = beta (1 - exp(-2 ∫ beta)), sigma = 1 - alpha²."""
+def SubVP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0, cutoff: float | None = None) -> SDE:
+    """Sub-variance preserving (arXiv:2011.13456): VP's drift, g² = beta (1 - exp(-2 ∫ beta)), sigma = 1 - alpha².
+
+    Published checkpoints were sampled and measured down to cutoff=1e-5.
+    """
     beta_min, beta_max = _exact(beta_min), _exact(beta_max)
     beta = beta_min + (beta_max - beta_min) * t
     integral = beta_min * t + (beta_max - beta_min) * t**2 / 2
-    return SDE(f=-beta * x / 2, g=sp.sqrt(beta * (1 - sp.exp(-2 * integral))), T=T)
+    return SDE(f=-beta * x / 2, g=sp.sqrt(beta * (1 - sp.exp(-2 * integral))), T=T, cutoff=cutoff)
 
 
-def VE(sigma_min: float = 0.01, sigma_max: float = 50.0) -> SDE:
+def VE(sigma_min: float = 0.01, sigma_max: float = 50.0, cutoff: float | None = None) -> SDE:
     """Variance exploding, the limit of NCSN (arXiv:2011.13456): sigma(t) geometric from sigma_min to sigma_max.
 
     The kernel starts with variance P0 = sigma_min², so that sigma(t)² is the variance itself.
     """
     start, ratio = _exact(sigma_min), _exact(sigma_max) / _exact(sigma_min)
-    return SDE(f=0, g=start * ratio**t * sp.sqrt(2 * sp.log(ratio)), P0=start**2)
+    return SDE(f=0, g=start * ratio**t * sp.sqrt(2 * sp.log(ratio)), cutoff=cutoff, P0=start**2)
 
 
-def CosineVP(T: float = 0.995) -> SDE:
+def CosineVP(T: float = 0.995, cutoff: float | None = None) -> SDE:
     """The cosine schedule (arXiv:2102.09672) in continuous time: alpha = cos(πt/2), sigma = sin(πt/2)."""
     beta = sp.pi * sp.tan(sp.pi * t / 2)
-    return SDE(f=-beta * x / 2, g=sp.sqrt(beta), T=T)
+    return SDE(f=-beta * x / 2, g=sp.sqrt(beta), T=T, cutoff=cutoff)
 
 
-def OU(theta: float = 1.0, mu: float = 0.0, sigma: float | sp.Expr = sp.sqrt(2), T: float = 5.0) -> SDE:  # noqa: B008
+def OU(
+    theta: float = 1.0, mu: float = 0.0, sigma: float | sp.Expr = sp.sqrt(2), T: float = 5.0,  # noqa: B008
+    cutoff: float | None = None,
+) -> SDE:  # fmt: skip
     """Ornstein-Uhlenbeck: dx = theta (mu - x) dt + sigma dw, stationary law N(mu, sigma² / (2 theta))."""
-    return SDE(f=_exact(theta) * (_exact(mu) - x), g=_exact(sigma), T=T)
+    return SDE(f=_exact(theta) * (_exact(mu) - x), g=_exact(sigma), T=T, cutoff=cutoff)
 
 
-def EDM(T: float = 80.0) -> SDE:
+def EDM(T: float = 80.0, cutoff: float | None = None) -> SDE:
     """Karras et al. 2022 (arXiv:2206.00364): alpha = 1, sigma = t."""
-    return SDE(f=0, g=sp.sqrt(2 * t), T=T)
+    return SDE(f=0, g=sp.sqrt(2 * t), T=T, cutoff=cutoff)
 
 
-def FlowMatching(T: float = 0.999) -> SDE:
+def FlowMatching(T: float = 0.999, cutoff: float | None = None) -> SDE:
     """The SDE whose kernel is (1 - t) x_0 + t noise, the path of flow matching (arXiv:2210.02747)."""
-    return SDE(f=-x / (1 - t), g=sp.sqrt(2 * t / (1 - t)), T=T)
+    return SDE(f=-x / (1 - t), g=sp.sqrt(2 * t / (1 - t)), T=T, cutoff=cutoff)
 
 
 def CriticallyDampedLangevin(
-    beta: float | sp.Expr = 4.0, mass: float = 0.25, gamma: float = 0.04, T: float = 1.0, friction: float | None = None
+    beta: float | sp.Expr = 4.0,
+    mass: float = 0.25,
+    gamma: float = 0.04,
+    T: float = 1.0,
+    friction: float | None = None,
+    cutoff: float | None = None,
 ) -> SDE:
     """Dockhorn et al. 2022 (arXiv:2112.07068): data x coupled to a velocity v that starts as N(0, gamma mass).
 
@@ -86,6 +97,7 @@ def CriticallyDampedLangevin(
         f=[beta * v / M, -beta * (x_ + friction * v / M)],
         g=[0, sp.sqrt(2 * friction * beta)],
         T=T,
+        cutoff=cutoff,
         P0=[0, _exact(gamma) * M],
     )
 
@@ -93,6 +105,7 @@ def CriticallyDampedLangevin(
 def from_recipe(
     D: sp.MatrixBase | list, Q: sp.MatrixBase | list, S: sp.MatrixBase | list | None = None, T: float = 1.0,
     P0: object = 0.0, names: str | None = None, params: Mapping[sp.Symbol | str, float] | None = None,
+    cutoff: float | None = None,
 ) -> SDE:  # fmt: skip
     """The complete recipe (Ma et al. 2015, arXiv:1506.04696): every linear SDE with stationary covariance S.
 
@@ -104,7 +117,7 @@ def from_recipe(
         D: k x k, symmetric, not negative.
         Q: k x k, skew.
         S: k x k, symmetric, positive; the identity by default.
-        T, P0, params: as in ``SDE``.
+        T, P0, params, cutoff: as in ``SDE``.
         names: the components, "x v" for k = 2 and "x1 x2 ..." otherwise.
 
     Raises:
@@ -121,7 +134,7 @@ def from_recipe(
         raise DeclarationError(f"S must be positive definite: {S.tolist()}.")
     components = state(names or ("x v" if k == 2 else [f"x{i + 1}" for i in range(k)]))
     drift = -(D + Q) * S.inv() / 2 * sp.Matrix(components)
-    return SDE(f=drift, g=_root(D), T=T, P0=P0, params=params)
+    return SDE(f=drift, g=_root(D), T=T, cutoff=cutoff, P0=P0, params=params)
 
 
 def _root(D: sp.Matrix) -> sp.Matrix:
@@ -144,7 +157,9 @@ def _root(D: sp.Matrix) -> sp.Matrix:
     return L
 
 
-def Blurring(event: tuple[int, int], blur: float = 20.0, floor: float = 1e-3, T: float = 0.995) -> SDE:
+def Blurring(
+    event: tuple[int, int], blur: float = 20.0, floor: float = 1e-3, T: float = 0.995, cutoff: float | None = None
+) -> SDE:
     """Blurring diffusion (Hoogeboom & Salimans 2022, arXiv:2209.05557), which dissipates heat and adds noise.
 
     In the DCT basis, alpha_i = cos(πt/2) ((1 - d) e^{-w_i tau} + d) and sigma = sin(πt/2), with
@@ -155,12 +170,13 @@ def Blurring(event: tuple[int, int], blur: float = 20.0, floor: float = 1e-3, T:
         blur: the largest width of the blur, in pixels.
         floor: d, what is left of the highest frequencies.
         T: the horizon.
+        cutoff: the first time that solvers visit, as in ``SDE``.
     """
     basis, w = DCT(2), sp.Symbol("w", nonnegative=True)
     d, phase = _exact(floor), sp.pi * t / 2
     tau = (_exact(blur) * sp.sin(phase) ** 2) ** 2 / 2
     alpha = sp.cos(phase) * ((1 - d) * sp.exp(-w * tau) + d)
-    return SDE.from_kernel(alpha, sp.sin(phase), T, params={w: basis.frequencies(tuple(event))}, basis=basis)
+    return SDE.from_kernel(alpha, sp.sin(phase), T, cutoff, params={w: basis.frequencies(tuple(event))}, basis=basis)
 
 
 def _exact(value: float | sp.Expr) -> sp.Expr:

@@ -11,6 +11,7 @@ in time for every SDE.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -32,7 +33,9 @@ __all__ = ["Coefficients"]
 
 _CUTOFF_NOISE = 2e-3  # sigma / alpha at the default cutoff
 _AGREEMENT = 1e-11  # of closed forms with quadrature, relative
+_ROUNDING = 16 * float(torch.finfo(torch.float64).eps)  # of a time, and of the functions of it in a formula
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
+_SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
 _REPRESENTATIVES = 32  # entries of tensor parameters from which the panels are chosen
 
 
@@ -70,6 +73,15 @@ class Coefficients:
             self._times, self._half_log_snrs = self._monotone_samples()
             self.cutoff = self._find_cutoff() if declaration.cutoff is None else declaration.cutoff
             self._require_usable_cutoff()
+
+    def with_cutoff(self, declaration: Declaration) -> Coefficients:
+        """The same functions with the cutoff of another declaration of the same SDE."""
+        other = copy.copy(self)
+        other.declaration = declaration
+        with torch.no_grad():
+            other.cutoff = other._find_cutoff() if declaration.cutoff is None else declaration.cutoff
+            other._require_usable_cutoff()
+        return other
 
     def of_sde(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a(t), b(t) and g(t)² of dx = (a x + b) dt + g dw, (*t.shape, *parameters), float64.
@@ -155,19 +167,25 @@ class Coefficients:
         return compile_expressions(outputs, (time_symbol,), self.values, self.T)
 
     def agrees(self, compiled: Compiled, points: np.ndarray, tolerance: float) -> bool:
-        """Whether a compiled closed form gives the table's numbers at ``points``, relatively."""
+        """Whether a compiled closed form gives the table's numbers at ``points``, relatively.
+
+        Besides ``tolerance`` they may differ by what the rounding of t moves them: where alpha falls to nothing at the
+        end of a path, as cos(πt/2) does at 1, its last digits are those of 1 - t.
+        """
         t = torch.as_tensor(points)
         with torch.no_grad():
             alpha, offset, std, log_alpha = self._evaluated(compiled, t)
             true_log_alpha, true_var, true_offset = self.table(t)
+            a, b, q = self.of_sde(t)
         true_alpha, true_std = true_log_alpha.exp(), true_var.sqrt()
+        moved = _ROUNDING * t.reshape(-1, *(1,) * (a.ndim - 1))
         # An offset may cross 0: 1e-4 of what it has reached before is then the measure.
         scale = true_offset.abs() + 1e-4 * true_offset.abs().cummax(0).values
         return bool(
-            ((alpha - true_alpha).abs() <= tolerance * true_alpha).all()
-            and ((std - true_std).abs() <= tolerance * true_std).all()
-            and ((offset - true_offset).abs() <= tolerance * scale).all()
-            and ((log_alpha - true_log_alpha).abs() <= tolerance * (1 + true_log_alpha.abs())).all()
+            ((alpha - true_alpha).abs() <= (tolerance + moved * a.abs()) * true_alpha).all()
+            and ((std - true_std).abs() <= (tolerance + moved * (a.abs() + 0.5 * q / true_var)) * true_std).all()
+            and ((offset - true_offset).abs() <= tolerance * scale + moved * (a * true_offset + b).abs()).all()
+            and ((log_alpha - true_log_alpha).abs() <= tolerance * (1 + true_log_alpha.abs()) + moved * a.abs()).all()
         )
 
     def _evaluated(self, compiled: Compiled, t: Tensor) -> tuple[Tensor, ...]:
@@ -282,6 +300,8 @@ class Coefficients:
             nodes = np.concatenate([[0.0], nodes])
         # Dense enough for 4 Newton steps to end at rounding; the nodes alone, and 8 steps, for many schedules.
         per_node = 1 if self.values.shape or self.coupled else 8
+        if len(nodes) * per_node > _SAMPLES:  # a panel's polynomial is smooth: a few of its many nodes do
+            nodes, per_node = np.union1d(nodes[:: math.ceil(len(nodes) / _SAMPLES)], nodes[[0, -1]]), 1
         fine = np.arange((len(nodes) - 1) * per_node + 1) / float(per_node)
         if math.prod(self.values.shape) > _REPRESENTATIVES:  # each time costs a schedule for every coordinate
             fine = np.union1d(fine[::8], fine[-1:])
@@ -315,7 +335,7 @@ class Coefficients:
     def _find_cutoff(self) -> float:
         if all(variance > 0 for variance in self.declaration.initial_variances):
             return 0.0
-        ratios = self._noise_to_signal(self._times)
+        ratios = self._noise_to_signal(self._times) if self.coupled else torch.exp(-self._half_log_snrs)
         reached = (ratios >= _CUTOFF_NOISE).nonzero()
         if not len(reached):
             raise ScheduleError(

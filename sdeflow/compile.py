@@ -381,7 +381,8 @@ class Compiled:
                     out = None
                 raise
 
-        return self._table(expr, values, kind.breakpoints, kind.order)
+        # A table's derivatives are known; others are those of an interpolant.
+        return self._table(expr, values, kind.breakpoints, kind.order if kind.table is None else 0)
 
     def _table(
         self, expr: sp.Function, function: Callable[..., np.ndarray], breaks: Sequence[float] = (), order: int = 0

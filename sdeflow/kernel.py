@@ -107,6 +107,10 @@ class Kernel:
         self.has_offset = any(entry != 0 for entry in drift[1]) if self.coupled else drift[1] != 0
         self._derived = like._derived if like is not None else self._derive()
         self.numbers = Coefficients(declaration, self.values, self._derived)
+        self._bind()
+
+    def _bind(self) -> None:
+        """The functions of t that are the numbers' own."""
         self.coefficients, self.sde_coefficients = self.numbers.of_kernel, self.numbers.of_sde
 
     @property
@@ -161,6 +165,16 @@ class Kernel:
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""
         return Kernel(self.declaration, values, self.basis, like=self)
+
+    def with_cutoff(self, declaration: Declaration) -> Kernel:
+        """The same kernel for the same declaration with another cutoff; nothing is computed anew."""
+        other = object.__new__(Kernel)
+        other.__dict__.update(vars(self))
+        other.declaration, other.numbers = declaration, self.numbers.with_cutoff(declaration)
+        for derived in ("log_snr_falls", "log_snr_falls_steadily"):
+            vars(other).pop(derived, None)
+        other._bind()
+        return other
 
     # ---------------------------------------------------------------- symbolic side
 

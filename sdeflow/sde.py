@@ -34,8 +34,9 @@ from sdeflow.scores import ScoreFunction, as_score
 from sdeflow.simulation import simulate, start
 from sdeflow.solvers import Solver
 from sdeflow.storage import from_dict, to_dict
-from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, declare_path, parameter_symbols
+from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
+from sdeflow.symbolic.path import declare_path, is_table
 from sdeflow.symbolic.patience import budget, rehearsed, small
 from sdeflow.symbolic.symbols import t
 
@@ -125,9 +126,9 @@ class SDE:
     @classmethod
     def from_kernel(
         cls,
-        alpha: Coefficient,
-        sigma: Coefficient,
-        T: float = 1.0,
+        alpha: Coefficient | Sequence[float] | torch.Tensor,
+        sigma: Coefficient | None = None,
+        T: float | None = None,
         cutoff: float | None = None,
         params: Mapping[sp.Symbol | str, float | torch.Tensor] | None = None,
         basis: Basis | None = None,
@@ -137,16 +138,50 @@ class SDE:
         f = alpha'/alpha x and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma², so that flow matching, say, is
         ``SDE.from_kernel(alpha=1 - t, sigma=t, T=0.999)``. sigma(0)² becomes P0.
 
+        A table of alpha, such as DDPM's (arXiv:2006.11239), may start at alpha < 1: it is continued to the data at
+        t = 0 linearly in -log alpha², and the cutoff is its first entry. Of n values alone, i is at (i + 1) T / n::
+
+            alphas = torch.cumprod(1 - betas, 0).sqrt()        # √ᾱ
+            sde = SDE.from_kernel(alphas)                      # cutoff = 1 / n; moments are the table's at its times
+
+        Args:
+            alpha: of t; or a table of falling values: (times, values), rows of (time, value), or values alone.
+            sigma: of t; None is √(1 - alpha²), variance preserving.
+            T: the horizon; by default the last time of a table, else 1.
+            cutoff: as of :class:`SDE`; of a table that starts at alpha < 1, its first time.
+            params, basis: as of :class:`SDE`.
+
         Raises:
             DeclarationError: for a path that depends on x or does not start at alpha = 1.
             ScheduleError: for one whose signal-to-noise ratio rises somewhere, for then g² < 0.
         """
-        resolved = parameter_symbols(params or {}, alpha, sigma)
+        resolved = parameter_symbols(params or {}, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
         sde = object.__new__(cls)
         with budget(_SECONDS):
             declaration = _manageable(declare_path, alpha, sigma, T, cutoff, resolved)
             sde._set_up(declaration, Values(resolved), None, basis)
         return sde
+
+    def with_cutoff(self, cutoff: float | None) -> SDE:
+        """The same SDE, its derivation and its kernel's numbers included, with another first time.
+
+        Training, solvers and likelihood then start at ``cutoff``, and ``log_prob`` is of the data noised until then.
+
+        Args:
+            cutoff: a time in [0, T); None finds it anew, see :class:`SDE`.
+
+        Raises:
+            DeclarationError: for a time outside [0, T).
+            ScheduleError: for one at which sigma cannot be told from 0.
+        """
+        other = self._copy()
+        other.declaration = self.declaration.with_cutoff(cutoff)
+        kernel = self.kernel if "kernel" in vars(self) and self.declaration.affine is not None else None
+        for derived in ("kernel", "_exact_kernel", "_cutoff"):
+            other.__dict__.pop(derived, None)
+        if kernel is not None:
+            other.kernel = kernel.with_cutoff(other.declaration)
+        return other
 
     def to_dict(self) -> dict:
         """The declaration and its parameters' values as JSON-able data; :meth:`from_dict` is exactly the inverse.

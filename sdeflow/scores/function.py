@@ -85,8 +85,9 @@ class ScoreFunction(nn.Module):
         return next((parameter.dtype for parameter in own), None)
 
     def same_sde(self, sde: DeclaredSDE) -> bool:
-        """Whether this score belongs to that SDE: declaration, values of the parameters and basis."""
-        return (self.declaration, self.values, self.basis) == (sde.declaration, sde.values, getattr(sde, "basis", None))
+        """Whether it belongs to that SDE, whatever the cutoff: declaration, values of the parameters and basis."""
+        ours, theirs = (declaration.with_cutoff(None) for declaration in (self.declaration, sde.declaration))
+        return (ours, self.values, self.basis) == (theirs, sde.values, getattr(sde, "basis", None))
 
     def readout(self, path: Path, like: Tensor, time: Tensor) -> Readout:
         """How eps follows from what is called: here from the score, eps = -sigmaᵀ s."""
@@ -202,6 +203,13 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
                 f"this score belongs to another SDE, dx = ({score.declaration.f}) dt + ({score.declaration.g}) dw with "
                 f"T = {score.declaration.T:g}, than dx = ({sde.declaration.f}) dt + ({sde.declaration.g}) dw with "
                 f"T = {sde.declaration.T:g}."
+            )
+        known = getattr(score.gaussian, "cutoff", 0.0)
+        asked = sde.declaration.cutoff
+        if asked is not None and asked < known * (1 - 1e-6):
+            raise ValueError(
+                f"this score is of t from its SDE's cutoff {known:.6g} on, and the cutoff asked for is {asked:.6g}: "
+                "make the score of that SDE, as Score(net, sde.with_cutoff(...))."
             )
         return score
     if not callable(score):

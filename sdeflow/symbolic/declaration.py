@@ -22,10 +22,7 @@ from sdeflow.errors import DeclarationError, NotAffineError, ScheduleError
 from sdeflow.symbolic.affine import affine_split, kink_in_state
 from sdeflow.symbolic.arguments import applied
 from sdeflow.symbolic.derivative import derivative
-from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.grammar import parse
-from sdeflow.symbolic.patience import patiently, small, within
-from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
 from sdeflow.symbolic.tree import OF_TIME_ALONE
 
@@ -33,8 +30,8 @@ __all__ = [
     "AffineDrift",
     "Coefficient",
     "Declaration",
+    "coefficient_of",
     "declare",
-    "declare_path",
     "parameter_symbols",
     "stratonovich_correction",
 ]
@@ -43,7 +40,6 @@ Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coeffic
 AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
 _ELEMENTWISE = (x,)
-_SMALL = 40  # operations
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,14 @@ class Declaration:
             return a, b
         return sp.ImmutableMatrix([slopes for slopes, _ in splits]), sp.ImmutableMatrix([b for _, b in splits])
 
+    def with_cutoff(self, cutoff: float | None) -> Declaration:
+        """The same with another first time; what has been derived of it is kept."""
+        other = replace(self, cutoff=_first_time(cutoff, self.T))
+        for derived in ("affine", "gram", "_splits"):
+            if derived in vars(self):
+                vars(other)[derived] = vars(self)[derived]
+        return other
+
     @cached_property
     def _splits(self) -> list[tuple[tuple[sp.Expr, ...], sp.Expr] | None]:
         """The affine split of each drift, or None."""
@@ -196,11 +200,11 @@ def declare(
     rows = applied(f, "f", components) if coupled and _is_function(f) else f
     matrix = applied(g, "g", components) if coupled and _is_function(g) else g
     if coupled:
-        drift = sp.ImmutableMatrix([_coefficient(v, "f", components, parameters) for v in _column(rows, components)])
-        entries = [[_coefficient(v, "g", components, parameters) for v in row] for row in _matrix(matrix, components)]
+        drift = sp.ImmutableMatrix([coefficient_of(v, "f", components, parameters) for v in _column(rows, components)])
+        entries = [[coefficient_of(v, "g", components, parameters) for v in row] for row in _matrix(matrix, components)]
         diffusion = sp.ImmutableMatrix(entries)
     else:
-        drift, diffusion = (_coefficient(v, n, components, parameters) for v, n in ((f, "f"), (g, "g")))
+        drift, diffusion = (coefficient_of(v, n, components, parameters) for v, n in ((f, "f"), (g, "g")))
     if all(entry == 0 for entry in (diffusion if coupled else (diffusion,))):
         raise ScheduleError("g is identically 0: the equation has no noise, so no kernel, score or reverse SDE.")
     if calculus not in ("ito", "stratonovich"):
@@ -211,59 +215,9 @@ def declare(
     T = _real(T, "T")
     if T <= 0:
         raise DeclarationError(f"T must be positive, not {T:g}.")
-    if cutoff is not None:
-        cutoff = _real(cutoff, "cutoff")
-        if not 0 <= cutoff < T:
-            raise DeclarationError(f"cutoff must lie in [0, T) = [0, {T:g}), not at {cutoff:g}.")
+    cutoff = _first_time(cutoff, T)
     covariance = _covariance(P0, len(components)) if coupled else _variance(P0)
     return Declaration(drift, diffusion, T, cutoff, covariance, parameters, components)
-
-
-def declare_path(
-    alpha: Coefficient,
-    sigma: Coefficient,
-    T: float = 1.0,
-    cutoff: float | None = None,
-    parameters: Iterable[sp.Symbol] = (),
-) -> Declaration:
-    r"""The SDE whose kernel is N(alpha(t) x_0, sigma(t)²): f = alpha'/alpha x and g² = 2 sigma sigma' - 2 f sigma².
-
-    Raises:
-        DeclarationError: for a path that depends on x, or does not start at alpha = 1.
-        ScheduleError: for a path without noise.
-    """
-    parameters = tuple(parameters)
-    alpha, sigma = (_coefficient(v, n, _ELEMENTWISE, parameters) for v, n in ((alpha, "alpha"), (sigma, "sigma")))
-    if alpha.has(x) or sigma.has(x):
-        raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
-    start, initial = (value_at(e, {t: sp.Integer(0)}) for e in (alpha, sigma))
-    if start.is_number and not abs(float(sp.re(start)) - 1) <= 1e-12:
-        raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {start}.")
-    if not initial.is_number or not initial.is_real or not initial.is_finite:
-        raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
-    found = patiently(_path_coefficients, alpha, sigma)
-    if found is None:
-        raise DeclarationError(
-            f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g of: declare these."
-        )
-    rate, g = found
-    declaration = declare(rate * x, g, T, cutoff, parameters, P0=float(initial) ** 2)
-    return replace(declaration, path=(alpha, sigma))
-
-
-def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
-    """f / x = alpha' / alpha and g = √(2 sigma sigma' - 2 f sigma² / x)."""
-    rate = _simplest(sum(derivative(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
-    return rate, sp.sqrt(_simplest(2 * sigma * derivative(sigma, t) - 2 * rate * sigma**2))
-
-
-def _simplest(expr: sp.Expr) -> sp.Expr:
-    """``expr`` simplified where it is small, and SymPy does so in a second."""
-    if expr.is_rational_function(t) and small(expr):
-        return sp.factor(expr)
-    patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
-    found = within(1.0, sp.simplify, expr) if patient else None
-    return expr if found is None else found
 
 
 def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbol]) -> sp.ImmutableMatrix:
@@ -380,6 +334,15 @@ def _real(value: object, name: str) -> float:
     return float(value)
 
 
+def _first_time(cutoff: object, T: float) -> float | None:
+    if cutoff is None:
+        return None
+    cutoff = _real(cutoff, "cutoff")
+    if not 0 <= cutoff < T:
+        raise DeclarationError(f"cutoff must lie in [0, T) = [0, {T:g}), not at {cutoff:g}.")
+    return cutoff
+
+
 def _variance(value: object) -> float:
     value = _real(value, "P0")
     if value < 0:
@@ -404,7 +367,7 @@ def _covariance(value: object, k: int) -> sp.ImmutableMatrix:
     return matrix
 
 
-def _coefficient(
+def coefficient_of(
     value: object, name: str, components: tuple[sp.Symbol, ...], parameters: tuple[sp.Symbol, ...]
 ) -> sp.Expr:
     """``value`` as a checked SymPy expression in the state, t and the parameters."""

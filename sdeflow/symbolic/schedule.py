@@ -31,6 +31,7 @@ class Schedule(sp.Function):
         breakpoints: times at which it is not smooth.
         order: which derivative of ``values`` it is.
         table: the (times, values) that made it, or None.
+        curve: what joins them, a piecewise cubic, or its derivative.
         source: the function that made it, or None.
     """
 
@@ -41,6 +42,7 @@ class Schedule(sp.Function):
     order: int = 0
     table: tuple[np.ndarray, np.ndarray] | None = None
     source: Callable | None = None
+    curve: Callable | None = None
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         """The derivative, itself a schedule."""
@@ -62,7 +64,10 @@ class Schedule(sp.Function):
     def derivative(cls) -> type[Schedule]:
         """The class of the derivative; one for each schedule, so that equal expressions are equal."""
         if "_derivative" not in cls.__dict__:
-            cls._derivative = type(f"{cls.__name__}_t", (cls,), {"order": cls.order + 1})
+            members: dict[str, object] = {"order": cls.order + 1}
+            if cls.curve is not None:
+                members |= _of_curve(cls.curve.derivative(), cls.table[0], cls.__name__)
+            cls._derivative = type(f"{cls.__name__}_t", (cls,), members)
         return cls._derivative
 
 
@@ -97,6 +102,13 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     from scipy.interpolate import PchipInterpolator  # half a second to import
 
     curve = PchipInterpolator(times, values, extrapolate=False)
+    members = {"breakpoints": tuple(times.tolist()), "table": (times, values), **_of_curve(curve, times, name)}
+    _tables[identity] = made = type(name, (Schedule,), members)
+    return made
+
+
+def _of_curve(curve: Callable, times: np.ndarray, name: str) -> dict[str, object]:
+    """The members of a schedule that is ``curve`` between the times of a table."""
 
     def within(points: np.ndarray) -> np.ndarray:
         found = curve(points)
@@ -107,9 +119,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
             )
         return found
 
-    members = {"values": staticmethod(within), "breakpoints": tuple(times.tolist()), "table": (times, values)}
-    _tables[identity] = made = type(name, (Schedule,), members)
-    return made
+    return {"curve": staticmethod(curve), "values": staticmethod(within)}
 
 
 def _restored(source: Callable | tuple, name: str, order: int, args: tuple) -> Schedule:

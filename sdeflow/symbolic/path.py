@@ -1,0 +1,154 @@
+r"""Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps as declarations, and tables of alpha as the discrete models have.
+
+The SDE of a path has f = alpha'/alpha x and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma².
+
+**A table that starts at alpha < 1**, as that of DDPM (arXiv:2006.11239) does at 0.99995, does not hold the data. It is
+continued to them at t = 0 linearly in -log alpha² (DDPM's -log ᾱ), and the cutoff is its first entry. In between,
+-2 log alpha is a monotone cubic, so that alpha is the table's at the table's times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import sympy as sp
+
+from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.declaration import Coefficient, Declaration, coefficient_of, declare
+from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.exact import value_at
+from sdeflow.symbolic.patience import patiently, small, within
+from sdeflow.symbolic.schedule import Schedule, schedule, table_of
+from sdeflow.symbolic.symbols import t, x
+
+__all__ = ["declare_path", "is_table"]
+
+_SMALL = 40  # operations
+_LEAST = 0.5  # of alpha at the first entry of a table
+_JOIN = 1e-3  # of the first step of a table that starts at t = 0 and alpha < 1: where its continuation ends
+
+
+def is_table(value: object) -> bool:
+    """Whether ``value`` is a table of numbers, and no coefficient."""
+    return not isinstance(value, str | sp.Basic | type) and (hasattr(value, "__len__") or hasattr(value, "__array__"))
+
+
+def declare_path(
+    alpha: Coefficient | object,
+    sigma: Coefficient | None = None,
+    T: float | None = None,
+    cutoff: float | None = None,
+    parameters: Iterable[sp.Symbol] = (),
+) -> Declaration:
+    r"""The SDE whose kernel is N(alpha(t) x_0, sigma(t)²).
+
+    Args:
+        alpha: of t; or a table: (times, values), rows of (time, value), or values at T/n, 2T/n, ..., T.
+        sigma: of t; None is √(1 - alpha²), variance preserving.
+        T: the horizon; by default the last time of a table, else 1.
+        cutoff: the first time that solvers visit; for a table that starts at alpha < 1, by default its first.
+        parameters: symbols beside t.
+
+    Raises:
+        DeclarationError: for a path that depends on x, or does not start at alpha = 1.
+        ScheduleError: for a path without noise, and for a table that does not fall.
+    """
+    parameters = tuple(parameters)
+    if is_table(alpha):
+        if sigma is not None:
+            raise DeclarationError(
+                "a table of alpha has sigma = sqrt(1 - alpha²). For another sigma declare both as functions: a = "
+                "sdeflow.schedule((times, alphas)), from_kernel(a(t), ...)."
+            )
+        alpha, T, cutoff = _of_table(alpha, T, cutoff)
+    T = 1.0 if T is None else T
+    alpha = coefficient_of(alpha, "alpha", (x,), parameters)
+    sigma = sp.sqrt(1 - alpha**2) if sigma is None else coefficient_of(sigma, "sigma", (x,), parameters)
+    if alpha.has(x) or sigma.has(x):
+        raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
+    found = patiently(_path_coefficients, alpha, sigma)
+    if found is None:
+        raise DeclarationError(
+            f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g of: declare these."
+        )
+    rate, gram = found
+    start, initial = (_at_start(e) for e in (alpha, sigma))
+    if start.is_number and not abs(float(sp.re(start)) - 1) <= 1e-12:
+        join = _first_step(alpha)
+        if join is None or not _LEAST <= float(sp.re(start)) < 1:
+            raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {start}.")
+        rate, gram, alpha, sigma = _continued(rate, gram, alpha, sigma, join)
+        cutoff, initial = join if cutoff is None else cutoff, sp.Integer(0)
+    if not initial.is_number or not initial.is_real or not initial.is_finite:
+        raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
+    declaration = declare(rate * x, sp.sqrt(gram), T, cutoff, parameters, P0=float(initial) ** 2)
+    return replace(declaration, path=(alpha, sigma))
+
+
+def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.Expr, float, float | None]:
+    """alpha through a table, its horizon and its cutoff."""
+    table = table.detach().cpu().numpy() if hasattr(table, "detach") else table
+    if all(np.ndim(value) == 0 for value in table):
+        table = np.arange(1, len(table) + 1) / len(table) * (1.0 if T is None else T), table
+    times, values = table_of(table, "alpha")
+    if not (values[-1] > 0 and values[0] <= 1 and (np.diff(values) < 0).all()):
+        raise ScheduleError(
+            "a table of alpha falls from 1, or below it, and stays above 0: its squares are DDPM's alphas_cumprod; "
+            f"this one runs from {values[0]:g} to {values[-1]:g}."
+        )
+    B = -2.0 * np.log(values)
+    if times[0] < 0:
+        raise DeclarationError(f"a table of alpha starts at t >= 0, not at {times[0]:g}.")
+    if times[0] > 0:
+        # A monotone cubic is straight through knots on a line.
+        first, cutoff = times[0], times[0] if cutoff is None else cutoff
+        knots = np.array([0.0, 0.5, 0.99]) * first
+        times, B = np.concatenate([knots, times]), np.concatenate([knots / first * B[0], B])
+    return sp.exp(-schedule((times, B), "B")(t) / 2), float(times[-1]) if T is None else T, cutoff
+
+
+def _at_start(expr: sp.Expr) -> sp.Expr:
+    """``expr`` at t = 0, exact where SymPy knows it."""
+    exact = value_at(expr, {t: sp.Integer(0)})
+    if exact.is_number and exact.is_real is None:
+        number = value_at(exact, {}, 17)
+        return sp.Float(0) if number.is_number and abs(number) < 1e-12 else number
+    return exact
+
+
+def _first_step(alpha: sp.Expr) -> float | None:
+    """Where the continuation of a path through a table ends; None for a path without one."""
+    steps = [kind.table[0][1] - kind.table[0][0] for kind in map(type, alpha.atoms(Schedule)) if kind.table is not None]
+    return _JOIN * float(min(steps)) if steps else None
+
+
+def _continued(
+    rate: sp.Expr, gram: sp.Expr, alpha: sp.Expr, sigma: sp.Expr, join: float
+) -> tuple[sp.Expr, sp.Expr, sp.Expr, sp.Expr]:
+    """The path from ``join`` on, and before it the Ornstein-Uhlenbeck process that leads from the data there."""
+    a, s = (float(value_at(e, {t: sp.Float(join)}, 17)) for e in (alpha, sigma))
+    end, speed = sp.Float(join), sp.Float(math.log(a) / join)
+    level = sp.Float(s**2 / (1.0 - a**2))
+    early = (speed, -2 * speed * level, sp.exp(speed * t), sp.sqrt(level * (1 - sp.exp(2 * speed * t))))
+    late = (rate, gram, alpha, sigma)
+    return tuple(sp.Piecewise((e, t < end), (v, True)) for e, v in zip(early, late, strict=True))
+
+
+def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
+    """f / x = alpha' / alpha and g² = 2 sigma sigma' - 2 f sigma² / x."""
+    rate = _simplest(sum(derivative(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
+    if sp.expand(sigma**2 + alpha**2) == 1:
+        return rate, -2 * rate
+    return rate, _simplest(2 * sigma * derivative(sigma, t) - 2 * rate * sigma**2)
+
+
+def _simplest(expr: sp.Expr) -> sp.Expr:
+    """``expr`` simplified where it is small, and SymPy does so in a second."""
+    if expr.is_rational_function(t) and small(expr):
+        return sp.factor(expr)
+    patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
+    found = within(1.0, sp.simplify, expr) if patient else None
+    return expr if found is None else found
