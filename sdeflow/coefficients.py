@@ -13,18 +13,27 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import sympy as sp
 import torch
 from torch import Tensor
 
+from sdeflow.breakpoints import break_points
 from sdeflow.chebyshev import nodes_of
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DeclarationError, ScheduleError
 from sdeflow.parameters import Values
-from sdeflow.quadrature import MomentTable, integrate_coupled, integrate_elementwise, panel_edges
+from sdeflow.quadrature import (
+    MomentTable,
+    integrate_coupled,
+    integrate_elementwise,
+    panel_edges,
+    with_resolved_roots,
+)
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.moments import Moments, square_root
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -34,6 +43,7 @@ __all__ = ["Coefficients"]
 _CUTOFF_NOISE = 2e-3  # sigma / alpha at the default cutoff
 _AGREEMENT = 1e-11  # of closed forms with quadrature, relative
 _ROUNDING = 16 * float(torch.finfo(torch.float64).eps)  # of a time, and of the functions of it in a formula
+_LARGEST = float(torch.finfo(torch.float32).max)
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
 _SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
 _REPRESENTATIVES = 32  # entries of tensor parameters from which the panels are chosen
@@ -50,6 +60,7 @@ class Coefficients:
     Attributes:
         cutoff: the first time that training and solvers visit.
         table: the moments by quadrature.
+        breaks: the times at which f or g may not be smooth, increasing; edges of the table's panels.
         closed: the compiled closed form, where it agrees with the table; else None.
 
     Raises:
@@ -63,11 +74,16 @@ class Coefficients:
         self.coupled = declaration.coupled
         self.components = len(declaration.state) if self.coupled else None
         self.data = tuple(i for i in range(len(declaration.state)) if i not in declaration.auxiliary)
+        self._panels: tuple[tuple, np.ndarray] | None = None
+        self._is_null: Tensor | None = None
         self._compiled = compile_expressions(_entries(declaration), (time_symbol,), values, horizon=self.T)
         self._require_end_is_regular()
         with torch.no_grad():
-            self._require_noise_somewhere()
+            even = torch.linspace(0.0, self.T, 258, dtype=torch.float64)[1:-1]
+            self._require_noise_at(even, everywhere=False)
             self.table = self._integrate()
+            self._require_noise_at(self.table.times[:, ::5].reshape(-1), everywhere=True)
+            self._require_no_overflow()
             self._version = values.version
             self.closed = None if derived is None or self.coupled else self._compile_closed_form(derived)
             self._times, self._half_log_snrs = self._monotone_samples()
@@ -90,10 +106,12 @@ class Coefficients:
         """
         values = self._evaluated(self._compiled, t)
         if not self.coupled:
-            return values
+            a, b, q = values
+            return a, b if self._is_null is None else torch.zeros_like(b), q.clamp_min(0.0)
         k = self.components
         entries = torch.stack(values, dim=-1)
         F, b, Q = entries.split([k * k, k, k * k], dim=-1)
+        b = b if self._is_null is None else b.masked_fill(self._is_null.to(b.device), 0.0)
         return F.unflatten(-1, (k, k)), b, Q.unflatten(-1, (k, k))
 
     def of_kernel(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,6 +149,13 @@ class Coefficients:
         _, std, _ = self.of_kernel(t)
         return self._over_event(-0.5 * self.of_sde(t)[2] / std.square(), t)
 
+    @property
+    def probes(self) -> Tensor:
+        """Times inside (cutoff, T), some evenly spaced and some on every panel: what is narrow is visited too."""
+        even = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)
+        times = torch.cat([even, self.table.times[:, 4::8].reshape(-1)]).unique()
+        return times[(times > self.cutoff) & (times < self.T)]
+
     def _information(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """J = diag(Φᵀ P⁻¹ Φ) of the data's components and dJ/dt = -diag(Φᵀ P⁻¹ g gᵀ P⁻¹ Φ), (*t.shape, data)."""
         phi, root, _ = self.of_kernel(t)
@@ -153,7 +178,7 @@ class Coefficients:
         low, high = times[upper - 1], times[upper]
         t = low + (high - low) * ((-target - falling[upper - 1]) / (falling[upper] - falling[upper - 1])).clamp(0, 1)
         with torch.no_grad():
-            for _ in range(4 if not self.values.shape else 8):
+            for _ in range(self._newton_steps):
                 excess = self.half_log_snr(t) - target
                 low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
                 step = t - excess / self.half_log_snr_rate(t)
@@ -203,7 +228,16 @@ class Coefficients:
     def _integrate(self) -> MomentTable:
         """The moments' table for the current values; differentiable in them where a gradient is asked for."""
         with torch.no_grad():
-            edges = panel_edges(self._sampled_rows, self.T, self.components)
+            edges = self._panel_edges()
+        if not self.coupled:
+            return self._integrate_on(edges)
+        if self._has_resolved_roots:
+            return self._integrate_on(edges)
+        edges, table = with_resolved_roots(edges, self._integrate_on, min([self.T / 256, *self.breaks[:1]]))
+        self._panels, self._has_resolved_roots = (self._panels[0], edges), True
+        return table
+
+    def _integrate_on(self, edges: np.ndarray) -> MomentTable:
         table_times = torch.as_tensor(nodes_of(edges))
         a, b, q = self.of_sde(table_times)
         if self.coupled:
@@ -212,6 +246,49 @@ class Coefficients:
         sides = range(2, 2 + len(self.values.shape))
         a, b, q = (v.permute((*sides, 0, 1)) for v in (a, b, q))
         return integrate_elementwise(edges, a, b, q, self.declaration.P0)
+
+    def _panel_edges(self) -> np.ndarray:
+        """Panels for the current values: break points are edges, and bounds say that nothing is missed."""
+        version = self.values.version
+        if self._panels is None or self._panels[0] != version:
+            entries, numbers = _entries(self.declaration), self._numbers()
+            try:
+                bound = Enclosure(entries, numbers, self.T)
+            except NoEnclosure:  # such as the derivative of a table: the samples decide
+                bound = None
+            self.breaks = break_points(entries, numbers, self.T)
+            P0 = 0.0 if self.coupled else self.declaration.P0
+            edges = panel_edges(self._sampled_rows, self.T, self.components, P0, self.breaks, bound)
+            self._panels, self._has_resolved_roots = (version, edges), False
+            self._is_null = self._disguised(edges)
+        return self._panels[1]
+
+    def _disguised(self, edges: np.ndarray) -> Tensor | None:
+        """Which entries of b are 0 in disguise: nothing but rounding at all times. None where there are none."""
+        offsets = self.declaration.affine[1]
+        offsets = tuple(offsets) if self.coupled else (offsets,)
+        points = nodes_of(edges)[:, ::5].reshape(-1)
+        null = torch.tensor([self._is_rounding(entry, points) for entry in offsets])
+        return null if bool(null.any()) else None
+
+    def _is_rounding(self, entry: sp.Expr, points: np.ndarray) -> bool:
+        """Whether an expression in t takes values at times (n,) that are not 0, but no more than rounding."""
+        if not entry.has(time_symbol):
+            return False
+        values, error = self._with_rounding((entry,), points)
+        return bool(values.any() and (np.abs(values) <= error).all())
+
+    def _numbers(self) -> dict[sp.Symbol, float | np.ndarray]:
+        """The parameters' values; of tensors each different entry of their common shape, (entries, 1)."""
+        tensors = self.values.tensors
+        if not tensors:
+            return dict(self.values)
+        columns = [v.detach().double().cpu().expand(self.values.shape).reshape(-1) for v in tensors.values()]
+        entries = torch.stack(columns, dim=-1).unique(dim=0).numpy()
+        arrays = {symbol: entries[:, i : i + 1] for i, symbol in enumerate(tensors)}
+        if len(entries) == 1:
+            arrays = {symbol: float(array[0, 0]) for symbol, array in arrays.items()}
+        return {**self.values, **arrays}
 
     def _current_table(self) -> MomentTable:
         """The table, with a graph where the values need a gradient, and never out of date."""
@@ -254,8 +331,10 @@ class Coefficients:
     def _require_finite(self, points: np.ndarray, rows: np.ndarray) -> None:
         """A ScheduleError with the first bad time and the exact value there."""
         bad = ~np.isfinite(rows).all(0)
-        if not self.coupled:
-            bad |= (rows[2 * len(rows) // 3 :] < 0).any(0)
+        if not self.coupled and (rows[2 * len(rows) // 3 :] < 0).any():
+            below = -rows[2 * len(rows) // 3 :].min(0)
+            bad |= below > 0
+            bad[bad] = ~(below[bad] <= self._rounding_of_noise(points[bad]))  # a 0 that is rounded is no root of -1
         if bad.any():
             at = float(points[bad].min())
             point = {**self.values.numbers, time_symbol: sp.Float(at)}
@@ -285,23 +364,51 @@ class Coefficients:
             if at_end.has(sp.zoo, sp.oo, -sp.oo):
                 raise ScheduleError(f"{name} is singular at t = T = {self.T:g}; use T = {0.999 * self.T:g}, say.")
 
-    def _require_noise_somewhere(self) -> None:
-        """A g that is 0 in disguise, such as sin² + cos² - 1, leaves nothing but rounding."""
-        points = torch.linspace(0.0, self.T, 258, dtype=torch.float64)[1:-1]
-        with torch.no_grad():
-            noise = self.of_sde(points)[2]
-        if not bool((noise.abs() > 1e-30).any()):
+    def _require_noise_at(self, points: Tensor, everywhere: bool) -> None:
+        """A g that is 0 in disguise, such as sin² + cos² - 1, leaves nothing but rounding.
+
+        What is 0 as it stands may be noise elsewhere, unless the points are ``everywhere``.
+        """
+        noise = self.of_sde(points)[2].abs().reshape(len(points), -1).amax(-1).numpy()
+        seen = noise > self._rounding_of_noise(points.numpy())
+        if not seen.any() and (everywhere or noise.any()):
             raise ScheduleError(f"g = {self.declaration.g} is 0 on the whole horizon: no noise, so no kernel.")
+
+    def _with_rounding(self, entries: Sequence[sp.Expr], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (rows, n) of entries at times (n,), for all parameters, and bounds of what rounding makes of them."""
+        try:
+            values, error = Enclosure(entries, self._numbers(), self.T)(points, np.zeros_like(points), analytic=False)
+        except NoEnclosure:
+            return np.ones((1, len(points))), np.zeros((1, len(points)))
+        return values, 8.0 * np.where(np.isfinite(error), error, 0.0)
+
+    def _rounding_of_noise(self, points: np.ndarray) -> np.ndarray:
+        """A bound of the error that rounding makes in g² at times (n,)."""
+        return self._with_rounding(tuple(self.declaration.gram), points)[1].max(0)
+
+    def _require_no_overflow(self) -> None:
+        """States are float32 by default; the mean and the standard deviation must be finite there."""
+        *_, spread, offset = self.table.rows if self.coupled else (None, self.table.rows[1].sqrt(), self.table.rows[2])
+        for name, row in (("sigma", spread), ("the offset", offset)):
+            if not bool((row.abs() <= _LARGEST).all()):
+                largest = float(row.abs().nan_to_num(math.inf).max())
+                raise ScheduleError(
+                    f"{name} overflows: it reaches {largest:.3g} on [0, {self.T:g}], and float32 ends at "
+                    f"{_LARGEST:.3g}. Choose a smaller T, or smaller f and g."
+                )
 
     def _monotone_samples(self) -> tuple[Tensor, Tensor]:
         """Times and their half log-SNR, falling; the inverse starts from them."""
-        nodes = np.concatenate([self.table.times.reshape(-1).numpy(), [self.T]])
+        edges = self.table.edges.numpy()
+        # The edges too: between two of these times the log-SNR has no kink.
+        nodes = np.union1d(self.table.times.reshape(-1).numpy(), edges[1:])
         if all(variance > 0 for variance in self.declaration.initial_variances):
             nodes = np.concatenate([[0.0], nodes])
-        # Dense enough for 4 Newton steps to end at rounding; the nodes alone, and 8 steps, for many schedules.
-        per_node = 1 if self.values.shape or self.coupled else 8
-        if len(nodes) * per_node > _SAMPLES:  # a panel's polynomial is smooth: a few of its many nodes do
-            nodes, per_node = np.union1d(nodes[:: math.ceil(len(nodes) / _SAMPLES)], nodes[[0, -1]]), 1
+        if len(nodes) > _SAMPLES:  # a panel's polynomial is smooth: a few of its many nodes do
+            nodes = np.union1d(nodes[:: math.ceil(len(nodes) / _SAMPLES)], [nodes[0], *edges[1:]])
+        # Dense enough for 4 Newton steps to end at rounding; the nodes alone, and 8 steps, where these are many.
+        per_node = 1 if self.values.shape or self.coupled else min(8, max(1, _SAMPLES // len(nodes)))
+        self._newton_steps = 4 if per_node == 8 else 8
         fine = np.arange((len(nodes) - 1) * per_node + 1) / float(per_node)
         if math.prod(self.values.shape) > _REPRESENTATIVES:  # each time costs a schedule for every coordinate
             fine = np.union1d(fine[::8], fine[-1:])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import sympy as sp
@@ -24,10 +23,13 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import Tensor
 
+from sdeflow.breakpoints import break_points
 from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
 from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.patience import small
 from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.special import special_functions
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Compiled", "compile_expressions"]
@@ -54,27 +56,6 @@ _BINARY: dict[type, Callable[[Tensor, Tensor], Tensor]] = {sp.Mod: torch.remaind
 _RELATIONS = {
     sp.Lt: torch.lt, sp.Le: torch.le, sp.Gt: torch.gt, sp.Ge: torch.ge, sp.Eq: torch.eq, sp.Ne: torch.ne,
 }  # fmt: skip
-
-
-@cache
-def _special_functions() -> dict[type, Callable[..., np.ndarray]]:
-    """SciPy's functions by SymPy's, imported when first needed: SciPy takes a third of a second to import."""
-    from scipy import special
-
-    return {
-        sp.besselj: special.jv, sp.bessely: special.yv,
-        sp.besseli: special.iv, sp.besselk: special.kv,
-        sp.lowergamma: lambda a, z: special.gammainc(a, z) * special.gamma(a),
-        sp.uppergamma: lambda a, z: special.gammaincc(a, z) * special.gamma(a),
-        sp.LambertW: lambda z, k=0: special.lambertw(z, int(np.max(k))).real,
-        sp.erfi: special.erfi, sp.erfinv: special.erfinv, sp.Ei: special.expi,
-        sp.expint: special.expn, sp.digamma: special.digamma, sp.zeta: special.zeta,
-        sp.Si: lambda z: special.sici(z)[0], sp.Ci: lambda z: special.sici(z)[1],
-        sp.Shi: lambda z: special.shichi(z)[0], sp.Chi: lambda z: special.shichi(z)[1],
-        sp.fresnels: lambda z: special.fresnel(z)[0], sp.fresnelc: lambda z: special.fresnel(z)[1],
-        sp.elliptic_k: special.ellipk, sp.beta: special.beta, sp.airyai: lambda z: special.airy(z)[0],
-        sp.airybi: lambda z: special.airy(z)[2],
-    }  # fmt: skip
 
 
 def compile_expressions(
@@ -208,7 +189,7 @@ class Compiled:
             return self._call(_UNARY[type(expr)], expr, type(expr).__name__)
         if type(expr) in _BINARY:
             return self._call(_BINARY[type(expr)], expr, type(expr).__name__)
-        if type(expr) in _special_functions():
+        if type(expr) in special_functions():
             return self._interpolated(expr)
         raise DeclarationError(f"{expr}: the function {type(expr).__name__} cannot be computed.")
 
@@ -307,7 +288,11 @@ class Compiled:
         i, j = (self._emit(side) for side in expr.args)
 
         def instruction(v: list[Value]) -> Value:
-            return function(v[i], v[j]) if isinstance(v[i], Tensor) else function(torch.as_tensor(v[i]), v[j])
+            if isinstance(v[i], Tensor):
+                return function(v[i], v[j])
+            # In the other side's precision: a number alone would become float32.
+            dtype = v[j].dtype if isinstance(v[j], Tensor) else torch.float64
+            return function(torch.as_tensor(v[i], dtype=dtype), v[j])
 
         return self._add(instruction, f"{self._name(i)} {expr.rel_op} {self._name(j)}")
 
@@ -360,7 +345,7 @@ class Compiled:
 
     def _interpolated(self, expr: sp.Function) -> int:
         """A function that torch lacks, of time alone, as an interpolant over [0, horizon]."""
-        function = _special_functions()[type(expr)]
+        function = special_functions()[type(expr)]
         return self._table(expr, lambda *arguments: function(*arguments))
 
     def _schedule(self, expr: Schedule) -> int:
@@ -382,11 +367,9 @@ class Compiled:
                 raise
 
         # A table's derivatives are known; others are those of an interpolant.
-        return self._table(expr, values, kind.breakpoints, kind.order if kind.table is None else 0)
+        return self._table(expr, values, kind.order if kind.table is None else 0)
 
-    def _table(
-        self, expr: sp.Function, function: Callable[..., np.ndarray], breaks: Sequence[float] = (), order: int = 0
-    ) -> int:
+    def _table(self, expr: sp.Function, function: Callable[..., np.ndarray], order: int = 0) -> int:
         if not expr.free_symbols <= {time_symbol, *self._values} or self._horizon is None:
             raise DeclarationError(
                 f"{expr}: torch lacks {type(expr).__name__}; an interpolant serves only functions of t alone, "
@@ -397,11 +380,14 @@ class Compiled:
         def values(points: np.ndarray) -> np.ndarray:
             return np.asarray(function(*(a.numpy() for a in inner(torch.as_tensor(points)))))[None]
 
-        inside = [at for at in breaks if 0.0 < at < self._horizon]
         # A derivative amplifies rounding by 1 / width: its panels are no smaller than they must be.
         start = np.linspace(0.0, self._horizon, 65) if order else geometric_edges(0.0, self._horizon)
-        edges = np.union1d(start, inside)
-        table = PiecewiseChebyshev.fit(values, edges, name=str(expr))
+        try:
+            bound = Enclosure([expr], self._values, self._horizon)
+        except NoEnclosure:  # such as a derivative: the samples decide
+            bound = None
+        edges = np.union1d(start, break_points([expr], self._values, self._horizon))
+        table = PiecewiseChebyshev.fit(values, edges, bound=bound, name=str(expr))
         for _ in range(order):
             table = table.derivative()
         i = self._slots[time_symbol]

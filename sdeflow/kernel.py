@@ -146,7 +146,7 @@ class Kernel:
     @cached_property
     def log_snr_falls(self) -> bool:
         """Whether half_log_snr falls at all times, as it does wherever there is noise."""
-        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
+        times = self.numbers.probes
         with torch.no_grad():
             return bool((self.half_log_snr_rate(times) < 0).all())
 
@@ -158,7 +158,7 @@ class Kernel:
         """
         if not self.coupled:
             return True
-        times = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)[1:-1]
+        times = self.numbers.probes
         with torch.no_grad():
             return bool((self.half_log_snr_rate(times) * times < -0.1).all())
 

@@ -6,7 +6,9 @@ carried from the start of the panel by the exact recursions
     sigma²(t) = e^{2 (A(t) - A(s))} sigma²(s) + ∫_s^t g(u)² e^{2 (A(t) - A(u))} du,     A = ∫ a,
     N(t)      = Φ(t,s) N(s) Φ(t,s)ᵀ + Φ(t,s) [∫_s^t Φ(u,s)⁻¹ g gᵀ Φ(u,s)⁻ᵀ du] Φ(t,s)ᵀ,
 
-whose terms are all positive, so that nothing cancels however small the noise is. Φ and its inverse come
+whose terms are all positive, so that nothing cancels however small the noise is. Where the drift contracts so
+strongly that no panel could resolve it, the moments follow the coefficients once they have forgotten their start:
+they are the one polynomial that satisfies their equation on the panel. Φ and its inverse come
 from Picard's iteration Φ = 1 + ∫ F Φ at Chebyshev points, which converges to rounding in every entry,
 whether F(t) commutes with itself or not. Panels are composed in a logarithmic number of passes.
 
@@ -23,7 +25,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.chebyshev import (
+    MAX_PANELS,
+    Bound,
     PiecewiseChebyshev,
+    derivative_matrix,
+    end_weights,
     evaluate,
     fit_values,
     geometric_edges,
@@ -32,14 +38,21 @@ from sdeflow.chebyshev import (
 )
 from sdeflow.errors import ScheduleError
 
-__all__ = ["MomentTable", "integrate_coupled", "integrate_elementwise", "panel_edges"]
+__all__ = ["MomentTable", "integrate_coupled", "integrate_elementwise", "panel_edges", "with_resolved_roots"]
 
 _LARGEST_ALPHA = 1e4
 _LARGEST_CHANGE = 1.5  # of log alpha over one panel
+_SLOW = 50.0  # the least decay of log alpha over a panel that is crossed without its transient
+_FADED = 1e-12
+_LARGEST_GROWTH = 1e3  # of the variance over a panel
+_ROOT_TOLERANCE = 1e-11
 _LARGEST_TURN = 0.75  # of the norm of ∫ F over one panel, for Picard's iteration
 _ITERATIONS = 18  # 0.75^18 / 18! is 1e-18
 
 Coefficients = Callable[[np.ndarray], np.ndarray]
+
+_derivative = torch.as_tensor(derivative_matrix())
+_to_left, _to_right = (torch.as_tensor(weights) for weights in end_weights())
 
 
 class MomentTable:
@@ -48,18 +61,21 @@ class MomentTable:
     Args:
         edges: (panels + 1,).
         rows: values at the panels' nodes, (*shape, panels, nodes) each.
+
+    Attributes:
+        series: their Chebyshev coefficients, shaped alike.
     """
 
     def __init__(self, edges: np.ndarray, rows: tuple[Tensor, ...]) -> None:
         self.edges = torch.as_tensor(edges)
         self.times = torch.as_tensor(nodes_of(edges))
         self.rows = rows
-        self._series = tuple(fit_values(row) for row in rows)
+        self.series = tuple(fit_values(row) for row in rows)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, ...]:
         """Each row at times of any shape, (*t.shape, *shape)."""
         edges = self.edges.to(t.device)
-        values = (evaluate(edges, series.to(t.device), t) for series in self._series)
+        values = (evaluate(edges, series.to(t.device), t) for series in self.series)
         return tuple(_times_first(value, t.ndim) for value in values)
 
 
@@ -69,28 +85,131 @@ def _times_first(values: Tensor, sides: int) -> Tensor:
     return values.permute((*range(own, values.ndim), *range(own)))
 
 
-def panel_edges(coefficients: Coefficients, T: float, components: int | None) -> np.ndarray:
-    """Panels of [0, T] on which the coefficients are resolved and the solution changes little.
+def panel_edges(
+    coefficients: Coefficients,
+    T: float,
+    components: int | None,
+    P0: float = 0.0,
+    breaks: np.ndarray | None = None,
+    bound: Bound | None = None,
+) -> np.ndarray:
+    """Panels of [0, T] on which the coefficients are resolved and the solution changes little, or is slow.
 
     Args:
         coefficients: maps times (n,) to rows (rows, n): a, b, g² elementwise (perhaps of several schedules, all the
             a first), or the entries of F before the others.
         T: the horizon.
         components: k of a coupled state, or None.
+        P0: the variance at t = 0, elementwise.
+        breaks: times in (0, T) at which the coefficients are not smooth.
+        bound: bounds of the coefficients.
 
     Raises:
-        ScheduleError: for a coefficient that is not finite or not integrable.
+        ScheduleError: for a coefficient that is not finite or not integrable, or needs too many panels.
     """
-
-    def changes_too_much(values: np.ndarray, width: np.ndarray) -> np.ndarray:
+    edges = geometric_edges(0.0, T)
+    if breaks is not None and len(breaks):
+        # No sliver between a break point and an edge that is there for its width alone.
+        near = np.abs(edges - breaks[np.abs(breaks - edges[:, None]).argmin(1)]) if len(breaks) < 64 else np.inf
+        edges = np.union1d(edges[(near > 1e-6 * edges) | (edges == 0.0) | (edges == T)], breaks)
+    edges = PiecewiseChebyshev.fit(coefficients, edges, bound=bound, name="a coefficient of the SDE").edges
+    while True:
+        nodes, width = nodes_of(edges), np.diff(edges)
+        values = torch.as_tensor(coefficients(nodes.reshape(-1)).reshape(-1, *nodes.shape))
         if components is None:
-            return np.abs(values[: len(values) // 3]).mean(-1).max(0) * width > _LARGEST_CHANGE
-        drift = values[: components**2].reshape(components, components, *values.shape[1:])
-        return np.abs(drift).sum(1).max(0).mean(-1) * width > _LARGEST_TURN
+            too_wide, growth = _changes_too_much(edges, *values.chunk(3), P0)
+        else:
+            drift = values[: components**2].unflatten(0, (components, components))
+            too_wide, growth = drift.abs().sum(1).amax(0).mean(-1).numpy() * width > _LARGEST_TURN, None
+        if not too_wide.any():
+            return edges
+        edges = _halved(edges, too_wide, growth)
 
-    return PiecewiseChebyshev.fit(
-        coefficients, geometric_edges(0.0, T), halve=changes_too_much, name="a coefficient of the SDE"
-    ).edges
+
+def _changes_too_much(
+    edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0: float
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Panels (panels,) on which a solution (rows, panels) changes too much, and is not slow from its start on.
+
+    With them the factor by which the variance grows on each; None where that was not the question.
+    """
+    width = torch.as_tensor(np.diff(edges))
+    slow = _is_slow(a, q, width)
+    too_wide = ((a.abs().mean(-1) * width > _LARGEST_CHANGE) & ~slow).any(0)
+    if bool(too_wide.any()):
+        return too_wide.numpy(), None
+    (_, _, own_v, carried), totals = _panel_maps(a, b, q, width)
+    _, m, v = (start[..., :-1] for start in _at_edges(totals, P0))
+    # Of a variance that grows by much from its start the first part keeps few digits.
+    grown = (carried.square() * v[..., None] + own_v).amax(-1)
+    too_wide = ((grown > _LARGEST_GROWTH * v) & ~slow).any(0) & torch.as_tensor(_is_divisible(edges))
+    if bool(slow.any()):
+        # What enters a slow panel must have forgotten how it began.
+        steady_m, steady_v = (_steady(power * a, rate, width, slow) @ _to_left for power, rate in ((1.0, b), (2.0, q)))
+        faded = (m - steady_m).abs() <= _FADED * m.abs().cummax(-1).values
+        faded &= (v - steady_v).abs() <= _FADED * v
+        too_wide |= (slow & ~faded).any(0)
+    growth = torch.where(slow, 1.0, grown / v.clamp_min(1e-300)).amax(0)
+    return too_wide.numpy(), growth.numpy()
+
+
+def _is_divisible(edges: np.ndarray) -> np.ndarray:
+    """Panels (panels,) that do not begin at 0 and are wider than rounding."""
+    return (edges[:-1] > 0) & (np.diff(edges) > 1e-14 * edges[1:])
+
+
+def with_resolved_roots(
+    edges: np.ndarray, integrate: Callable[[np.ndarray], MomentTable], first: float
+) -> tuple[np.ndarray, MomentTable]:
+    """Panels on which the Cholesky factor of a coupled state is a polynomial, and its table.
+
+    Where the noise jumps up, the factor grows like a square root: panels from the time ``first`` on are halved until
+    they resolve it. Of a panel with two halves that fail, the factor is rounding, and no further halving helps.
+    """
+    table = integrate(edges)
+    candidates = edges[:-1] >= first
+    while True:
+        unresolved = candidates & _has_unresolved_root(table)
+        if not unresolved.any():
+            return edges, table
+        # Ends of the panels, nearly: enough to see by how much the noise grows.
+        sizes = table.rows[1].diagonal(dim1=0, dim2=1).square()
+        growth = (sizes[:, -1] / sizes[:, 0].clamp_min(1e-300)).amax(-1).numpy()
+        finer = _halved(edges, unresolved, growth)
+        parent = np.searchsorted(edges, finer[:-1], side="right") - 1
+        table = integrate(finer)
+        fails = unresolved[parent] & _has_unresolved_root(table)
+        candidates = fails & (np.bincount(parent, fails, len(edges) - 1) < 2)[parent]
+        edges = finer
+
+
+def _has_unresolved_root(table: MomentTable) -> np.ndarray:
+    """Panels (panels,) on which the last coefficients of the Cholesky factor have not decayed."""
+    root, series = table.rows[1].detach(), table.series[1].detach()
+    size = root.square().sum(1).sqrt().amax(-1)  # of each component
+    tail = series[..., -3:].abs().amax(-1).amax(1)
+    return (tail > _ROOT_TOLERANCE * size).any(0).numpy() & _is_divisible(table.edges.numpy())
+
+
+def _halved(edges: np.ndarray, too_wide: np.ndarray, growth: np.ndarray | None = None) -> np.ndarray:
+    """Edges with the middles of the panels ``too_wide`` added; where something grows by ``growth``, graded to the left.
+
+    Raises:
+        ScheduleError: for too many panels.
+    """
+    left, width = edges[:-1][too_wide], np.diff(edges)[too_wide]
+    added = [left + 0.5 * width]
+    if growth is not None:
+        steps = np.ceil(np.log(np.clip(growth[too_wide], 1.0, 1e15)) / np.log(4.0))
+        for k in range(1, int(steps.max(initial=0)) + 1):
+            added.append((left + width * 4.0**-k)[(k <= steps) & (width * 4.0**-k > 1e-14 * left)])
+    edges = np.union1d(edges, np.concatenate(added))
+    if len(edges) > MAX_PANELS:
+        raise ScheduleError(
+            f"the drift is too stiff: more than {MAX_PANELS} panels are needed on [0, {edges[-1]:g}]. "
+            "Choose a smaller T, or rescale the time."
+        )
+    return edges
 
 
 def integrate_elementwise(edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0: float) -> MomentTable:
@@ -105,25 +224,67 @@ def integrate_elementwise(edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0
         ScheduleError: for an explosive drift.
     """
     width = torch.as_tensor(np.diff(edges))
+    (change, own_m, own_v, carried), totals = _panel_maps(a, b, q, width)
+    A, m, v = _at_edges(totals, P0)
+    _require_no_explosion(A, edges)
+    A, m, v = (start[..., :-1, None] for start in (A, m, v))
+    return MomentTable(edges, (A + change, carried.square() * v + own_v, carried * m + own_m))
+
+
+def _panel_maps(a: Tensor, b: Tensor, q: Tensor, width: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """What each panel does to the moments at its start, for coefficients (..., panels, nodes).
+
+    Returns:
+        At the nodes: the change of log alpha, the offset and the variance that a start at 0 has there, and the
+        factor of an offset at the start; and over the whole panel: the change, the offset and the variance.
+    """
     change, change_total = running_integral(a, width)
-    forced_b, total_b = running_integral(b * torch.exp(-change), width)
-    forced_q, total_q = running_integral(q * torch.exp(-2.0 * change), width)
+    slow = _is_slow(a, q, width)
+    some = bool(slow.any())
+    held = torch.where(slow[..., None], 0.0, change) if some else change
+    growth, growth_total = torch.exp(held), torch.exp(torch.where(slow, 0.0, change_total) if some else change_total)
+    own_m, total_m = running_integral(b * torch.exp(-held), width)
+    own_v, total_v = running_integral(q * torch.exp(-2.0 * held), width)
+    own_m, total_m = growth * own_m, growth_total * total_m
+    own_v, total_v = growth.square() * own_v, growth_total.square() * total_v
+    if some:
+        steady_m, steady_v = (_steady(power * a, rate, width, slow) for power, rate in ((1.0, b), (2.0, q)))
+        own_m, own_v = (torch.where(slow[..., None], s, o) for s, o in ((steady_m, own_m), (steady_v, own_v)))
+        total_m, total_v = (
+            torch.where(slow, steady @ _to_right, total) for steady, total in ((steady_m, total_m), (steady_v, total_v))
+        )
+        growth = torch.where(slow[..., None], 0.0, growth)
+    return (change, own_m, own_v, growth), [change_total, total_m, total_v]
+
+
+def _at_edges(totals: list[Tensor], P0: float) -> list[Tensor]:
+    """log alpha, offset and variance at each edge, (..., panels + 1)."""
 
     def compose(later: list[Tensor], earlier: list[Tensor]) -> list[Tensor]:
         (A, m, v), (A0, m0, v0) = later, earlier
         return [A + A0, m + torch.exp(A) * m0, v + torch.exp(2.0 * A) * v0]
 
-    growth = torch.exp(change_total)
-    initial = [
-        torch.zeros_like(growth[..., :1]),
-        torch.zeros_like(growth[..., :1]),
-        torch.full_like(growth[..., :1], P0),
-    ]
-    A, m, v = _scan([change_total, growth * total_b, growth.square() * total_q], initial, compose)
-    _require_no_explosion(A, edges)
-    A, m, v = (start[..., :-1, None] for start in (A, m, v))
-    growth = torch.exp(change)
-    return MomentTable(edges, (A + change, growth.square() * (v + forced_q), growth * (m + forced_b)))
+    initial = [torch.full_like(totals[0][..., :1], start) for start in (0.0, 0.0, P0)]
+    return _scan(totals, initial, compose)
+
+
+def _is_slow(a: Tensor, q: Tensor, width: Tensor) -> Tensor:
+    """Panels (..., panels) that contract by e^-50 at least, evenly, under noise that is even too.
+
+    There the moments are those that follow the coefficients, whatever the start: the one solution without a transient.
+    """
+    weakest, strongest = -a.amax(-1), -a.amin(-1)
+    even = (strongest <= 2.0 * weakest) & (q.amax(-1) <= 4.0 * q.amin(-1)) & (q.amin(-1) > 0)
+    return (weakest * width >= _SLOW) & even
+
+
+def _steady(rate: Tensor, source: Tensor, width: Tensor, slow: Tensor) -> Tensor:
+    """The polynomial y with y' = rate y + source at the nodes of slow panels, (..., panels, nodes); 0 on others."""
+    at = slow.nonzero(as_tuple=True)
+    rates, step = rate[at], (2.0 / width)[at[-1]]
+    matrix = torch.eye(rates.shape[-1], dtype=rates.dtype) - (step[:, None] / rates)[..., None] * _derivative
+    solution = torch.linalg.solve(matrix, -source[at] / rates)
+    return torch.zeros_like(source).index_put(at, solution)
 
 
 def integrate_coupled(edges: np.ndarray, F: Tensor, b: Tensor, Q: Tensor, P0: Tensor) -> MomentTable:

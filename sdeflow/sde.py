@@ -450,7 +450,9 @@ def _written(make: Callable[..., Declaration], arguments: tuple, declaration: De
     """Writes what every SDE writes, once."""
     declaration = declaration or make(*arguments)
     probability_flow(declaration)
-    return declaration.affine is not None and bool(declaration.gram**2)
+    # Of a coupled state nothing multiplies g gᵀ further before it is asked for a formula.
+    gram = declaration.gram if declaration.coupled else declaration.gram**2
+    return declaration.affine is not None and bool(gram)
 
 
 def _flat(values: Iterable[object]) -> Iterator[object]:

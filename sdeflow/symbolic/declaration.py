@@ -262,6 +262,26 @@ def _expressions(values: object) -> list[sp.Basic]:
     return [e for value in values for e in _expressions(value)] if isinstance(values, list | tuple) else []
 
 
+def _within_doubles(expr: sp.Expr) -> sp.Expr:
+    """exp(1e6 (t - 0.3)), which SymPy writes as 4e-130289 exp(1e6 t), with that number back in the exponent."""
+
+    def is_extreme(number: sp.Expr) -> bool:
+        return number.is_Float and number != 0 and not 1e-300 < abs(number) < 1e300
+
+    def held(product: sp.Mul) -> sp.Expr:
+        number = next(factor for factor in product.args if is_extreme(factor))
+        power = next(factor for factor in product.args if isinstance(factor, sp.exp))
+        shift = sp.Rational(str(sp.log(abs(number)).evalf(30)))
+        rest = [factor for factor in product.args if factor not in (number, power)]
+        return sp.Mul(sp.sign(number), sp.exp(power.args[0] + shift), *rest)
+
+    if not any(map(is_extreme, expr.atoms(sp.Float))):
+        return expr
+    return expr.replace(
+        lambda e: e.is_Mul and any(map(is_extreme, e.args)) and any(isinstance(f, sp.exp) for f in e.args), held
+    )
+
+
 def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, sp.Basic | sp.MatrixBase | type)
 
@@ -388,6 +408,7 @@ def coefficient_of(
         raise ScheduleError(f"{name} = {value} is not finite.")
     # A float of fewer digits than a double would spoil every number that it meets.
     value = value.xreplace({number: sp.Float(float(number)) for number in value.atoms(sp.Float) if number._prec < 53})
+    value = _within_doubles(value)
     for symbol in sorted(value.free_symbols, key=str):
         twin = known.get(symbol.name)
         require_plain(symbol.name)

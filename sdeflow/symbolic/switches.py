@@ -1,0 +1,73 @@
+"""Where an expression of t may fail to be smooth: the parts of it that switch, and the values at which they do.
+
+A Piecewise switches where a side of its conditions meets the other, Abs and sign where their argument is 0, Max and
+Min where two arguments are equal, floor and Mod at integers, a table at its knots. Each is a :class:`Switch`. The break
+points are the solutions of ``expr == level``; where the expression is linear in t they are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import sympy as sp
+from sympy.core.relational import Relational
+
+from sdeflow.symbolic.patience import small
+from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.symbols import t
+
+__all__ = ["Switch", "exact", "switches"]
+
+_ROUNDED = (sp.floor, sp.ceiling, sp.frac)
+_SIGNED = (sp.Abs, sp.sign, sp.Heaviside)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Something changes its branch where ``expr`` takes one of ``levels``, or any integer where these are None."""
+
+    expr: sp.Expr
+    levels: tuple[float, ...] | None = (0.0,)
+
+    @property
+    def line(self) -> tuple[sp.Expr, sp.Expr] | None:
+        """Slope and value at t = 0, where the expression is linear in t; else None."""
+        if not small(self.expr) or not self.expr.is_polynomial(t):
+            return None
+        line = sp.Poly(exact(self.expr), t)
+        return (line.coeff_monomial(t), line.coeff_monomial(1)) if line.degree() == 1 else None
+
+
+def switches(expressions: Sequence[sp.Expr]) -> list[Switch]:
+    """What switches with t in the expressions, inner parts before those that hold them."""
+    found: dict[Switch, None] = {}
+    for expression in expressions:
+        for node in sp.postorder_traversal(expression):
+            for switch in _of(node):
+                if switch.expr.has(t):
+                    found.setdefault(switch)
+    return list(found)
+
+
+def exact(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with its floats as the fractions that they are, digit for digit."""
+    return expr.xreplace({number: sp.Rational(number) for number in expr.atoms(sp.Float)})
+
+
+def _of(node: sp.Basic) -> Iterator[Switch]:
+    if isinstance(node, Relational):
+        yield Switch(node.lhs - node.rhs)
+    elif isinstance(node, _SIGNED):
+        yield Switch(node.args[0])
+    elif isinstance(node, sp.Max | sp.Min):
+        yield from (Switch(first - second) for first, second in combinations(node.args, 2))
+    elif isinstance(node, _ROUNDED):
+        yield Switch(node.args[0], None)
+    elif isinstance(node, sp.Mod):
+        yield Switch(node.args[0] / node.args[1], None)
+    elif isinstance(node, sp.atan2):
+        yield Switch(node.args[0])
+    elif isinstance(node, Schedule) and node.breakpoints:
+        yield Switch(node.args[0], node.breakpoints)
