@@ -185,7 +185,7 @@ class _Walk:
         ends = (np.nan, np.nan) if kind.table is None else (kind.table[0][0], kind.table[0][-1])
         inside = points.clip(*ends) if kind.table is not None else points
         value = kind.values(inside.reshape(-1)).reshape(points.shape)
-        if kind.table is None:
+        if kind.table is None or kind.order:
             return Disc(value, _ROUNDING * np.abs(value))
         # Between two knots a polynomial of degree three, with derivatives of the size of the steps over the gaps.
         times, values = kind.table
@@ -380,7 +380,7 @@ def _require_rules(expressions: Sequence[sp.Expr]) -> None:
     known = {sp.Pow, sp.Piecewise, ExprCondPair, sp.Heaviside, sp.log, *_COMPARED, *_FOLDED, *_RULES, *_SLOPES}
     for node in {node for e in expressions for node in sp.preorder_traversal(e) if node.args and node.free_symbols}:
         if isinstance(node, Schedule):
-            if node.order:
+            if node.order and node.table is None:
                 raise NoEnclosure(f"{node} is the derivative of a schedule that is no formula.")
         elif type(node) not in known and type(node) not in special_functions():
             raise NoEnclosure(f"{node}: no bounds of {type(node).__name__} are known.")
