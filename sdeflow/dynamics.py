@@ -21,6 +21,7 @@ from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
 from sdeflow.brownian import BrownianPath
 from sdeflow.checks import checked_dtype
 from sdeflow.errors import DataError
+from sdeflow.gradients import is_meant
 from sdeflow.latents import spherical
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
 from sdeflow.model import Model, Prior
@@ -252,6 +253,7 @@ class FlowODE(_Bound):
         return_denoised: bool = False,
         threshold: Threshold | None = None,
         chunk: int | None = None,
+        gradient: str | None = None,
         progress: bool | None = None,
     ) -> Answer:
         """x at t = cutoff from z = x_T, shaped as z.
@@ -264,6 +266,9 @@ class FlowODE(_Bound):
             rtol, atol: of an adaptive method, per sample; 1e-5 by default.
             grid, max_calls, trajectory, callback, denoise, return_denoised, threshold, chunk, progress: as
                 :meth:`ReverseSDE.sample`. The steps of an adaptive method are those it accepted.
+            gradient: "backprop" for a result that can be differentiated in z and in the parameters of the score,
+                exactly through the steps taken, which keeps the graph of every call. By default where z requires grad;
+                parameters alone have to be meant.
 
         Returns:
             As :meth:`ReverseSDE.sample`.
@@ -271,11 +276,12 @@ class FlowODE(_Bound):
         Raises:
             DataError: for a state that is not a finite floating tensor (batch, *event).
             TypeError, ValueError, SolverError: as :meth:`ReverseSDE.sample`.
+            ValueError, ScoreError: where a gradient is asked for and cannot be had.
         """
         options = Options(
             solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
             callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
-            progress=progress,
+            progress=progress, gradient=gradient,
         )  # fmt: skip
         return self._transported(z, options, backward=True)
 
@@ -293,19 +299,21 @@ class FlowODE(_Bound):
         callback: Callback | None = None,
         threshold: Threshold | None = None,
         chunk: int | None = None,
+        gradient: str | None = None,
         progress: bool | None = None,
     ) -> Answer:
         """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`; times increase."""
         options = Options(
             solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
-            callback=callback, threshold=threshold, chunk=chunk, progress=progress,
+            callback=callback, threshold=threshold, chunk=chunk, progress=progress, gradient=gradient,
         )  # fmt: skip
         return self._transported(x, options, backward=False)
 
     def _transported(self, x: Tensor, options: Options, *, backward: bool) -> Answer:
         """The flow between T and cutoff, from x on."""
         x = self.model.states(x, "z" if backward else "x")
-        return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward)
+        graph = is_meant(options.gradient, x)
+        return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward, graph=graph)
 
     def round_trip_error(self, x: Tensor, solver: str | Solver | None = None, **options: object) -> Tensor:
         """How far decode(encode(x)) is from x in each sample, (batch,): the root mean square over the event.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sdeflow.brownian import BrownianPath, BrownianRows
 from sdeflow.errors import ScheduleError, SolverError
+from sdeflow.gradients import require_graph, require_reach
 from sdeflow.model import Model
 from sdeflow.noise import BLOCK, NoiseStream
 from sdeflow.pilot import pilot
@@ -59,6 +60,7 @@ class Options:
     chunk: int | None = None
     progress: bool | None = None
     noise: BrownianPath | None = None
+    gradient: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_calls", "chunk"):  # NumPy's integers are integers
@@ -87,7 +89,6 @@ class Options:
 
 
 @torch.inference_mode(False)  # what is kept for later calls must be able to carry gradients
-@torch.no_grad()
 def run(
     model: Model,
     equation: Equation,
@@ -97,6 +98,7 @@ def run(
     *,
     backward: bool = True,
     seed: int | None = None,
+    graph: bool = False,
 ) -> Answer:
     """The state at the other end, and what else ``options`` ask for.
 
@@ -108,15 +110,34 @@ def run(
         options: as the user gave them.
         backward: whether t runs from T down to the cutoff.
         seed: of the noise, for an SDE; None for an ODE.
+        graph: whether the result is to be differentiated.
 
     Returns:
         x, (x, denoised), (states, times) or (states, times, denoised).
     """
     if options.threshold is not None:
         model = model.with_score(Thresholded(model.score, options.threshold))
-    plan = _plan(model, "ode" if seed is None else "sde", options, dtype)
-    x = start()
-    clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x)
+    with torch.no_grad():
+        plan = _plan(model, "ode" if seed is None else "sde", options, dtype)
+        x = start()
+        clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x.detach())
+    if graph:
+        x = x.clone() if x.is_inference() else x
+        require_reach(model, x)
+        if getattr(plan.solver, "method", None) == "scipy_solver":
+            raise ValueError(f"gradient=: {plan.solver} runs in SciPy, through which none flows.")
+    with torch.enable_grad() if graph else torch.no_grad():
+        answer = _run(model, equation, x, clock, plan, options, backward, seed)
+    if graph:
+        require_graph(answer[0] if isinstance(answer, tuple) else answer)
+    return answer
+
+
+def _run(
+    model: Model, equation: Equation, x: Tensor, clock: Clock, plan: Plan, options: Options, backward: bool,
+    seed: int | None,
+) -> Answer:  # fmt: skip
+    """The solves of all chunks, joined."""
     if not len(x):
         return _answer(options, [_of_no_samples(x, plan, clock, backward, options)])
     event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)

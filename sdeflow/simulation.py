@@ -52,6 +52,7 @@ from sdeflow.brownian import BrownianPath, BrownianRows
 from sdeflow.checks import checked_dtype, checked_numbers, checked_state, checked_states
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
+from sdeflow.gradients import is_meant, require_graph
 from sdeflow.kernel import broadcast_to_event
 from sdeflow.linear import Linear
 from sdeflow.losses import Pairs
@@ -87,6 +88,7 @@ def simulate(
     atol: float | None = None,
     dtype: torch.dtype | None = None,
     boundary: str | None = None,
+    gradient: str | None = None,
     max_calls: int | None = None,
     progress: bool | None = None,
 ) -> Tensor:
@@ -106,6 +108,9 @@ def simulate(
         dtype: of the states; that of x_0 by default.
         boundary: what a step does at the end of the domain where f and g are real: "truncate", "reflect" or "absorb"
             (:mod:`sdeflow.boundary`). With solver="euler".
+        gradient: "backprop" for states that can be differentiated in x_0 and in the parameters of the SDE, exactly
+            through the steps taken, for the noise drawn. By default where x_0 requires grad; parameters have to be
+            meant.
         max_calls: the budget of an adaptive solve, 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
 
@@ -128,10 +133,11 @@ def simulate(
         if any(value is not None for _, value in given):
             names = ", ".join(name for name, value in given if value is not None)
             raise ValueError(f'solver="exact" draws each state at once, within the domain: it takes no {names}.')
-        return _exactly(sde, x_0, ts, seed, dtype)
+        return _exactly(sde, x_0, ts, seed, dtype, gradient)
     model, basis = Model(sde, None, None), getattr(sde, "basis", None)
     times = _checked_times(ts, model.T)
     x = _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype))
+    graph = is_meant(gradient, x)
     plan = _plan(solver, steps, rtol, atol, max_calls, x.dtype)
     if not len(x):
         return x.new_empty(len(times), *x.shape)
@@ -141,16 +147,22 @@ def simulate(
         _require_path(noise, seed, plan.solver, model.declaration.coupled)
     path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
     hidden = None if progress is None else not progress
-    y = (working if basis is None else basis.forward(working)).flatten(1)
     found, now = [], 0.0
-    with torch.no_grad(), tqdm(total=plan.expected_calls, desc="simulating", disable=hidden, leave=False) as bar:
+    with (
+        torch.enable_grad() if graph else torch.no_grad(),
+        tqdm(total=plan.expected_calls, desc="simulating", disable=hidden, leave=False) as bar,
+    ):
+        y = (working if basis is None else basis.forward(working)).flatten(1)
         for time in times:
             if time > now:
                 y = path.advance(y, now, time, times[-1], None if bar.disable else bar.update)
             shown = _restored(y, working, basis)
             found.append(shown if ends is None else ends.nearest(shown, time))
             now = time
-    return torch.stack(found).to(x.dtype)
+        states = torch.stack(found).to(x.dtype)
+    if graph:
+        require_graph(states)
+    return states
 
 
 def _require_path(noise: object, seed: object, solver: Solver, coupled: bool) -> None:
@@ -164,7 +176,7 @@ def _require_path(noise: object, seed: object, solver: Solver, coupled: bool) ->
 
 def _exactly(
     sde: DeclaredSDE, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None, gradient: str | None,
 ) -> Tensor:  # fmt: skip
     """States at the times ``ts``, each drawn from its law given the one before."""
     model, kernel = Model(sde, None, None), sde.kernel
@@ -175,13 +187,17 @@ def _exactly(
         0.0,
         [],
     )
-    with torch.no_grad():
+    graph = is_meant(gradient, x)
+    with torch.enable_grad() if graph else torch.no_grad():
         for time in times:
             if time > now and len(x):
                 x = kernel.advance(x, now, time, noise)
             found.append(x)
             now = time
-    return torch.stack(found)
+        states = torch.stack(found)
+    if graph:
+        require_graph(states)
+    return states
 
 
 def _boundary(kind: str, model: Model, x: Tensor, plan: Plan) -> Boundary:
@@ -285,7 +301,7 @@ def _checked_start(model: Model, x: Tensor, dtype: torch.dtype | None) -> Tensor
     _require_components(model.declaration, tuple(x.shape[1:]))
     if model.kernel is not None:
         model.kernel.require_event(tuple(x.shape[1:]))
-    return x.detach().to(dtype or x.dtype)
+    return x.to(dtype or x.dtype)
 
 
 def _require_components(declaration: Declaration, event: tuple[int, ...]) -> None:

@@ -17,9 +17,9 @@ LAYERS = {
     "noncentral": 2, "square_root": 2, "jacobi": 2,
     "scores": 3, "thresholding": 3,
     "solvers": 4, "weightings": 4, "times": 4, "losses": 4, "batches": 4, "checkpoint": 4, "traces": 4,
-    "model": 5, "plan": 5, "reference": 5, "pilot": 5, "bridge": 5, "boundary": 5, "boltzmann": 5, "simulation": 5,
-    "priors": 5, "likelihood": 5, "sampling": 5, "bounds": 5, "dequantisation": 5, "latents": 5, "dynamics": 5,
-    "training": 5, "storage": 5, "derivation": 5, "explanation": 5, "certificate": 5,
+    "model": 5, "gradients": 5, "plan": 5, "reference": 5, "pilot": 5, "bridge": 5, "boundary": 5, "boltzmann": 5,
+    "simulation": 5, "priors": 5, "likelihood": 5, "sampling": 5, "bounds": 5, "dequantisation": 5, "latents": 5,
+    "dynamics": 5, "training": 5, "storage": 5, "derivation": 5, "explanation": 5, "certificate": 5,
     "sde": 6, "catalog": 6,
     "__init__": 7,
 }  # fmt: skip

@@ -92,7 +92,7 @@ class Problem:
         self.clock = clock
         self.backward = backward
         self.noise = noise
-        self.row_norm = row_norm or (lambda error: error.square().mean(1).sqrt())
+        self.row_norm = row_norm or (lambda error: error.detach().square().mean(1).sqrt())  # steps have no gradient
         self.max_calls = max_calls
         self.on_call = on_call
         self.kernel, self.event = kernel, event

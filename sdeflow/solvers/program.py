@@ -186,7 +186,7 @@ class Program:
             output = self.basis.forward(self.score.call(n, self.basis.inverse(u)))
         problem.called(u, output, n)
         factor = self.of_output[n]
-        if output.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (output.requires_grad or u.requires_grad):
             out = multiplied(factor, output)  # memory that a graph holds must not be written again
         elif isinstance(factor, Linear):
             out.copy_(factor(output))
