@@ -32,6 +32,8 @@ __all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "run_lock", "write_check
 
 FORMAT = 1
 KEEP = 2
+MAX_FILE = 2**34
+"""Bytes of a file of tensors, 16 GiB: a larger one is neither written nor read."""
 _LARGEST_STATE = 2**24  # bytes of state.json that are read
 
 Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
@@ -57,6 +59,10 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: di
         hashes = {}
         for name, group in tensors.items():
             data = save_tensors({key: value.detach().cpu().contiguous() for key, value in group.items()})
+            if len(data) > MAX_FILE:
+                raise CheckpointError(
+                    f"{name} has {len(data) / 2**30:.0f} GiB, over {MAX_FILE / 2**30:.0f} in one file."
+                )
             hashes[name] = hashlib.sha256(data).hexdigest()
             _write(partial / f"{name}.safetensors", data)
         _write(
@@ -134,13 +140,22 @@ def _read(path: Path) -> Checkpoint:
         if not name.isidentifier():
             raise CheckpointCorrupt(f"{path}/state.json names a file {name!r}.")
         try:
-            data = (path / f"{name}.safetensors").read_bytes()
+            data = _bytes_of(path / f"{name}.safetensors")
             if hashlib.sha256(data).hexdigest() != expected:
                 raise CheckpointCorrupt(f"{path}/{name}.safetensors is not what was written (its SHA-256 differs).")
             tensors[name] = load_tensors(data)
         except (OSError, SafetensorError) as error:
             raise CheckpointCorrupt(f"{path}/{name}.safetensors cannot be read: {error}.") from error
     return state, tensors
+
+
+def _bytes_of(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise CheckpointCorrupt(
+            f"{path} has {size / 2**30:.0f} GiB, over the {MAX_FILE / 2**30:.0f} that are written and read."
+        )
+    return path.read_bytes()
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -26,13 +26,15 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+from functools import cache
 from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, ScheduleError
+from sdeflow.errors import DataError, ScheduleError, TooLargeError
 
 __all__ = [
     "checked_count",
@@ -47,8 +49,10 @@ __all__ = [
     "checked_state",
     "checked_states",
     "checked_time",
+    "require_memory",
 ]
 
+_LEAST_MEMORY = 2**36  # bytes
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 # -------------------------------------------------------------------- states
@@ -306,7 +310,25 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
         wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
         raise ValueError(f"shape must be {wanted}, not {given!r}.")
+    require_memory(math.prod(shape), f"states of shape {shape}")
     return shape
+
+
+def require_memory(numbers: int, what: str, size: int = 4) -> None:
+    """Raises a TooLargeError for ``numbers`` of ``size`` bytes that no machine of this size could hold."""
+    if numbers * size > _memory():
+        raise TooLargeError(
+            f"{what} need {numbers * size / 2**30:,.0f} GiB, over {_memory() / 2**30:,.0f} GiB of memory."
+        )
+
+
+@cache
+def _memory() -> int:
+    """Bytes that a state may have: this machine's memory, and 64 GiB at least, for an accelerator beside it."""
+    try:
+        return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _LEAST_MEMORY)
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return 2**40
 
 
 def checked_count(value: object, name: str, least: int = 1) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "SolverError",
     "StepUnderflowError",
     "ToleranceWarning",
+    "TooLargeError",
     "TraceErrorWarning",
     "TrainingDivergedError",
     "UnsafeExpressionError",
@@ -79,6 +80,10 @@ class DataError(SdeflowError, ValueError):
 
 class WeightingError(SdeflowError, ValueError):
     """A weighting or a density of times has values that make no sense."""
+
+
+class TooLargeError(SdeflowError, ValueError):
+    """What was asked for has a size that cannot be meant: it is refused before any work."""
 
 
 class SolverError(SdeflowError, RuntimeError):

@@ -15,9 +15,12 @@ import sympy as sp
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checks import require_memory
 from sdeflow.errors import DeclarationError
 
 __all__ = ["Values"]
+
+_NUMBERS = 10_000  # that the kernel's table of one coordinate holds, at least
 
 
 class Values(Mapping[sp.Symbol, "float | Tensor"]):
@@ -29,6 +32,9 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
     """
 
     def __init__(self, values: Mapping[sp.Symbol, object]) -> None:
+        for symbol, value in values.items():
+            if isinstance(value, Tensor):
+                require_memory(_NUMBERS * value.numel(), f"kernels of {symbol}'s {value.numel():,} entries", 8)
         self._values = {symbol: _checked(value, symbol) for symbol, value in values.items()}
         try:
             self.shape = tuple(torch.broadcast_shapes(*(tuple(v.shape) for v in self.tensors.values())))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdeflow.errors import TooLargeError
 from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
 
-__all__ = ["Plan", "default_solver", "make_plan"]
+__all__ = ["MAX_CALLS", "Plan", "default_solver", "make_plan", "require_calls"]
 
 _SDE_STEPS = 100
 _EULER_STEPS = 500
+
+MAX_CALLS = 1_000_000
+"""Calls of the score that fixed steps may take where ``max_calls`` says nothing."""
 _COMPARED_WITH = 20  # steps, at least, of a solve that tells the error of another
 
 
@@ -108,6 +112,7 @@ def make_plan(
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
+        TooLargeError: for more than :data:`MAX_CALLS` calls without ``max_calls``.
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps must be a positive integer, not {steps!r}.")
@@ -149,8 +154,17 @@ def make_plan(
     if plan.expected_calls is not None:
         if max_calls is not None and plan.expected_calls > max_calls:
             raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")
+        require_calls(plan.expected_calls, f"{steps} steps of {chosen}", max_calls)
         plan.max_calls = 2 * plan.expected_calls + 10
     return plan
+
+
+def require_calls(calls: int, what: str, max_calls: int | None) -> None:
+    """Raises a TooLargeError for more calls than :data:`MAX_CALLS`, where ``max_calls`` does not allow them."""
+    if calls > (max_calls or MAX_CALLS):
+        raise TooLargeError(
+            f"{what} take {calls:,} calls, over the {MAX_CALLS:,} of a solve: give max_calls= for more."
+        )
 
 
 def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) -> None:

@@ -5,11 +5,14 @@ import os
 import resource
 import time
 
+import numpy as np
 import pytest
 import sympy as sp
+import torch
 
-from sdeflow import SDE, t, x
-from sdeflow.errors import DeclarationError, ScheduleError
+import sdeflow
+from sdeflow import SDE, checkpoint, t, x
+from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, TooLargeError
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.patience import budget, growth, patiently, small, within
 
@@ -123,3 +126,63 @@ def _in_a_worker(_):
 def test_daemonic_workers_show_what_others_show():
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(_in_a_worker, [None]) == [_in_a_worker(None)]
+
+
+def test_horizons_at_which_a_path_ends_in_noise_cost_no_more():
+    """alpha -> 0 at t = 1: closed forms agree with quadrature to the rounding of 1 - t, and solves stay short."""
+    for make in (
+        sdeflow.catalog.CosineVP,
+        sdeflow.catalog.FlowMatching,
+        lambda T: SDE.from_kernel(sp.cos(sp.pi * t / 2), sp.sin(sp.pi * t / 2), T),
+        lambda T: SDE.from_kernel(1 - t, t, T),
+    ):
+        for T in (0.999999, 0.9999999):
+            before = processor_time()
+            sde = make(T=T)
+            assert sde.kernel.form == "closed"
+            assert sde.flow_ode(lambda x, t: -x).sample((4, 2), steps=20, seed=0).isfinite().all()
+            assert processor_time() - before < 2.0
+
+
+def test_a_table_of_a_thousand_knots_is_derived_in_two_seconds():
+    times = np.linspace(0, 1, 1000)
+    beta = sdeflow.schedule((times, 0.1 + 19.9 * times + 0.01 * np.random.default_rng(0).random(1000)))
+    before = processor_time()
+    kernel = SDE(-beta(t) * x / 2, sp.sqrt(beta(t))).kernel
+    assert processor_time() - before < 2.0
+    at = torch.linspace(kernel.cutoff, 1.0, 300, dtype=torch.float64)
+    assert float((kernel.time_of(kernel.half_log_snr(at)) - at).abs().max()) < 1e-12
+
+
+def test_absurd_sizes_are_refused_before_work(tmp_path):
+    flow = sdeflow.catalog.VP().flow_ode(lambda x, t: -x)
+    many = sdeflow.schedule(lambda s: 1 + s)
+    refused = (
+        lambda: flow.sample((4, 2), steps=10**9),
+        lambda: flow.log_prob(torch.zeros(2, 2), steps=10**9),
+        lambda: flow.sample((4, 2), steps=10**9, solver="euler"),
+        lambda: flow.decode(torch.zeros(4, 2), steps=10**7),
+        lambda: sdeflow.catalog.VP().simulate(torch.zeros(4, 2), [1.0], steps=10**9),
+        lambda: flow.sample((10**12, 3), steps=5),
+        lambda: flow.sample((2, 10**8, 10**6)),
+        lambda: sdeflow.schedule(np.linspace(0, 1, 2 * 10**6).reshape(2, -1)),
+        lambda: SDE.from_kernel(np.linspace(0.99, 0.01, 10**6)),
+        lambda: SDE(-many(t) * x, sp.Symbol("k"), params={"k": torch.ones(1).expand(10**4, 3, 10**4)}),
+    )
+    before = processor_time()
+    for absurd in refused:
+        with pytest.raises(TooLargeError):
+            absurd()
+    assert processor_time() - before < 3.0
+    with pytest.raises(ValueError, match="over max_calls"):
+        flow.sample((4, 2), steps=1000, max_calls=10)
+
+    folder = tmp_path / "run"
+    checkpoint.write_checkpoint(folder, 1, {}, {"weights": {"w": torch.ones(3)}})
+    path = folder / "step-00000001" / "weights.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(20 * 2**30)  # a hole: it takes no room on the disk
+    before = processor_time()
+    with pytest.warns(UserWarning, match="20 GiB"), pytest.raises(CheckpointCorrupt):
+        checkpoint.latest_checkpoint(folder)
+    assert processor_time() - before < 1.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdeflow.model import Model
 from sdeflow.noise import resolve_seed
+from sdeflow.plan import require_calls
 from sdeflow.solvers import Exponential, Grid, Solver
 from sdeflow.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
 
@@ -92,6 +93,7 @@ class Options:
         steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily and _falls_at_the_ends(model)
         if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
             raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
+        require_calls(self.steps or 0, f"{self.steps} steps", self.max_calls)
         return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
 
 

@@ -14,10 +14,13 @@ from weakref import WeakValueDictionary
 import numpy as np
 import sympy as sp
 
-from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
 from sdeflow.symbolic.symbols import require_plain
 
-__all__ = ["Schedule", "schedule", "table_of"]
+__all__ = ["MAX_KNOTS", "Schedule", "schedule", "table_of"]
+
+MAX_KNOTS = 20_000
+"""Times that a table may have: each is an edge of a panel of the quadrature."""
 
 _unnamed = count(1)
 _tables: WeakValueDictionary = WeakValueDictionary()
@@ -139,6 +142,8 @@ def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
         array = array.T
     if array.ndim != 2 or array.shape[0] != 2 or array.shape[1] < 2:
         raise DeclarationError(f"{name}: a table is (times, values) of one length, not of shape {array.shape}.")
+    if array.shape[1] > MAX_KNOTS:
+        raise TooLargeError(f"{name}: a table has at most {MAX_KNOTS:,} times, not {array.shape[1]:,}: thin it out.")
     times, values = array
     if not np.isfinite(array).all() or (np.diff(times) <= 0).any():
         raise DeclarationError(f"{name}: a table needs finite values at finite, increasing times.")
