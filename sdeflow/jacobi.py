@@ -6,8 +6,12 @@ With the orthonormal polynomials p_n of the stationary Beta(A, B) law, lambda_n 
     P(u_t <= u | u_0) = I_u(A, B) - ½ u (1 - u) Beta(u; A, B) Σ_{n>0} p_n'(u) p_n(u_0) e^{-lambda_n tau} / lambda_n
 
 (the second because (½ u (1 - u) Beta p_n')' = -lambda_n Beta p_n; Karlin & Taylor 1981, 15.13). About sqrt(80 / tau)
-terms are needed. Where they cancel, in the far tails, the sum is done again in as many digits as it takes. Draws invert
-the distribution function.
+terms are needed. They cancel in the far tails, and everywhere where the drift is strong against the noise (A = B = 200,
+from a start far from the mean); there the density is that of a mixture of positive terms (:mod:`sdeflow.ancestral`).
+
+Draws invert the distribution function, or, where the drift has moved the mean by several standard deviations of the
+noise, follow the mixture: M lineages, of which L ~ Binomial(M, u_0) are of the first kind, and a Beta(A + L, B + M - L)
+variable.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ import mpmath
 import numpy as np
 import torch
 from scipy import special
+from scipy.stats import binom
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from sdeflow.ancestral import draw_count, mixture
 from sdeflow.errors import ScheduleError
 from sdeflow.pearson import PearsonKernel, Standard, as_array
 
@@ -31,9 +38,9 @@ Number = np.ndarray | Tensor | float | mpmath.mpf
 
 _MOST_TERMS = 6_000  # a clock of 4e-6
 _FIRST_CLOCK = 1e-4  # at the default cutoff of the Jacobi kernel, where about 1,000 terms are needed
-_MOST_DIGITS = 320  # densities below 1e-300 of their peak are reported as 0
+_DRIVEN = 4.0  # nats that the noise alone would pay for the drift's displacement, above which draws follow the mixture
 _LEVEL_ERROR = 1e-6  # of the distribution function that draws invert
-_LOST = 1e-8  # the relative rounding error of a float64 sum above which it is done again in more digits
+_LOST = 1e-10  # the relative rounding error of a sum above which the mixture is taken instead
 
 
 class JacobiKernel(PearsonKernel):
@@ -56,27 +63,47 @@ class JacobiKernel(PearsonKernel):
         return (u >= 0) & (u <= 1)
 
     def _log_density(self, law: Standard) -> Tensor:
-        return _log_weight(law) + self._sum(law)[0]
+        total, _, lost = self._summed(law)
+        log_p = _log_weight(law) + torch.where(lost, 1.0, total).log()
+        if not bool(lost.any()):
+            return log_p
+        far = [part[lost] for part in (law.u, law.u_0, law.var, *law.shape)]
+        return log_p.masked_scatter(lost, _Mixture.apply(*far)[0])
 
     def _slope(self, law: Standard) -> Tensor:
         A, B = law.shape
+        total, slope, lost = self._summed(law)
         below = torch.where(A == 1.0, 0.0, (A - 1.0) / law.u)
-        return below - torch.where(B == 1.0, 0.0, (B - 1.0) / (1.0 - law.u)) + self._sum(law)[1]
+        push = below - torch.where(B == 1.0, 0.0, (B - 1.0) / (1.0 - law.u))
+        push = push + slope / torch.where(lost, 1.0, total)
+        if not bool(lost.any()):
+            return push
+        far = [part[lost] for part in (law.u, law.u_0, law.var, *law.shape)]
+        if law.needs_grad:
+            raise ScheduleError(
+                "the score of this Jacobi kernel is not differentiable where its eigenfunctions cancel, in the far "
+                "tails or under a strong drift; its log-density is: differentiate log_prob, or take the score under "
+                "torch.no_grad()."
+            )
+        return push.masked_scatter(lost, _Mixture.apply(*far)[1])
 
-    def _sum(self, law: Standard) -> tuple[Tensor, Tensor]:
-        """The logarithm of Σ p_n(u) p_n(u_0) e^{-lambda_n tau}, and its derivative in u."""
+    def _summed(self, law: Standard) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ p_n(u) p_n(u_0) e^{-lambda_n tau}, its derivative in u, and where its digits are lost."""
         total, slope, _, size, _ = (torch.as_tensor(part, device=law.u.device) for part in _series(law))
-        lost = (~(torch.finfo(torch.float64).eps * size < _LOST * total)).nonzero()
-        log_sum, ratio = total.log(), slope / total
-        for row in lost:
-            one = tuple(row.tolist())
-            parts = (float(part[one].detach()) for part in (law.u, law.u_0, law.var, *law.shape))
-            log_sum, ratio = log_sum.clone(), ratio.clone()
-            log_sum[one], ratio[one] = _series_in_digits(*parts)
-        return log_sum, ratio
+        lost = ~(torch.finfo(torch.float64).eps * size.detach() < _LOST * total.detach())
+        return total, torch.where(lost, 0.0, slope), lost
 
     def _draw(self, uniform: Callable[[], Tensor], law: Standard) -> Tensor:
-        return self._quantile(uniform(), law)
+        level = uniform()
+        strong = _is_driven(law)
+        drawn = torch.empty_like(level)
+        if not bool(strong.all()):
+            rest = law.mapped(lambda part: part[~strong])
+            drawn[~strong] = self._quantile(level[~strong], rest)
+        if bool(strong.any()):
+            drawn[strong] = _by_lineages(*(part[strong] for part in (level, uniform(), uniform())),
+                                         law.mapped(lambda part: part[strong]))  # fmt: skip
+        return drawn
 
     def _quantile(self, level: Tensor, law: Standard) -> Tensor:
         """By bracketed Newton steps in log(u / (1 - u)), in which an end that is attained has room."""
@@ -95,7 +122,7 @@ class JacobiKernel(PearsonKernel):
             error[left] = np.abs(excess) + rounding
             low[left] = np.where(excess < 0, line[left], low[left])
             high[left] = np.where(excess < 0, high[left], line[left])
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
                 step = line[left] - excess / (density * u[left] * (1.0 - u[left]))
             inside = (step > low[left]) & (step < high[left])
             step = np.where(inside, step, 0.5 * (low[left] + high[left]))
@@ -106,8 +133,8 @@ class JacobiKernel(PearsonKernel):
         if not (error[resolved] < _LEVEL_ERROR).all():
             raise ScheduleError(
                 f"the Jacobi diffusion with A, B = {self.shape[0]:.3g}, {self.shape[1]:.3g} has too little noise for "
-                "its drift: from this x_0 its distribution function cannot be summed in float64. Its density can; or "
-                "simulate the SDE."
+                "its drift: from this x_0 its distribution function cannot be summed in float64. Its density can, and "
+                "draws without noise= can."
             )
         return torch.as_tensor(special.expit(line)).reshape(level.shape)
 
@@ -169,19 +196,46 @@ def _terms(tau: float, theta: float, nats: float) -> int:
     return math.ceil(n)
 
 
-def _series_in_digits(u: float, u_0: float, tau: float, A: float, B: float) -> tuple[float, float]:
-    """The logarithm of the same sum and its logarithmic derivative, in as many digits as cancel."""
-    # The kernel falls about as a Gaussian of variance tau does in the angle.
-    distance = 2.0 * abs(math.asin(math.sqrt(u)) - math.asin(math.sqrt(u_0)))
-    digits = 40 + int(min(distance**2 / (2.0 * tau * math.log(10.0)), 2 * _MOST_DIGITS))
-    while digits <= _MOST_DIGITS:
-        with mpmath.workdps(digits):
-            numbers = [mpmath.mpf(number) for number in (u, u_0, tau, A, B)]
-            total, derivative, _, size, _ = _sums(*numbers, _terms(tau, A + B, 2.31 * digits), mpmath)
-            if total > size * mpmath.mpf(10) ** (14 - digits):
-                return float(mpmath.log(total)), float(derivative / total)
-        digits *= 2
-    return -math.inf, math.nan
+class _Mixture(torch.autograd.Function):
+    """log p and its derivative in u, of states (n,) by the mixture; log p is differentiable once."""
+
+    @staticmethod
+    def forward(ctx: object, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        rows = zip(*(part.detach().cpu().tolist() for part in parts), strict=True)
+        found = [_mixed(*row) for row in rows]
+        log_p, slopes = (torch.as_tensor(np.array(part), device=parts[0].device) for part in zip(*found, strict=True))
+        ctx.save_for_backward(slopes)
+        slope = slopes[:, 0].clone()
+        ctx.mark_non_differentiable(slope)
+        return log_p, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: object, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        (slopes,) = ctx.saved_tensors
+        return tuple((gradient[:, None] * slopes).unbind(1))
+
+
+def _mixed(u: float, u_0: float, tau: float, A: float, B: float) -> tuple[float, np.ndarray]:
+    u = min(max(u, 1e-300), 1.0 - 2.0**-53)
+    return mixture(u, u_0, tau, A, B)
+
+
+def _is_driven(law: Standard) -> Tensor:
+    """Where the mean has moved by so many standard deviations of the noise that the eigenfunctions cancel."""
+    A, B = law.shape
+    level = A / (A + B)
+    mean = level + (law.u_0 - level) * torch.exp(-0.5 * (A + B) * law.var)
+    moved = 2.0 * (mean.clamp(0, 1).sqrt().asin() - law.u_0.clamp(0, 1).sqrt().asin())
+    return (moved.square() > 2.0 * _DRIVEN * law.var) & (law.var > 0)
+
+
+def _by_lineages(level: Tensor, of_kind: Tensor, of_state: Tensor, law: Standard) -> Tensor:
+    """Exact draws by the mixture, from three numbers uniform on [0, 1) for each."""
+    _, u_0, _, tau, A, B = (as_array(part) for part in law.parts)
+    lineages = draw_count(as_array(level), tau, A + B)
+    left = binom.ppf(as_array(of_kind), lineages, u_0).clip(0.0, lineages)
+    return torch.as_tensor(special.betaincinv(A + left, B + lineages - left, as_array(of_state)))
 
 
 def _sums(

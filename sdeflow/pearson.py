@@ -311,7 +311,7 @@ class PearsonKernel(ABC):
                 u = (law.u * torch.exp(-width * nodes)).clamp_min(_LEAST)
                 inner = Standard(u, parts[0], parts[1], parts[2], tuple(parts[3:]))
                 below = (self._log_density(inner).exp() * u * width * weights).sum()
-                found = torch.autograd.grad(below, parts)
+                found = torch.autograd.grad(below, parts, materialize_grads=True, allow_unused=True)
             rates = [total + rate for total, rate in zip(rates, found, strict=True)]
         return rates
 

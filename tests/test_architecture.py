@@ -14,7 +14,7 @@ LAYERS = {
     "errors": 0, "_version": 0, "checks": 0, "noise": 0, "brownian": 0, "symbolic": 0, "nets": 0,
     "basis": 1, "linear": 1, "parameters": 1, "chebyshev": 1, "quadrature": 1, "breakpoints": 1, "compile": 1,
     "gaussian": 2, "coefficients": 2, "kernel": 2, "reducible": 2, "pearson": 2,
-    "noncentral": 2, "square_root": 2, "jacobi": 2,
+    "noncentral": 2, "square_root": 2, "jacobi": 2, "ancestral": 2,
     "scores": 3, "thresholding": 3,
     "solvers": 4, "weightings": 4, "times": 4, "losses": 4, "batches": 4, "checkpoint": 4, "traces": 4,
     "model": 5, "gradients": 5, "plan": 5, "reference": 5, "pilot": 5, "bridge": 5, "boundary": 5, "boltzmann": 5,
