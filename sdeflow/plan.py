@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -139,7 +141,7 @@ def make_plan(
         chosen = resolve(solver, equation)
     _require_fit(chosen, kind, equation, with_kernel)
     if isinstance(chosen, Torchsde) and steps is None and tolerances:
-        chosen = Torchsde(chosen.method, adaptive=True)
+        chosen = replace(chosen, adaptive=True)
     if chosen.adaptive and steps is not None:
         raise ValueError(f"{chosen} chooses its own steps: give rtol= and atol= instead of steps={steps}.")
     if not chosen.adaptive and steps is None:

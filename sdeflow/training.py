@@ -471,14 +471,11 @@ def _prepare_score(
     if std > _UNUSUAL_STD and kernel is not None:
         warn(f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning)
     score.to(accelerator.device)
-    if not bool(score.moments_known):
-        if score.declaration.coupled:  # one number for each component
-            parts = seen.movedim(1, 0).flatten(1)
-            score.set_data_moments(
-                *(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0)))
-            )
-        else:
-            score.set_data_moments(seen.mean(), std)
+    if score.declaration.coupled:  # one number for each component
+        parts = seen.movedim(1, 0).flatten(1)
+        score.measure(*(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0))))
+    else:
+        score.measure(seen.mean(), std)
     labels = batches.first_labels
     x, y = (
         objective.states(batches.first[:2]).to(accelerator.device),

@@ -37,7 +37,7 @@ def log_prob(
     *,
     trace: str | Trace | Tensor | None = None,
     probes: int | str | Tensor | None = None,
-    probe: str = "rademacher",
+    probe: str | None = None,
     solver: str | Solver | None = None,
     steps: int | None = None,
     rtol: float | None = None,
@@ -71,7 +71,7 @@ def log_prob(
         probes: how many at each node; giving it chooses Hutchinson. "auto" adds probes until the standard error of
             each sample is at most ``warn_above``, doubling them (Hadamard's, where no trace is named). Or a tensor of
             probes, as for ``trace``.
-        probe: "rademacher" or "gaussian".
+        probe: "rademacher", the default, or "gaussian"; giving it chooses Hutchinson, of which alone it is.
         solver: a method of torchdiffeq, or an :class:`~sdeflow.solvers.Exponential` of eta 0.
         steps: steps of the solver; without one, calls of the score (at least 2), by the exponential solver.
         atol: alone, the error of log p itself in nats, of each sample.

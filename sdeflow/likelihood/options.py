@@ -27,7 +27,7 @@ class Options:
 
     trace: str | Trace | Tensor | None = None
     probes: int | str | Tensor | None = None
-    probe: str = "rademacher"
+    probe: str | None = None
     solver: str | Solver | None = None
     steps: int | None = None
     rtol: float | None = None
@@ -67,12 +67,19 @@ class Options:
             raise ValueError("give steps=, or atol= for an error of log p in nats, or rtol= and atol=; not both.")
         if self.probes != "auto":
             _require_count("probes", self.probes, 1, ', or "auto"')
-        if self.probe not in ("rademacher", "gaussian"):
+        if self.probe not in (None, "rademacher", "gaussian"):
             raise ValueError(f'probe must be "rademacher" or "gaussian", not {self.probe!r}.')
+        if self.probe is not None and self.trace not in (None, "hutchinson"):
+            raise ValueError(f"probe={self.probe!r} is of Hutchinson's trace, not of trace={self.trace!r}.")
 
     def seeded(self, seed: int | torch.Generator | None, x: Tensor) -> Options:
         """With the seed of the probes; where none are drawn, none is taken from torch's global generator."""
         return self if seed is None and is_exact(x, self) else replace(self, seed=resolve_seed(seed))
+
+    @property
+    def law(self) -> str:
+        """That of Hutchinson's probes."""
+        return self.probe or "rademacher"
 
     @property
     def target(self) -> float | None:
@@ -106,7 +113,7 @@ def is_exact(x: Tensor, options: Options) -> bool:
         raise ValueError(f'the exact trace in {d} dimensions takes {d} products a call; use trace="hutchinson".')
     if options.trace == "exact" or isinstance(options.trace, Exact):
         return True
-    return options.trace is None and options.probes is None and d <= EXACT_BY_DEFAULT
+    return options.trace is None and options.probes is None and options.probe is None and d <= EXACT_BY_DEFAULT
 
 
 def estimator(x: Tensor, options: Options) -> Trace:
@@ -117,13 +124,13 @@ def estimator(x: Tensor, options: Options) -> Trace:
             raise ValueError("a trace object has its own number of probes.")
         return trace
     probes = DEFAULT_PROBES if auto or options.probes is None else options.probes
-    if trace == "hadamard" or (auto and trace is None):
+    if trace == "hadamard" or (auto and trace is None and options.probe is None):
         return Hadamard(probes // 2 if auto else probes)
     if trace == "hutch++":
         return HutchPP(probes)
     if trace not in (None, "exact", "hutchinson"):
         raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
-    return Exact() if is_exact(x, options) else Hutchinson(probes, options.probe)
+    return Exact() if is_exact(x, options) else Hutchinson(probes, options.law)
 
 
 def _falls_at_the_ends(model: Model) -> bool:

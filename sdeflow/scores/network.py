@@ -32,7 +32,7 @@ class Score(ScoreFunction):
         sde: the declaration it belongs to (an ``SDE``).
         predicts: what the network's output means; see the table above.
         data_mean: the data's mean, a number or a tensor that broadcasts to an event. ``fit`` measures
-            it, and data_std, where they are None.
+            it where it is None, and data_std likewise.
         data_std: the data's standard deviation, likewise; with a basis, of the coefficients.
         time: what the network gets as its time: "log_snr" (log alpha²/sigma²), "t", or a function of t.
 
@@ -75,6 +75,7 @@ class Score(ScoreFunction):
             for name in ("data_mean", "data_std"):
                 moment = getattr(self, name)
                 setattr(self, name, self.gaussian.of_state(moment) if moment.ndim else moment)
+        self._declared = (data_mean is not None, data_std is not None)
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
         positive = bool(
@@ -113,10 +114,16 @@ class Score(ScoreFunction):
             )
 
     def set_data_moments(self, mean: Tensor | float, std: Tensor | float) -> None:
-        """Declares the data's mean and standard deviation, as measured."""
+        """Declares the data's mean and standard deviation, whatever they were."""
         mean, std = (checked_finite(checked_numbers(v, name), name) for v, name in ((mean, "mean"), (std, "std")))
         self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
         self.moments_known = torch.ones_like(self.moments_known)
+
+    def measure(self, mean: Tensor | float, std: Tensor | float) -> None:
+        """Takes the moments of the training data, where none are known; one that was declared stays."""
+        if not bool(self.moments_known):
+            declared = zip(self._declared, (self.data_mean, self.data_std), (mean, std), strict=True)
+            self.set_data_moments(*(given if stays else measured for stays, given, measured in declared))
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         return (self.data_mean, self.data_std) if bool(self.moments_known) else None
