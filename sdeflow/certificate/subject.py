@@ -24,8 +24,8 @@ from sdeflow.symbolic.evaluate import Declared, UnknownValue
 
 __all__ = ["Subject", "product", "tensor", "transposed"]
 
-_MOST_ENTRIES = 4096  # of tensor parameters
-_TOGETHER = 512  # integrated at once
+_MOST_ENTRIES = 1024  # of tensor parameters
+_TOGETHER = 1024  # integrated at once
 
 Array = np.ndarray
 
