@@ -128,7 +128,7 @@ MUTATIONS = (
     _m("A of a Jacobi process", "symbolic/pearson.py", "_constant(2 * (a * p + b) / (length * s))",
        "_constant((a * p + b) / (length * s))", ("Jacobi",)),
     # -------------------------------------------------------------------- moments as numbers
-    _m("noise of a panel", "quadrature.py", "growth.square() * (v + forced_q)", "growth * (v + forced_q)",
+    _m("noise of a panel", "quadrature.py", "growth.square() * own_v", "growth * own_v",
        ("quadrature",)),
     _m("offset across panels", "quadrature.py", "m + torch.exp(A) * m0", "m + m0", ("quadrature",)),
     _m("G N G", "quadrature.py", "N + G @ N0 @ G.mT", "N + G @ N0 @ G", ("turning",)),

@@ -462,6 +462,10 @@ def test_right_kernels_raise_no_alarm(name):
     assert spent < 10.0
 
 
+def test_a_kernel_that_resolves_the_feature_is_certified():
+    assert SDE(-x, PULSE).verify()
+
+
 def test_all_entries_of_tensors_are_compared(monkeypatch):
     rates = torch.linspace(0.5, 3.0, 30).reshape(5, 6)
     sde = SDE(-k * x + t, sp.sqrt(k), params={k: rates})
