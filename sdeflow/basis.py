@@ -8,15 +8,16 @@ rate of its own. An orthogonal B leaves densities and white noise as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdeflow.checks import checked_finite, checked_numbers, checked_state
 from sdeflow.errors import DataError
 
-__all__ = ["DCT", "Basis", "Orthogonal"]
+__all__ = ["DCT", "Basis", "CentreOfMassFree", "Orthogonal"]
 
 
 class Basis(Protocol):
@@ -111,6 +112,78 @@ class Orthogonal:
 
     def __repr__(self) -> str:
         return f"Orthogonal({len(self.matrix)} coordinates)"
+
+
+class CentreOfMassFree:
+    r"""Coordinates of n particles without their centre of mass, from (batch, n, \*sides) to (batch, n - 1, \*sides).
+
+    Molecules are states (n, 3) of which only the shape matters, so they live on the subspace of mean 0, which has
+    (n - 1) · 3 dimensions (arXiv:2203.17003). u = Q x, with Q the n - 1 orthonormal rows of Helmert's matrix, each of
+    sum 0, is an isometry of that subspace: white noise in u is white noise without centre of mass in x, and densities
+    of u are densities on the subspace. So an SDE of u is one of such states, with the right prior, kernel, noise, trace
+    and log p, and every x = Qᵀ u has mean 0 to rounding. Rotations of the sides commute with Q. Unlike the other
+    classes of this module it changes the shape, so it is applied to data and samples and not handed to ``SDE``. Give
+    ``Score(..., data_mean=0.)``, as shapes have no preferred direction.
+
+    Args:
+        particles: n, at least 2.
+
+    Raises:
+        ValueError: for fewer particles.
+
+    >>> import sdeflow
+    >>> shapes = sdeflow.basis.CentreOfMassFree(5)
+    >>> x = torch.randn(4, 5, 3)
+    >>> torch.allclose(shapes.inverse(shapes.forward(x)), x - x.mean(1, keepdim=True), atol=1e-6)
+    True
+    """
+
+    def __init__(self, particles: int) -> None:
+        if isinstance(particles, bool) or not isinstance(particles, int) or particles < 2:
+            raise ValueError(f"particles must be an integer of at least 2, not {particles!r}.")
+        self.particles = particles
+        k = torch.arange(1, particles, dtype=torch.float64)[:, None]
+        i = torch.arange(particles, dtype=torch.float64)
+        self.matrix = torch.where(i < k, 1.0, torch.where(i == k, -k, 0.0)) / (k * (k + 1.0)).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""The coordinates u (batch, n - 1, \*sides) of x (batch, n, \*sides), whose centre of mass is left out."""
+        return self._times(x, self.matrix)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        r"""The states (batch, n, \*sides), of mean 0, with coordinates u."""
+        return self._times(u, self.matrix.mT)
+
+    def wrap(self, net: Callable[..., Tensor]) -> nn.Module:
+        """A network, or a score, of states as one of coordinates: u, t, ... -> Q net(Qᵀ u, t, ...)."""
+        return _OnCoordinates(self, net)
+
+    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != matrix.shape[1]:
+            raise DataError(
+                f"expected (batch, {matrix.shape[1]}, ...) for {self.particles} particles, not {tuple(x.shape)}."
+            )
+        return torch.tensordot(matrix.to(device=x.device, dtype=x.dtype), x, dims=([1], [1])).movedim(0, 1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CentreOfMassFree) and self.particles == other.particles
+
+    def __hash__(self) -> int:
+        return hash((CentreOfMassFree, self.particles))
+
+    def __repr__(self) -> str:
+        return f"CentreOfMassFree({self.particles})"
+
+
+class _OnCoordinates(nn.Module):
+    def __init__(self, space: CentreOfMassFree, net: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.space, self.net = space, net
+        if hasattr(net, "classes"):
+            self.classes = net.classes
+
+    def forward(self, u: Tensor, *others: object) -> Tensor:
+        return self.space.forward(self.net(self.space.inverse(u), *others))
 
 
 _tables: dict[int, Tensor] = {}

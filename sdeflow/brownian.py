@@ -42,6 +42,7 @@ class BrownianPath:
     Raises:
         TypeError: for a seed that is no integer, generator or None.
 
+    >>> import sdeflow
     >>> path = sdeflow.BrownianPath(seed=0)
     >>> W = path.at(0.5, (1000, 2))
     >>> bool((path.at(0.5, (3, 2)) == W[:3]).all()), W.shape

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import sympy as sp
 import torch
 
-from sdeflow.basis import Basis
+from sdeflow.basis import Basis, CentreOfMassFree
 from sdeflow.bridge import Bridge, ReducibleBridge
 from sdeflow.certificate import Certificate, certify
 from sdeflow.compile import compile_expressions
@@ -111,6 +111,11 @@ class SDE:
             self._set_up(_manageable(declare, *arguments), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
+        if isinstance(basis, CentreOfMassFree):
+            raise DeclarationError(
+                f"{basis} changes the shape of a state, which basis= may not: declare the SDE of its coordinates, and "
+                "pass data through basis.forward, networks through basis.wrap, and samples through basis.inverse."
+            )
         if basis is not None and declaration.affine is None:
             raise DeclarationError(
                 f"a basis needs an affine SDE, coefficient by coefficient, and here {declaration.obstacle}."
