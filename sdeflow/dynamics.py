@@ -152,9 +152,9 @@ class ReverseSDE(_Bound):
             noise: a :class:`~sdeflow.BrownianPath` to follow, for solves of one path in different steps; ``seed`` is
                 then that of the prior's draw alone.
             rtol, atol: without ``steps``, tolerances of an adaptive solve.
-            grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t", a tensor of times, or
-                "pilot", measured once for a score (:mod:`sdeflow.pilot`); by default what the solver prefers, or else
-                the angle.
+            grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t" or "pilot", measured once
+                for a score (:mod:`sdeflow.pilot`); by default what the solver prefers, or else the angle. A tensor of
+                times, rising or falling, means steps in t between exactly these.
             max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
             trajectory: whether to return (states, times) instead, the state after each step and its time: states
                 (steps + 1, batch, *event) from t = T to the cutoff, both included, and times (steps + 1,) in float64.

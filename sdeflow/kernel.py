@@ -155,12 +155,17 @@ class Kernel:
         """Whether half_log_snr of a coupled state falls by a tenth at least while t grows e-fold; True elementwise.
 
         Where the state turns more than it decays, it nearly stands still, and is no good measure of a solver's steps.
+        Where there is no noise at all, and before it has grown to P0, it stands still too, but so does what solvers
+        make polynomials of.
         """
         if not self.coupled:
             return True
         times = self.numbers.probes
         with torch.no_grad():
-            return bool((self.half_log_snr_rate(times) * times < -0.1).all())
+            noise = self.sde_coefficients(times)[2].flatten(1).abs().amax(1)
+            falls = self.half_log_snr_rate(times) * times < -0.1
+            begins = self.half_log_snr(times) > self.half_log_snr(self.cutoff) - 0.5 * math.log(2.0)
+            return bool((falls | begins | (noise < 1e-6 * noise.max())).all())
 
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""

@@ -297,11 +297,6 @@ class Model:
             self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
         return self._clocks[grid, scale]
 
-    @property
-    def log_snr_falls(self) -> bool:
-        """Whether there is a Gaussian kernel, and noise at all times: what solvers that step in the log-SNR need."""
-        return self.kernel is not None and self.kernel.log_snr_falls
-
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""
         moments = self.score.data_moments()

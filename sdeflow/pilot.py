@@ -35,7 +35,8 @@ from sdeflow.linear import multiplied, rows
 from sdeflow.model import Model
 from sdeflow.reference import reference
 from sdeflow.scores import Conditional, GridScore, ScoreFunction, evaluating
-from sdeflow.solvers import Clock, Exponential, Problem, Solver, make_clock
+from sdeflow.solvers import Clock, Exponential, Problem, Solver
+from sdeflow.solvers.clock import smooth_clock
 from sdeflow.solvers.program import shaped
 from sdeflow.thresholding import Thresholded
 from sdeflow.traces import Hutchinson
@@ -168,7 +169,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
     nodes = np.interp(np.linspace(0.0, work[-1], _POINTS), work, fine)
     grid = kernel.time_of(torch.as_tensor(nodes))
     grid[0], grid[-1] = model.T, model.cutoff
-    return Pilot(make_clock(grid, kernel, model.cutoff, model.T), calls, samples)
+    return Pilot(smooth_clock(grid, kernel), calls, samples)
 
 
 def _differences(lam: np.ndarray, F: Tensor, order: int) -> Tensor:
@@ -205,7 +206,8 @@ def _sizes_in_nats(
         t, u = times[j].to(like.device), states[j]
         size = reference(model, t, u).inverse(delta).flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
         step = _APART / size.clamp_min(torch.finfo(torch.float64).tiny)
-        half = kernel.equation(u, t)[2].scaled(0.5 / kernel.half_log_snr_rate(t))
+        rate = kernel.half_log_snr_rate(t).clamp(max=-torch.finfo(torch.float64).tiny)  # g = 0 where it is 0
+        half = kernel.equation(u, t)[2].scaled(0.5 / rate)
         trace = Hutchinson(2, fresh=False, distinct=False)
         pair = [trace.start(u.shape, [0.5, -0.5], seed=k, device=u.device) for k in (0, 1)]
         score = torch.zeros_like(u)

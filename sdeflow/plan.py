@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from sdeflow.errors import TooLargeError
 from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
+from sdeflow.solvers.clock import steps_of
 
 __all__ = ["MAX_CALLS", "Plan", "default_solver", "make_plan", "require_calls"]
 
@@ -108,7 +108,7 @@ def make_plan(
         steps, rtol, atol, max_calls: as given.
         dtype: of the state.
         grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
-        with_kernel: whether the SDE has a Gaussian kernel, and noise at all times.
+        with_kernel: whether the SDE has a Gaussian kernel.
         coupled: whether its state is coupled.
         steady: whether its log-SNR is a good measure of steps.
 
@@ -124,8 +124,8 @@ def make_plan(
     tolerances = rtol is not None or atol is not None
     clock: str | None = None
     fixed = not tolerances and (solver is None or not resolve(solver, equation).adaptive)
-    if steps is None and fixed and isinstance(grid, Tensor) and grid.numel() > 1:
-        steps = grid.numel() - 1
+    named = steps_of(grid)  # times are steps between them, whatever each costs
+    steps = named if steps is None and fixed else steps
     if solver is None:
         if kind == "sde" and tolerances:
             chosen = Torchsde("euler")
@@ -134,7 +134,8 @@ def make_plan(
                 steps = _SDE_STEPS if with_kernel and steady else _EULER_STEPS
             pilot = isinstance(grid, str) and grid == "pilot"
             chosen, clock = default_solver(kind, steps, with_kernel and steady, pilot, coupled)
-            steps = steps if steps is None or chosen.adaptive else max(1, steps // chosen.calls_per_step)
+            if steps not in (None, named) and not chosen.adaptive:
+                steps = max(1, steps // chosen.calls_per_step)
     elif kind == "sde" and tolerances and steps is None and isinstance(solver, str) and solver in Torchsde.methods:
         chosen = Torchsde(solver, adaptive=True)  # ours of that name take fixed steps
     else:
@@ -147,7 +148,8 @@ def make_plan(
     if not chosen.adaptive and steps is None:
         hint = ", or rtol= and atol= for adaptive ones" if kind == "sde" else ""
         raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
-    if not chosen.adaptive and "adams" not in getattr(chosen, "method", "") and tolerances:
+    iterates = getattr(chosen, "method", "") in ("implicit_adams", "fixed_adams")  # to rtol and atol
+    if not chosen.adaptive and not iterates and tolerances:
         raise ValueError(f"{chosen} takes fixed steps, to which rtol and atol mean nothing.")
     usual = getattr(chosen, "default_tolerances", (1e-5, 1e-5))
     rtol = _tolerance(usual[0] if rtol is None else rtol, "rtol", dtype)
@@ -175,7 +177,7 @@ def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) ->
         raise ValueError(f"{solver} does not integrate the divergence; those that do: {names}.")
     if solver.needs_kernel and not with_kernel:
         raise ValueError(
-            f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not; those that do not: "
+            f"{solver} needs a Gaussian kernel, which this SDE has not; those that do not: "
             f"{', '.join(names_for(equation, with_kernel=False))}."
         )
 

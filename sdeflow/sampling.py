@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.brownian import BrownianPath, BrownianRows
-from sdeflow.errors import ScheduleError, SolverError
+from sdeflow.errors import SolverError
 from sdeflow.gradients import require_graph, require_reach
 from sdeflow.model import Model
 from sdeflow.noise import BLOCK, NoiseStream
@@ -27,6 +27,7 @@ from sdeflow.pilot import pilot
 from sdeflow.plan import Plan, make_plan
 from sdeflow.scores import evaluating
 from sdeflow.solvers import Clock, Grid, Problem, Solver, names_for, resolve
+from sdeflow.solvers.clock import as_grid
 from sdeflow.symbolic.equations import Equation
 from sdeflow.thresholding import Threshold, Thresholded
 
@@ -67,8 +68,7 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, np.integer):
                 object.__setattr__(self, name, int(value))
-        if isinstance(self.grid, list | tuple | np.ndarray):
-            object.__setattr__(self, "grid", torch.as_tensor(self.grid, dtype=torch.float64))
+        object.__setattr__(self, "grid", as_grid(self.grid))
         for name in ("trajectory", "denoise", "return_denoised"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
@@ -186,13 +186,13 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
     general = model.kernel is None
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
-        with_kernel=model.log_snr_falls, coupled=model.declaration.coupled,
+        with_kernel=model.kernel is not None, coupled=model.declaration.coupled,
         steady=model.kernel is None or model.kernel.log_snr_falls_steadily,
     )  # fmt: skip
     solver = plan.solver
     if options.observed and not _observable(solver):
         asked = "trajectory=True" if options.trajectory else "callback="
-        found = {name: resolve(name, kind) for name in names_for(kind, model.log_snr_falls)}
+        found = {name: resolve(name, kind) for name in names_for(kind, not general)}
         names = (
             name
             for name, other in found.items()
@@ -243,14 +243,8 @@ def _clock(model: Model, grid: Grid, solver: Solver, x: Tensor) -> Clock:
     """The time variable asked for, or the one that the solver prefers where this SDE has it."""
     if isinstance(grid, str) and grid == "pilot":
         return pilot(model, solver, x).clock
-    if grid is not None or solver.default_grid is None or model.kernel is None:
-        return model.clock(grid)
-    try:
-        return model.clock(solver.default_grid)
-    except ValueError as error:
-        if isinstance(error.__cause__, ScheduleError):  # the log-SNR stands still somewhere
-            return model.clock(None)
-        raise
+    preferred = None if model.kernel is None else solver.default_grid
+    return model.clock(preferred if grid is None else grid)
 
 
 def _pieces(x: Tensor, chunk: int | None, solver: Solver) -> list[tuple[int, int]]:
@@ -340,8 +334,8 @@ class _Watch:
 
 def _of_no_samples(x: Tensor, plan: Plan, clock: Clock, backward: bool, options: Options) -> _Found:
     """As :func:`_solve` for an empty batch, which is given to no solver."""
-    u = torch.linspace(0.0, 1.0, (plan.steps or 1) + 1, dtype=torch.float64)
-    times = torch.tensor([clock(float(v))[0] for v in (u.flip(0) if backward else u)], dtype=torch.float64)
+    times = torch.as_tensor(clock.times(plan.steps or 1))
+    times = times.flip(0) if backward else times
     states = x.new_empty(len(times), *x.shape)
     return _Found(x, states, times, states if options.trajectory else x)
 

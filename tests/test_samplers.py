@@ -17,6 +17,7 @@ from problems import COUPLED, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
+from sdeflow.basis import Orthogonal
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
@@ -35,6 +36,7 @@ from sdeflow.solvers.langevin import (
     scale_ratio,
 )
 from sdeflow.solvers.restart import Restart
+from sdeflow.solvers.singlestep import SingleStep
 
 double = torch.float64
 SDES = {"VP": catalog.VP, "VE": catalog.VE, "EDM": catalog.EDM, "FlowMatching": catalog.FlowMatching}
@@ -773,3 +775,28 @@ def test_noise_ratios_of_a_coupled_state_are_refused_where_they_mean_nothing():
 def test_options_out_of_range_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: StochasticHeun(S_noise=1.003), "S_noise"),
+        (lambda: PredictorCorrector(corrector_steps=0, snr=0.3), "snr"),
+        (lambda: PredictorCorrector(corrector_steps=0, step="snr"), "corrector"),
+        (lambda: Torchsde("euler", initial_steps=50), "initial_steps"),
+        (lambda: Torchdiffeq("rk4", scipy="LSODA"), "scipy"),
+        (lambda: SingleStep(3, ratio=0.3), "ratio"),
+        (lambda: SingleStep(1, rule="midpoint"), "midpoint"),
+        (lambda: Exponential(basis=Orthogonal(torch.eye(2))), "basis"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_tolerances_of_a_method_that_does_not_iterate_are_refused():
+    sde = catalog.VP()
+    flow = sde.flow_ode(lambda u, t: -u, prior=sde.prior)
+    with pytest.raises(ValueError, match="rtol and atol mean nothing"):
+        flow.sample((2, 1), "explicit_adams", steps=10, rtol=1e-3)

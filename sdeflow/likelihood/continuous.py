@@ -44,7 +44,9 @@ def plan_of(options: Options, dtype: torch.dtype) -> Plan:
             'gradient="adjoint" goes along the nodes of an exponential solver: give steps= or atol= alone; a method of '
             'torchdiffeq takes gradient="backprop".'
         )
-    return make_plan("likelihood", options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype)
+    return make_plan(
+        "likelihood", options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid
+    )
 
 
 def by_torchdiffeq(

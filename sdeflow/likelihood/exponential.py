@@ -20,6 +20,7 @@ from sdeflow.model import Model
 from sdeflow.pilot import pilot
 from sdeflow.plan import Plan
 from sdeflow.solvers import Exponential, Torchdiffeq
+from sdeflow.solvers.clock import steps_of
 from sdeflow.symbolic.equations import Equation
 from sdeflow.traces import Estimate, Exact, Given, Hutchinson, until
 
@@ -53,22 +54,24 @@ def by_exponential(
     """
     chosen = options.solver or Exponential(2 if model.kernel.coupled else 3)
     named = options.grid
+    times = steps_of(named)
+    wanted = times if options.steps is None and options.atol is None else options.steps
     if named is None:
-        named = "log_snr" if options.steps is not None else "pilot"
+        named = "log_snr" if wanted is not None else "pilot"
     like = x.detach()[:1].to(dtype)
     clock = (
         pilot(model, chosen, like, likelihood=True).clock
         if isinstance(named, str) and named == "pilot"
         else model.clock(named)
     )
-    steps = options.steps or _FIRST_STEPS
-    if options.steps is not None and options.solver is None:
+    steps = wanted or _FIRST_STEPS
+    if wanted not in (None, times) and options.solver is None:
         steps = max(1, steps - 1)  # without a solver, calls are what is counted
     trace = estimator(x, options)
     if isinstance(trace, Given):
         trace = trace.mapped(model.kernel.to_basis, tuple(x.shape[1:]))
     carrier = Carrier(trace, chosen, clock, steps, options.seed, dtype, on_call)
-    if options.steps is not None:
+    if wanted is not None:
         return _in_steps(carrier, model, x, rows, options)
     return _to_tolerance(carrier, model, equation, x, rows, options)
 

@@ -15,7 +15,7 @@ from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
 from sdeflow.likelihood.exponential import by_exponential
-from sdeflow.likelihood.options import Options, estimator
+from sdeflow.likelihood.options import Options, estimator, stands_still
 from sdeflow.likelihood.result import LogProb
 from sdeflow.linear import Linear
 from sdeflow.model import Model
@@ -203,7 +203,13 @@ def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool)
             'gradient="adjoint" finds the parameters of a score that is a module; this one uses others, in a closure. '
             'Pass the module itself, or take gradient="backprop".'
         )
-    return replace(options, gradient=chosen or ("adjoint" if exponential and not hidden else "backprop"))
+    still = exponential and stands_still(model)
+    if chosen == "adjoint" and still:
+        raise ValueError(
+            'gradient="adjoint" integrates over the log-SNR, which stands still at an end of this SDE (g = 0 there): '
+            'take gradient="backprop".'
+        )
+    return replace(options, gradient=chosen or ("adjoint" if exponential and not (hidden or still) else "backprop"))
 
 
 def _reaches_more_than_parameters(model: Model, x: Tensor) -> bool:

@@ -31,6 +31,8 @@ from sdeflow.traces import Integral, Trace
 __all__ = ["Carried", "Carrier", "Integrand", "quadrature_weights"]
 
 _DEGREE = 4
+_CLOSEST = 1e-3  # of nodes, relative to their mean distance
+_MORE_EVENLY = 0.4  # the longest step, relative to that in the half-log-SNR
 
 
 class Carried(NamedTuple):
@@ -171,7 +173,7 @@ class Integrand:
             self._of_output, self._of_state = Linear(of_output, kernel.coupled), Linear(of_state, kernel.coupled)
             self._noise_to_score = path.sigma.T.inverse.scaled(-1.0)
             rate = kernel.half_log_snr_rate(self.times)
-            weight = torch.as_tensor(quadrature_weights(kernel.half_log_snr(self.times).numpy())) / rate
+            weight = _weights_in_time(kernel.half_log_snr(self.times).numpy(), rate.numpy(), model.reference_scale())
             self.weight = (-weight).tolist()
             traces = self._linear.trace(tuple(like.shape[1:])).reshape(-1).expand(n)
             self.known = -float((weight * traces).sum())
@@ -225,18 +227,41 @@ def _no_drift(y: Tensor, t: Tensor) -> Tensor:
     raise TypeError("the exponential solver does not ask for a drift")
 
 
-def quadrature_weights(nodes: np.ndarray, degree: int = _DEGREE) -> np.ndarray:
+def _weights_in_time(lam: np.ndarray, rate: np.ndarray, scale: float) -> Tensor:
+    """Weights (n,) of values per unit of time at nodes with this half-log-SNR and rate, for their integral over time.
+
+    Polynomials are in the half-log-SNR, or in the angle atan(e^-lambda / scale) where that spaces the nodes far more
+    evenly. Where the noise pauses, at a time or over a stretch, neither they nor the integral move: such nodes have no
+    weight, nor have those that are hardly apart.
+    """
+    angle, slope = np.arctan2(np.exp(-lam), scale), -scale * np.exp(-lam) / (scale**2 + np.exp(-2.0 * lam))
+    longest = [np.abs(np.diff(v)).max() / abs(v[-1] - v[0]) for v in (lam, angle)]
+    w, rate = (angle, rate * slope) if longest[1] < _MORE_EVENLY * longest[0] else (lam, rate)
+    used: list[int] = []
+    for i in np.flatnonzero(rate):
+        if not used or abs(w[i] - w[used[-1]]) > _CLOSEST * abs(w[-1] - w[0]) / len(w):
+            used.append(int(i))
+    weight = np.zeros(len(w))
+    weight[used] = quadrature_weights(w[used], ends=(w[0], w[-1])) / rate[used]
+    return torch.as_tensor(weight)
+
+
+def quadrature_weights(nodes: np.ndarray, degree: int = _DEGREE, ends: tuple[float, float] | None = None) -> np.ndarray:
     """Weights (n,) with which values at ``nodes`` (n,) sum to their integral from the first node to the last.
 
-    Over each interval the polynomial through the degree + 1 nodes around it is integrated.
+    Over each interval the polynomial through the degree + 1 nodes around it is integrated; ``ends`` other than those
+    nodes belong to the intervals beside them.
     """
     n = len(nodes)
+    if n == 1:
+        return np.zeros(1) if ends is None else np.array([ends[1] - ends[0]])
+    bounds = nodes if ends is None else np.concatenate([[ends[0]], nodes[1:-1], [ends[1]]])
     size = min(degree + 1, n)
     points, mass = np.polynomial.legendre.leggauss(size)
     total = np.zeros(n)
     for i in range(n - 1):
         first = min(max(i - (size - 2) // 2, 0), n - size)
-        centre, half = 0.5 * (nodes[i] + nodes[i + 1]), 0.5 * (nodes[i + 1] - nodes[i])
+        centre, half = 0.5 * (bounds[i] + bounds[i + 1]), 0.5 * (bounds[i + 1] - bounds[i])
         vandermonde = np.vander((nodes[first : first + size] - centre) / half, size, increasing=True)
         moments = half * mass @ np.vander(points, size, increasing=True)
         total[first : first + size] += np.linalg.solve(vandermonde.T, moments)

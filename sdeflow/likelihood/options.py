@@ -12,9 +12,10 @@ from sdeflow.model import Model
 from sdeflow.noise import resolve_seed
 from sdeflow.plan import require_calls
 from sdeflow.solvers import Exponential, Grid, Solver
+from sdeflow.solvers.clock import as_grid, steps_of
 from sdeflow.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
 
-__all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exact"]
+__all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exact", "stands_still"]
 
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
@@ -44,6 +45,7 @@ class Options:
     warn_above: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", as_grid(self.grid))
         if self.at not in ("cutoff", "data"):
             raise ValueError(f'at must be "cutoff" or "data", not {self.at!r}.')
         if self.gradient not in (None, "backprop", "adjoint"):
@@ -92,12 +94,13 @@ class Options:
         if isinstance(solver, Exponential):
             if solver.stochastic:
                 raise ValueError(f"the likelihood is the flow's: {solver} draws noise.")
-            if not model.log_snr_falls:
-                raise ValueError(f"{solver} needs a Gaussian kernel, and noise at all times, which this SDE has not.")
-            if self.rtol is not None or (self.steps is None) == (self.atol is None):
+            if model.kernel is None:
+                raise ValueError(f"{solver} needs a Gaussian kernel, which this SDE has not.")
+            steps = steps_of(self.grid) if self.steps is None and self.atol is None else self.steps
+            if self.rtol is not None or (steps is None) == (self.atol is None):
                 raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
             return True
-        steady = model.log_snr_falls and model.kernel.log_snr_falls_steadily and _falls_at_the_ends(model)
+        steady = model.kernel is not None and model.kernel.log_snr_falls_steadily
         if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
             raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
         require_calls(self.steps or 0, f"{self.steps} steps", self.max_calls)
@@ -133,11 +136,11 @@ def estimator(x: Tensor, options: Options) -> Trace:
     return Exact() if is_exact(x, options) else Hutchinson(probes, options.law)
 
 
-def _falls_at_the_ends(model: Model) -> bool:
-    """Whether the log-SNR falls at cutoff and T too, where the integrand over it would have a pole otherwise."""
+def stands_still(model: Model) -> bool:
+    """Whether the log-SNR stands still at the cutoff or at T, where an integrand over it has a pole."""
     ends = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
     with torch.no_grad():
-        return bool((model.kernel.half_log_snr_rate(ends) < 0).all())
+        return not bool((model.kernel.half_log_snr_rate(ends) < 0).all())
 
 
 def _require_count(name: str, value: int | None, least: int, other: str = "") -> None:

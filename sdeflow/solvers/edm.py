@@ -40,12 +40,12 @@ class StochasticHeun:
 
     Args:
         S_churn: the noise added, over all steps: each multiplies zeta = sigma / alpha by 1 + S_churn / steps, or by √2.
-        S_min, S_max: churn only where zeta is between them.
+        S_min, S_max: churn only where zeta is between them; without S_churn they change nothing.
         S_noise: the noise's factor. Other than 1 the law is not kept: above 1 it makes up for scores that remove too
             much noise (1.003 to 1.007 in the paper), and it is no cure for anything else.
 
     Raises:
-        ValueError: for options out of range, and for a coupled state.
+        ValueError: for options out of range, S_noise without churn, and a coupled state.
 
     References:
         | Elucidating the design space of diffusion-based generative models (Karras et al., 2022)
@@ -73,6 +73,9 @@ class StochasticHeun:
             raise ValueError(f"S_churn and S_noise must be finite and not negative: {self}.")
         if not 0.0 <= self.S_min <= self.S_max:
             raise ValueError(f"S_min and S_max are noise levels sigma / alpha, 0 <= S_min <= S_max: {self}.")
+
+        if not self.S_churn and self.S_noise != 1.0:
+            raise ValueError(f"S_noise is of the churn: give S_churn > 0 too, or leave it out: {self}.")
 
     @property
     def stochastic(self) -> bool:

@@ -1,11 +1,13 @@
 r"""Euler's and Heun's methods, for every equation, in the clock's variable r.
 
-For dy = f(y, r) dr + g(y, r) dw, with N steps of length 1 in r from 0 to N::
+For dy = f(y, r) dr + g(y, r) dw, in steps of length h from r_k to r_{k+1}::
 
-    EulerMaruyama    y_{k+1} = y_k + f(y_k, k) + g(y_k, k) ξ_k,      ξ_k ~ N(0, 1)          (sde, in Itô's sense)
-    Euler            y_{k+1} = y_k + f(y_k, k)                                              (ode)
-    Heun             y'      = y_k + f(y_k, k)
-                     y_{k+1} = y_k + ½ (f(y_k, k) + f(y', k + 1))                           (ode)
+    EulerMaruyama    y_{k+1} = y_k + h f(y_k, r_k) + √h g(y_k, r_k) ξ_k,     ξ_k ~ N(0, 1)    (sde, in Itô's sense)
+    Euler            y_{k+1} = y_k + h f(y_k, r_k)                                            (ode)
+    Heun             y'      = y_k + h f(y_k, r_k)
+                     y_{k+1} = y_k + ½ h (f(y_k, r_k) + f(y', r_{k+1}))                       (ode)
+
+On a named grid N steps are of length 1, from r = 0 to N; times that are given are steps in t between them.
 
 They ask for a drift and a diffusion alone, so they take affine, reducible and general SDEs, noise that depends on the
 state, and matrices of noise. Maruyama 1955; Kloeden & Platen 1992, chapters 8 to 10.
@@ -31,7 +33,7 @@ __all__ = ["Euler", "EulerMaruyama", "Heun"]
 
 @dataclass(frozen=True)
 class EulerMaruyama:
-    r"""The simplest method of a reverse-time SDE, y_{k+1} = y_k + f + g ξ_k; weak order 1.
+    r"""The simplest method of a reverse-time SDE, y_{k+1} = y_k + h f + √h g ξ_k; weak order 1.
 
     In Itô's sense, with diagonal noise or a matrix for each coordinate, which may depend on the state.
 
@@ -55,19 +57,19 @@ class EulerMaruyama:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        problem.start(y, float(steps))
+        r = problem.start(y, steps)
         y = problem.to_rows(y)
         shape = (len(y), problem.motions or y.shape[1])
         for k in range(steps):
-            noise = problem.motion_in(k, k + 1, shape, y.dtype, y.device)
-            y = torch.add(y, problem.drift(k, y)).add_(_shaken(problem.diffusion(k, y), noise))
-            _observe(problem, k + 1, y)
+            h, noise = r[k + 1] - r[k], problem.motion_in(r[k], r[k + 1], shape, y.dtype, y.device)
+            y = torch.add(y, problem.drift(r[k], y, h)).add_(_shaken(problem.diffusion(r[k], y, h), noise))
+            _observe(problem, k + 1, r[k + 1], y)
         return problem.finish(problem.from_rows(y))
 
 
 @dataclass(frozen=True)
 class Euler:
-    """Euler's method for the probability flow, y_{k+1} = y_k + f(y_k, k); order 1, one call a step.
+    """Euler's method for the probability flow, y_{k+1} = y_k + h f(y_k, r_k); order 1, one call a step.
 
     Note:
         DDIM is Euler's method too, but of z = x / alpha in sigma / alpha, where less is left to integrate.
@@ -82,10 +84,10 @@ class Euler:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        problem.start(y, float(steps))
+        r = problem.start(y, steps)
         for k in range(steps):
-            y = y + problem.drift(k, y)
-            _observe(problem, k + 1, y)
+            y = y + problem.drift(r[k], y, r[k + 1] - r[k])
+            _observe(problem, k + 1, r[k + 1], y)
         return problem.finish(y)
 
 
@@ -107,12 +109,13 @@ class Heun:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        problem.start(y, float(steps))
+        r = problem.start(y, steps)
         for k in range(steps):
-            slope = problem.drift(k, y)
-            ahead = problem.drift(k + 1, y + slope)
+            h = r[k + 1] - r[k]
+            slope = problem.drift(r[k], y, h)
+            ahead = problem.drift(r[k + 1], y + slope, h)
             y = y + 0.5 * (slope + ahead)
-            _observe(problem, k + 1, y)
+            _observe(problem, k + 1, r[k + 1], y)
         return problem.finish(y)
 
 
@@ -123,6 +126,6 @@ def _shaken(diffusion: Tensor, noise: Tensor) -> Tensor:
     return torch.matmul(diffusion, noise[..., None])[..., 0]
 
 
-def _observe(problem: Problem, step: int, y: Tensor) -> None:
+def _observe(problem: Problem, step: int, r: float, y: Tensor) -> None:
     if problem.on_step is not None:  # the time and the states' shape cost more than the call
-        problem.observe(step, float(problem.time(step)[0]), problem.from_rows(y))
+        problem.observe(step, float(problem.time(r)[0]), problem.from_rows(y))

@@ -34,6 +34,9 @@ from sdeflow.solvers.weights import PREDICTIONS, RULES, VARIABLES, Eta, Transfer
 
 __all__ = ["RULES", "Exponential"]
 
+_CLOSEST = 1e-3  # of past nodes, relative to the step
+_CLOSEST_WITH_NOISE = 0.25
+
 
 @dataclass(frozen=True, eq=False)
 class Exponential:
@@ -49,8 +52,10 @@ class Exponential:
         variance: what a number eta multiplies, the "sde"'s noise, or the "posterior" standard deviation of each step
             as in DDIM.
         variable: the variable in which predictions are polynomials, "log_snr", "ratio" (sigma / alpha) or "t".
-        rule: "exact", or a published simplification, one of ``RULES``.
-        start: "ramp", the first steps have lower orders; "graded", they are also shorter, which takes some more calls.
+        rule: "exact", or a published simplification, one of ``RULES``; of order 1 without a corrector all are the same,
+            and so are all variables.
+        start: "ramp", the first steps have lower orders; "graded", they are also shorter where the order asks for it
+            (from order 3 on), which takes some more calls. At lower orders the two are the same.
         scale: c of the reference: a number, or one for each coordinate; the data's standard deviation where known.
         basis: an orthogonal basis whose coordinates ``scale`` is of, such as the data's principal directions
             (:meth:`along`); of elementwise SDEs without a basis of their own.
@@ -95,6 +100,8 @@ class Exponential:
             raise ValueError('variance="posterior" is of order 1, with a number eta in [0, 1].')
         if self.rule == "half_step" and (self.prediction, self.variable) != ("data", "log_snr"):
             raise ValueError('rule="half_step" is of prediction="data" and variable="log_snr".')
+        if self.basis is not None and self.scale is None:
+            raise ValueError("basis is of scale=, one for each of its coordinates; without one it changes nothing.")
         if self.scale is not None:
             scale = torch.as_tensor(self.scale)
             if self.prediction != "reference":
@@ -184,6 +191,10 @@ class Exponential:
         extra = self._extra(steps)
         if not len(extra):
             return times
+        if problem.clock.given is not None:
+            raise ValueError(
+                'start="graded" divides the first step: name its times in grid= too, or take start="ramp".'
+            )
         first, second = problem.kernel.half_log_snr(torch.as_tensor(times[:2])).tolist()
         between = problem.kernel.time_of(torch.as_tensor(first + (second - first) * extra)).numpy()
         return np.concatenate([times[:1], between, times[1:]])
@@ -210,7 +221,8 @@ class Exponential:
         def make() -> Steps:
             eta, orders = self._eta(kernel, times), 1 + max(self.order, self.past)
             transfer = derive(kernel, times[:-1], times[1:], self.prediction, scale, eta, orders, self.variable)
-            return Steps(transfer, self._nodes(transfer), RULES[self.rule], like, kernel.coupled)
+            nodes = self._nodes(transfer, self._noise_in(kernel, times))
+            return Steps(transfer, nodes, RULES[self.rule], like, kernel.coupled)
 
         steps = kept(kernel, self._key(kernel, times, scale, like), make)
         score = problem.on_grid(torch.as_tensor(times[:-1]), like)
@@ -247,15 +259,36 @@ class Exponential:
             kept = -0.5 * np.log1p(-(self.eta**2) * -np.expm1(-2.0 * h))  # e^{-2 eta² h} = 1 - eta_d² (1 - e^{-2h})
         return np.sqrt(kept / h)
 
-    def _nodes(self, transfer: Transfer) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def _noise_in(self, kernel: Kernel, times: np.ndarray) -> np.ndarray:
+        """(1 + eta²) times the length of each step in the half-log-SNR, where noise is drawn; 0 for the flow."""
+        half_log_snr = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
+        eta = self.eta(half_log_snr[:-1]) if callable(self.eta) else self.eta
+        return (1.0 + np.square(eta)) * np.abs(np.diff(half_log_snr)) * self.stochastic
+
+    def _nodes(self, transfer: Transfer, noise: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """The nodes θ of predictor and corrector at each step, the newest first."""
         n = len(transfer.start)
         nodes = []
         for step in range(n):
             first, width = transfer.start[step], transfer.stop[step] - transfer.start[step]
-            back = (transfer.start[step::-1] - first) / width
+            back = (transfer.start[step::-1] - first) / width if width else np.zeros(1)
+            back = back[: self._usable(back, noise[step])]
             corrected = None
             if self.past and step < n - 1:  # the last step's corrector would take a call of its own
-                corrected = np.concatenate([[1.0], back[: min(self.past, step + 1)]])
-            nodes.append((back[: min(self.order, step + 1)], corrected))
+                corrected = np.concatenate([[1.0], back[: self.past]])
+            nodes.append((back[: self.order], corrected))
         return nodes
+
+    def _usable(self, back: np.ndarray, noise: float) -> int:
+        """How many past nodes are far enough apart, in units of the step, for a polynomial through their values.
+
+        A step that is thousands of times as long as the one before it, as behind a pause of the noise, would multiply
+        the rounding of the values. With noise they differ at random, which a step multiplies that is both long and
+        several times as long as the one before it; published formulas (``rule``) are left as they are.
+        """
+        least = _CLOSEST
+        if self.rule == "exact" and noise > 0:
+            least = max(least, min(_CLOSEST_WITH_NOISE, 0.5 * noise))
+        apart = -np.diff(back[: max(self.order, self.past) + 1])
+        close = np.flatnonzero(apart < least)
+        return int(close[0]) + 1 if len(close) else len(back)

@@ -14,7 +14,7 @@ Either way states are as the model carries them: centred, in the kernel's basis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class Problem:
         self.on_step, self.on_correction = on_step, on_correction
         self.nfe = 0
         self.eager_checks = False
-        self._end = 1.0
+        self._end: float | None = 1.0
         self._limit = math.inf
         self._bad_since = torch.empty(0)
         self._times: list[float] = []
@@ -111,9 +111,17 @@ class Problem:
         self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
 
-    def start(self, y: Tensor, end: float = 1.0, eager_checks: bool = False) -> None:
-        """Before a solve over r in [0, end]; ``eager_checks`` reads the finiteness at every call."""
-        self._end = end
+    def start(
+        self, y: Tensor, steps: int | None = None, end: float = 1.0, eager_checks: bool = False
+    ) -> Sequence[float]:
+        """Before a solve; ``eager_checks`` reads the finiteness at every call.
+
+        Returns:
+            The rising values of r (steps + 1,) at which its steps begin and end: 0, 1, ..., steps, or t itself (-t
+            where t falls) where the times were given. Without ``steps``, 0 and ``end``, between which a solve chooses.
+        """
+        given = steps is not None and self.clock.given is not None
+        self._end = None if given else end if steps is None else float(steps)
         self.eager_checks = eager_checks
         y = y.detach()
         if not bool(torch.isfinite(y).all()):
@@ -122,6 +130,14 @@ class Problem:
         largest = float(y.abs().max()) if y.numel() else 0.0
         self._limit = _EXPLOSION * (1.0 + largest)
         self._bad_since = torch.full((len(y),), math.inf, device=y.device)
+        if given:
+            return (-self.times(steps) if self.backward else self.times(steps)).tolist()
+        return [0.0, end] if steps is None else range(steps + 1)
+
+    @property
+    def in_unit_steps(self) -> bool:
+        """Whether steps are of length 1 in r, as they are where the times were not given."""
+        return self._end is not None
 
     def to_rows(self, y: Tensor) -> Tensor:
         """States (batch, n), components first, as rows of components (batch · n / k, k)."""
@@ -141,19 +157,19 @@ class Problem:
         self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The increment of the Brownian motion between two times of the SDE, over the root of their distance."""
-        if isinstance(self.noise, NoiseStream):
+        if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device)
         return self._along(between, shape, dtype, device)[0]
 
     def motion_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """:meth:`motion` between two values of the clock's variable r."""
-        if isinstance(self.noise, NoiseStream):
+        if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device)
         return self._along(self._times_of(a, b), shape, dtype, device)[0]
 
     def area_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Its space-time area, likewise normalised, of variance 1/12: ∫ (w - w_a) dr = h (Δw / 2 + area)."""
-        if isinstance(self.noise, NoiseStream):
+        if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device) * math.sqrt(1.0 / 12.0)
         return self._along(self._times_of(a, b), shape, dtype, device)[1]
 
@@ -169,12 +185,14 @@ class Problem:
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
+        if self._end is None:
+            return torch.tensor(abs(_number(r)), dtype=torch.float64), 1.0
         u = _number(r) / self._end
         t, rate = self.clock(1.0 - u if self.backward else u)
         return torch.tensor(t, dtype=torch.float64), rate / self._end
 
-    def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
-        """dy/dr, shaped as y."""
+    def drift(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
+        """dy/dr, shaped as y, times the length of a step."""
         r = _number(r)
         if self._last is not None and self._last[0] == r and self._last[1] is y:
             return self._last[2]  # torchsde asks for the first drift twice
@@ -187,13 +205,15 @@ class Problem:
             self.failure = error  # the user's own, which libraries' errors must not be taken for
             raise
         self._count(y, value, float(t))
+        rate *= length
         value = self.to_rows(value * (-rate if self.backward else rate))
         self._last = (r, rows, value)
         return value
 
-    def diffusion(self, r: Tensor | float, y: Tensor) -> Tensor:
-        """The factor of dw(r), (batch, n), or a matrix for each row (batch · n / k, k, m)."""
+    def diffusion(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
+        """The factor of dw(r), (batch, n), or a matrix for each row (batch · n / k, k, m); over a step, of ξ."""
         t, rate = self.time(r)
+        rate *= length
         if self.components:
             return (self._diffusion(self.from_rows(y), t) * math.sqrt(rate)).to(y.dtype)
         return (self._diffusion(y, t) * math.sqrt(rate)).to(y.dtype).expand_as(y)
@@ -209,9 +229,9 @@ class Problem:
     # ---------------------------------------------------------------- for methods that know the kernel
 
     def times(self, steps: int) -> np.ndarray:
-        """The times of a solve in ``steps`` steps, uniform in the clock, from its start to its end, (steps + 1,)."""
-        u = np.linspace(0.0, 1.0, steps + 1)
-        return np.array([self.clock(v)[0] for v in (1.0 - u if self.backward else u)])
+        """The times of a solve in ``steps`` steps from its start to its end, (steps + 1,); see the clock's."""
+        times = self.clock.times(steps)
+        return times[::-1].copy() if self.backward else times
 
     def score(self, u: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p_t of states (batch, *event), at one time or (batch,); one call."""

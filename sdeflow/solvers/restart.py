@@ -41,7 +41,8 @@ class Restart:
     spread over it in proportion to the clock.
 
     Raises:
-        ValueError: for intervals that are empty or outside the SDE's noise ratios, or too few ``steps`` for them.
+        ValueError: for intervals that are empty or outside the SDE's noise ratios, too few ``steps`` for them, or a
+            ``grid`` of times.
 
     References:
         | Restart sampling for improving generative processes (Xu et al., 2023)
@@ -91,6 +92,8 @@ class Restart:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
+        if problem.clock.given is not None:
+            raise ValueError(f"{self} stops at the ends of its intervals, so it takes no times: give grid= a name.")
         plan = list(self._plan(problem, steps))
         problem.start(y)
         seen = _Observer(problem)
@@ -99,7 +102,7 @@ class Restart:
                 u = y.reshape(-1, *problem.event)
                 noise = problem.normal(tuple(u.shape), u.dtype, u.device)
                 y = (transition.alpha(u) + transition.sigma(noise)).flatten(1)
-            flow = _flow(problem, _Part(problem.clock, end, begin), seen)
+            flow = _flow(problem, _part(problem.clock, end, begin), seen)
             y = self.solver.solve(flow, y, n, rtol, atol)
         return problem.finish(y)
 
@@ -148,17 +151,15 @@ class Restart:
         return main
 
 
-class _Part:
+def _part(clock: Clock, low: float, high: float) -> Clock:
     """A clock on part of its range: v in [0, 1] stands for u in [low, high]."""
+    width = high - low
 
-    def __init__(self, clock: Clock, low: float, high: float) -> None:
-        self._clock, self._low, self._width = clock, low, high - low
-        self.cutoff, self.T = clock(low)[0], clock(high)[0]
+    def curve(v: float) -> tuple[float, float]:
+        t, rate = clock(low + width * v)
+        return t, rate * width
 
-    def __call__(self, v: float) -> tuple[float, float]:
-        """t, and dt/dv."""
-        t, rate = self._clock(self._low + self._width * min(max(v, 0.0), 1.0))
-        return t, rate * self._width
+    return Clock(clock(low)[0], clock(high)[0], curve)
 
 
 class _Observer:
@@ -172,7 +173,7 @@ class _Observer:
         self.problem.observe(self.steps, t, y)
 
 
-def _flow(problem: Problem, clock: _Part, on_step: Callable[[int, float, Tensor], object]) -> Problem:
+def _flow(problem: Problem, clock: Clock, on_step: Callable[[int, float, Tensor], object]) -> Problem:
     """The probability flow du/dt = a u - ½ g gᵀ s on part of the way; calls count in ``problem``."""
     kernel = problem.kernel
 

@@ -68,6 +68,8 @@ class SingleStep:
             raise ValueError(f"eta must be a number >= 0, not {self.eta!r}.")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be between 0 and 1, not {self.ratio!r}.")
+        if self.order != 2 and (self.rule, self.ratio) != ("exact", 0.5):
+            raise ValueError(f'rule="midpoint" and ratio are of order 2, and mean nothing to order {self.order}.')
 
     @property
     def calls_per_step(self) -> int:
@@ -111,7 +113,8 @@ class _Plan:
         lam = kernel.half_log_snr(torch.as_tensor(times)).detach()
         points = [times[:-1]]
         for r in self.fractions:
-            points.append(kernel.time_of(lam[:-1] + r * (lam[1:] - lam[:-1])).numpy())
+            stage = kernel.time_of(lam[:-1] + r * (lam[1:] - lam[:-1])).numpy()  # within, even where the noise pauses
+            points.append(stage.clip(np.minimum(times[:-1], times[1:]), np.maximum(times[:-1], times[1:])))
         points.append(times[1:])
 
         def between(start: np.ndarray, stop: np.ndarray) -> Transfer:

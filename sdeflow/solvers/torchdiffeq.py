@@ -33,6 +33,13 @@ class Torchdiffeq:
     Args:
         method: one of ``Torchdiffeq.methods``.
         scipy: for "scipy_solver", the method of ``scipy.integrate.solve_ivp``.
+
+    Raises:
+        ValueError: for an unknown method, and for ``scipy`` of another one.
+
+    Note:
+        The Adams methods have the weights of equal steps. Between given times that are uneven they are of order 1:
+        take rk4, or a named grid.
     """
 
     method: str = "dopri5"
@@ -47,6 +54,8 @@ class Torchdiffeq:
     def __post_init__(self) -> None:
         if self.method not in self.methods:
             raise ValueError(f"torchdiffeq's methods are {', '.join(self.methods)}, not {self.method!r}.")
+        if self.scipy != "RK45" and self.method != "scipy_solver":
+            raise ValueError(f'scipy={self.scipy!r} is of method="scipy_solver", not of {self.method!r}.')
 
     @property
     def adaptive(self) -> bool:
@@ -69,17 +78,16 @@ class Torchdiffeq:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
         from torchdiffeq import odeint
 
-        end = 1.0 if self.adaptive else float(steps)
-        problem.start(y, end, eager_checks=self.adaptive)
-        ts = torch.tensor([0.0, end], dtype=torch.float64, device=y.device)
+        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive)
+        grid = torch.tensor(points, dtype=torch.float64, device=y.device)
+        ts = grid[[0, -1]]
         if self.method == "scipy_solver":
             options: dict = {"solver": self.scipy}
         elif self.adaptive:
             options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
         else:
-            grid = torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64, device=y.device)
             options = {"grid_constructor": lambda func, y0, t: grid}
-        drift = problem.drift if problem.on_step is None else _Observed(problem)
+        drift = problem.drift if problem.on_step is None else _Observed(problem, float(ts[0]))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Functional iteration did not converge")
@@ -93,7 +101,7 @@ class Torchdiffeq:
             t = problem.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
         if problem.on_step is not None:
-            drift.step_ended(end, out[-1])
+            drift.step_ended(float(ts[-1]), out[-1])
         return problem.finish(out[-1])
 
     def _failure(self, problem: Problem, error: Exception) -> SolverError:
@@ -116,8 +124,8 @@ class _Observed:
     its start.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem, self._r, self._steps = problem, 0.0, 0
+    def __init__(self, problem: Problem, start: float) -> None:
+        self._problem, self._r, self._steps = problem, start, 0
         self.failure: Exception | None = None
 
     def __call__(self, r: Tensor, y: Tensor) -> Tensor:

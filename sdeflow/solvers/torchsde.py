@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ class Torchsde:
             whole batch, so a sample then depends on its batch.
         initial_steps: the first step of an adaptive solve, as a fraction 1 / initial_steps.
 
+    Raises:
+        ValueError: for an unknown method, and for initial_steps without adaptive.
+
     Note:
         "reversible_heun" carries an auxiliary state that can run away where the score is stiff: on a mixture
         under VP it gave a tenth of the variance at 500 steps. "midpoint" and "log_ode" need some 200 steps.
@@ -59,6 +63,11 @@ class Torchsde:
     def __post_init__(self) -> None:
         if self.method not in self.methods:
             raise ValueError(f"torchsde's methods are {', '.join(self.methods)}, not {self.method!r}.")
+        count = self.initial_steps
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"initial_steps must be a positive integer, not {count!r}.")
+        if count != 100 and not self.adaptive:
+            raise ValueError(f"initial_steps={count} is of adaptive steps: give adaptive=True too, or leave it out.")
 
     @property
     def observable(self) -> bool:
@@ -77,39 +86,45 @@ class Torchsde:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        end = float(self.initial_steps if self.adaptive else steps)
-        problem.start(y, end, eager_checks=self.adaptive)
+        if self.adaptive:
+            points = problem.start(y, end=float(self.initial_steps), eager_checks=True)
+        else:
+            points = problem.start(y, steps)
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         if system.noise_type == "general" and self.diagonal:
             raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
-        brownian = self._brownian(problem, y, end)
+        end, extra = float(points[-1]), None
+        brownian, tolerances = self._brownian(problem, y, end), (rtol, atol, 1e-6 * end)
         observed = problem.on_step is not None and self.observable
-        ends = [float(step) for step in range(1, steps + 1)] if observed else [end]
-        start, extra = 0.0, None
-        for step, r in enumerate(ends, 1):
-            y, extra = self._advance(problem, system, brownian, y, (start, r), extra, (rtol, atol, 1e-6 * end))
-            start = r
+        if not observed and problem.in_unit_steps:
+            points = [points[0], points[-1]]
+        for step, span in enumerate(pairwise(points), 1):
+            y, extra = self._advance(problem, system, brownian, y, span, extra, tolerances)
             if observed:
-                problem.observe(step, float(problem.time(r)[0]), problem.from_rows(y))
+                problem.observe(step, float(problem.time(span[1])[0]), problem.from_rows(y))
         return problem.finish(problem.from_rows(y))
 
     def _advance(
         self, problem: Problem, system: _System, brownian: object, y: Tensor, span: tuple[float, float],
         extra: tuple[Tensor, ...] | None, tolerances: tuple[float, float, float],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The rows at the end of ``span``, and what the method carries on from there beside them."""
+        """The rows at the end of ``span``, and what the method carries on from there beside them.
+
+        Steps are of length 1, or one is the whole of a span whose ends were given (torchsde stops at its end).
+        """
         import torchsde
 
         ts = torch.tensor(span, dtype=torch.float64, device=y.device)
         rtol, atol, dt_min = tolerances
+        dt = 1.0 if problem.in_unit_steps else 2.0 * (span[1] - span[0])
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Hitting minimum allowed step size")
             if not problem.noise_depends_on_state:  # the noise is additive; "diagonal" is how torchsde takes it
                 warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed to converge")
             try:
                 out, extra = torchsde.sdeint(
-                    system, y, ts, bm=brownian, method=self.method, dt=1.0, adaptive=self.adaptive, rtol=rtol,
+                    system, y, ts, bm=brownian, method=self.method, dt=dt, adaptive=self.adaptive, rtol=rtol,
                     atol=atol, dt_min=dt_min, extra=True, extra_solver_state=extra,
                 )  # fmt: skip
             except (UserWarning, AssertionError) as error:

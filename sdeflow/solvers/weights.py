@@ -235,7 +235,8 @@ class _Panels:
             self.t = kernel.time_of(at) if needs_times else torch.zeros_like(at)
         psi = VARIABLES[variable]
         self.first, self.last = psi(begin, np.asarray(start)), psi(end, np.asarray(stop))
-        theta = (psi(lam, self.t.numpy()) - self.first[:, None, None]) / (self.last - self.first)[:, None, None]
+        width = np.where(self.last == self.first, 1.0, self.last - self.first)  # no noise in it: θ is 0, and so are M_k
+        theta = (psi(lam, self.t.numpy()) - self.first[:, None, None]) / width[:, None, None]
         self.lam = torch.as_tensor(lam)
         self.powers = torch.as_tensor(np.stack([theta**k for k in range(orders)], axis=1))
         each = _of_log_snr(eta, lam) if self.eta is None else np.broadcast_to(self.eta[:, None, None], lam.shape)

@@ -1,0 +1,246 @@
+"""Every declared SDE is sampled right by default and on every grid: by exact propagation of Gaussian data."""
+
+import os
+
+import pytest
+import sympy as sp
+import torch
+
+import sdeflow.sampling
+from sdeflow import SDE, catalog, t, x
+from sdeflow.noise import NoiseStream
+from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq
+
+double = torch.float64
+R = sp.Rational
+CORRELATED = torch.tensor([[0.5, 0.45], [0.45, 0.5]], dtype=double)
+LONG = bool(os.environ.get("SDEFLOW_LONG"))
+
+
+def pieces(*values):
+    """A function of t with these values before these times."""
+    return sp.Piecewise(*((value, True if until is None else t < until) for value, until in values))
+
+
+def each(f, g, *values, **options):
+    c = sp.Symbol("c", positive=True)
+    return SDE(f(c), g(c), params={"c": torch.tensor(values, dtype=double)}, **options)
+
+
+def pair(g, **options):
+    return SDE(lambda a, b, t: [b, -a - 2 * b], [0, g], state=("a", "b"), P0=[1e-3, 1], **options)
+
+
+# Every kind of end, of pause and of schedule.
+ENDS = {
+    "EDM with a floor": lambda: SDE(0, sp.sqrt(2 * t), T=80, P0=4e-6),
+    "VP from beta = 0": lambda: SDE(-10 * t * x, sp.sqrt(20 * t), P0=1e-4),
+    "c sqrt(2t)": lambda: SDE(0, 5 * sp.sqrt(2 * t), P0=1e-4),
+    "per coordinate": lambda: each(lambda c: 0, lambda c: c * sp.sqrt(2 * t), 1.0, 10.0, P0=1e-4),
+    "a drift at g(0) = 0": lambda: SDE(-x, t, P0=1e-4, T=2),
+    "g(0) = 0 without P0": lambda: SDE(-x, 3 * t**2),
+    "g(0) infinite": lambda: SDE(-x / sp.sqrt(t), t ** R(-1, 4), P0=1e-4),
+    "g(0) infinite without P0": lambda: SDE(-x / sp.sqrt(t), t ** R(-1, 4)),
+    "a pause": lambda: SDE(-x, pieces((1, 0.3), (0, 0.6), (2, None)), P0=1e-3),
+    "a pause, no P0": lambda: SDE(-x, pieces((1, 0.3), (0, 0.6), (2, None))),
+    "a pause at the data": lambda: SDE(-x, pieces((0, 0.3), (2, None)), P0=1e-3),
+    "a pause at T": lambda: SDE(-x, pieces((2, 0.7), (0, None)), P0=1e-3),
+    "nearly a pause": lambda: SDE(-x, pieces((1, 0.3), (R(1, 10**4), 0.6), (2, None)), P0=1e-3),
+    "nearly a pause at the data": lambda: SDE(-x, pieces((R(1, 10**5), 0.3), (2, None)), P0=1e-3),
+    "a lull": lambda: SDE(-x, 2 * (t - R(1, 2)) ** 4 + R(1, 10**6)),
+    "a pulse": lambda: SDE(-x / 2, pieces((0, 0.3), (5, 0.4), (0, None)), P0=1e-3),
+    "a smooth pulse": lambda: SDE(-x / 2, 3 * sp.exp(-(((t - 0.5) / 0.05) ** 2)), P0=1e-3),
+    "steep": lambda: SDE(0, sp.sqrt(2 * sp.log(10**5)) * R(1, 1000) * 10 ** (5 * t), P0=1e-6),
+    "singular T": lambda: SDE(-x / (1 - t), 1 / sp.sqrt(1 - t), T=0.9999, P0=1e-3),
+    "flow matching to 0.99999": lambda: catalog.FlowMatching(T=0.99999),
+    "T = 1000": lambda: SDE(-x / 500, sp.sqrt(t) / 250, T=1000, P0=1e-4),
+    "an offset": lambda: SDE(3 - x, t, P0=1e-4, T=2),
+    "pauses per coordinate": lambda: each(
+        lambda c: -x, lambda c: sp.Piecewise((2, t < c), (0, t < 0.6), (2, True)), 0.2, 0.4, P0=1e-3
+    ),
+    "coupled": lambda: pair(2 * sp.sqrt(t), T=3),
+    "coupled, a pause": lambda: pair(pieces((2, 1), (0, R(3, 2)), (2, None)), T=3),
+}  # fmt: skip
+SHORT = [
+    "EDM with a floor", "per coordinate", "g(0) infinite", "a pause at T", "coupled, a pause",
+]  # fmt: skip
+NAMES = list(ENDS) if LONG else SHORT
+
+
+class Gaussians:
+    """An SDE with the exact score of Gaussian data in two dimensions, its marginals, and its law at T as prior."""
+
+    def __init__(self, name):
+        self.sde = ENDS[name]()
+        self.event = (2, 1) if self.sde.declaration.coupled else (2,)
+        self.data = torch.diag(torch.tensor([0.5, 0.0], dtype=double)) if len(self.event) > 1 else CORRELATED
+
+    def law(self, time):
+        """Mean and covariance at a time."""
+        one = torch.eye(2, dtype=double).reshape(2, *self.event)
+        path = self.sde.kernel.path(one, torch.as_tensor(time, dtype=double))
+        alpha, sigma = (part(one).reshape(2, 2).mT for part in (path.alpha, path.sigma))
+        return path.offset.expand(1, *self.event).reshape(2), alpha @ self.data @ alpha.mT + sigma @ sigma.mT
+
+    def score(self, state, time):
+        mean, covariance = self.law(float(time[0]))
+        return -torch.linalg.solve(covariance, (state.flatten(1) - mean).mT).mT.reshape(state.shape)
+
+    def sample(self, shape, seed, dtype, device):
+        mean, covariance = self.law(self.sde.T)
+        normal = torch.randn(shape[0], 2, dtype=double, generator=torch.Generator().manual_seed(seed))
+        return (mean + normal @ torch.linalg.cholesky(covariance).mT).reshape(shape).to(dtype)
+
+    def log_prob(self, state, time=None):
+        mean, covariance = self.law(self.sde.T if time is None else time)
+        return torch.distributions.MultivariateNormal(mean, covariance).log_prob(state.flatten(1))
+
+
+class Rows(NoiseStream):
+    """Starts and noise as unit vectors: row 0 gets none, the next two a start each, then two rows for each draw."""
+
+    seed = 0
+
+    def __init__(self, draws):
+        self.draws, self.drawn = draws, 0
+
+    def sample(self, shape, seed, dtype, device):
+        rows = torch.zeros(3 + 2 * self.draws, 2, dtype=dtype)
+        rows[1:3] = torch.eye(2, dtype=dtype)
+        return rows.reshape(-1, *shape[1:])
+
+    def normal(self, shape, dtype=None, device="cpu"):
+        self.drawn += 1
+        out = torch.zeros(shape, dtype=dtype)
+        rows = out[1 + 2 * self.drawn : 3 + 2 * self.drawn].flatten(1)
+        if len(rows):
+            out[1 + 2 * self.drawn : 3 + 2 * self.drawn] = torch.eye(2, dtype=dtype)[:, : rows.shape[1]].reshape(
+                2, *shape[1:]
+            )
+        return out
+
+
+def error(gaussians, kind, monkeypatch, **options):
+    """Of the mean and the covariance that a sampler ends with, in units of the standard deviations."""
+    sde = gaussians.sde
+
+    def run(rows):
+        monkeypatch.setattr(sdeflow.sampling, "NoiseStream", lambda *given: rows)
+        equation = (sde.reverse if kind == "sde" else sde.flow_ode)(gaussians.score, prior=rows)
+        return equation.sample((2, *gaussians.event), seed=0, dtype=double, **options).flatten(1)
+
+    counted = Rows(0)
+    out = run(counted)
+    out = run(Rows(counted.drawn)) if counted.drawn else out
+    zero, moved = out[0], out[1:] - out[0]
+    (mean, start), (true_mean, truth) = gaussians.law(sde.T), gaussians.law(sde.cutoff)
+    found = moved[:2].mT @ start @ moved[:2] + moved[2:].mT @ moved[2:]
+    size = truth.diag().sqrt()
+    of_mean = (zero + moved[:2].mT @ mean - true_mean) / size
+    return max(float(((found - truth) / torch.outer(size, size)).abs().max()), float(of_mean.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_are_right_by_default(name, monkeypatch):
+    gaussians = Gaussians(name)
+    bound = 0.05 if name == "coupled, a pause" else 0.02
+    assert error(gaussians, "sde", monkeypatch) < bound
+    assert error(gaussians, "ode", monkeypatch) < bound
+    assert error(gaussians, "ode", monkeypatch, steps=50) < bound
+
+
+# Where steps are in t, 80 or 1000 units of it are no measure of what happens at the data; see docs/times.rst.
+LONG_HORIZONS = ("EDM with a floor", "T = 1000")
+
+
+GRIDS = ("angle", "log_snr", "karras", "t")
+CASES = [(name, grid) for name in NAMES for grid in GRIDS if not (grid == "t" and name in LONG_HORIZONS)]
+
+
+@pytest.mark.parametrize(("name", "grid"), CASES if LONG else [("EDM with a floor", "angle"), ("a pause", "karras")])
+def test_samples_are_right_on_every_grid(name, grid, monkeypatch):
+    gaussians = Gaussians(name)
+    assert error(gaussians, "sde", monkeypatch, grid=grid) < 0.05
+    assert error(gaussians, "ode", monkeypatch, grid=grid, steps=60) < 0.05
+    assert error(gaussians, "ode", monkeypatch, grid=grid) < 0.03
+
+
+@pytest.mark.parametrize(("name", "grid"), CASES if LONG else [("EDM with a floor", "log_snr"), ("a pause", "t")])
+def test_plain_methods_converge_on_every_grid(name, grid, monkeypatch):
+    gaussians = Gaussians(name)
+    steps = [error(gaussians, "ode", monkeypatch, grid=grid, solver="heun", steps=n) for n in (40, 120)]
+    assert steps[1] < 0.06
+    assert steps[1] < 0.7 * steps[0] + 1e-3
+    euler = [error(gaussians, "sde", monkeypatch, grid=grid, solver="euler", steps=n) for n in (100, 300)]
+    assert euler[1] < 0.04
+    assert euler[1] < 0.7 * euler[0] + 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES if LONG else ["a pause at T"])
+def test_the_pilot_grid_is_right_too(name):
+    gaussians = Gaussians(name)
+    flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
+    z = gaussians.sample((16, *gaussians.event), 0, double, None)
+    truth = flow.decode(z, Exponential(3), steps=200)
+    for solver in (Exponential(3), "rk4"):
+        assert float((flow.decode(z, solver, steps=60, grid="pilot") - truth).abs().max()) < 0.1
+
+
+MODES = {
+    "by default": ({}, 3e-3),
+    "to a tolerance": ({"atol": 0.02}, 0.02),
+    "in steps": ({"steps": 50}, 0.02),
+    "in steps of the angle": ({"steps": 60, "grid": "angle"}, 0.1),
+    "dopri5": ({"rtol": 1e-6, "atol": 1e-6}, 0.01),
+    "rk4": ({"solver": Torchdiffeq("rk4"), "steps": 80}, 0.15),
+}
+
+
+@pytest.mark.parametrize("name", NAMES if LONG else ["EDM with a floor", "nearly a pause"])
+def test_log_prob_is_right_in_every_mode(name):
+    gaussians = Gaussians(name)
+    flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
+    points = torch.tensor([[0.5, 0.3], [-0.2, 0.1], [1.0, 0.9]], dtype=double)
+    truth = gaussians.log_prob(points, gaussians.sde.cutoff)
+    for mode, (options, bound) in MODES.items():
+        found = flow.log_prob(points.reshape(-1, *gaussians.event), **options)
+        assert float((found - truth).abs().max()) < bound, mode
+
+
+def test_the_gradient_of_log_prob_where_the_noise_begins_at_nothing():
+    gaussians = Gaussians("EDM with a floor")
+    flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
+    points = torch.tensor([[0.5, 0.3], [-0.2, 0.1]], dtype=double, requires_grad=True)
+    (found,) = torch.autograd.grad(flow.log_prob(points, steps=60).sum(), points)
+    truth = gaussians.score(points.detach(), torch.zeros(2, dtype=double))
+    assert float((found - truth).abs().max()) < 0.02 * float(truth.abs().max())
+    with pytest.raises(ValueError, match="stands still"):
+        flow.log_prob(points, steps=60, gradient="adjoint")
+
+
+def test_propagation_finds_planted_mistakes(monkeypatch):
+    """A score 3 % too large, noise 3 % too large, and a clock that skips the pause."""
+    gaussians = Gaussians("a pause")
+    right = gaussians.score
+    gaussians.score = lambda state, time: 1.03 * right(state, time)
+    assert error(gaussians, "ode", monkeypatch) > 0.02
+    gaussians.score = right
+    normal = Rows.normal
+    monkeypatch.setattr(Rows, "normal", lambda *given, **options: 1.03 * normal(*given, **options))
+    assert error(gaussians, "sde", monkeypatch) > 0.02
+    monkeypatch.undo()
+    monkeypatch.setattr("sdeflow.solvers.clock._OF_TIME", 1e-5)
+    assert error(gaussians, "ode", monkeypatch, grid="angle", solver="heun", steps=200) > 0.2
+
+
+@pytest.mark.parametrize(("scales", "steps", "excess"), [(300, 5, 0.14), (100, 5, 0.20), (300, 1, 1.08)])
+def test_annealed_langevin_is_biased_as_the_guide_says(scales, steps, excess, monkeypatch):
+    """The relative excess of the variance of Gaussian data, exactly; see docs/solvers.rst."""
+    sde = catalog.VP()
+
+    class Isotropic(Gaussians):
+        def __init__(self):
+            self.sde, self.event, self.data = sde, (2,), 0.25 * torch.eye(2, dtype=double)
+
+    found = error(Isotropic(), "sde", monkeypatch, solver=AnnealedLangevin(steps), steps=scales, grid="log_snr")
+    assert abs(found - excess) < 0.01
