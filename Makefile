@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well density ood bits test mutations lint docs zoo bench bench-solvers readme clean
+.PHONY: demo few-calls double-well density ood bits test mutations lint docs zoo bench bench-solvers coverage readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -48,6 +48,9 @@ bench-solvers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion
 	$(BIN)/python benchmarks/solvers.py $(ARGS)
+
+coverage: $(VENV)/ready
+	$(BIN)/python benchmarks/coverage.py --write $(ARGS)
 
 readme: $(VENV)/ready
 	$(BIN)/python docs/run_readme.py

@@ -661,7 +661,7 @@ class _Hadamard(Integral):
             variance = (correlated * coefficients).sum((1, 2)).clamp_min(0.0) + _NUGGET * variance
         # Fewer than of independent probes, measured: all nodes share their signs, and the length has its error.
         dof = _satterthwaite(own.sum(1), own.square().sum(1) / (self.probes + 1.5))
-        return variance.sqrt(), (dof / max(5, self.probes - 1)).clamp_min(1.0)
+        return variance.sqrt(), (dof / max(5, self.probes - 1)).clamp_min(2.0)
 
     def _correlations(self, traces: Tensor) -> Tensor:
         """½ K_nm up to noise, (samples, nodes, nodes), NaN where two nodes share all their columns."""

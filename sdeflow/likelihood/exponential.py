@@ -34,6 +34,7 @@ _FINER = 1.5  # each next one has so many times the steps
 _MOST_STEPS = 520  # of the finest
 _FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
 _ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
+_SAFETY = 3.0  # of that the error of a finer grid falls as its defect does
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
 
@@ -135,14 +136,16 @@ def _compared(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, found: Ca
     """What log p on a grid may be off by: its difference to a grid twice as fine, and what that may be off by.
 
     Every step is split in two (in more where 20 steps are not reached), and takes its probes along. The error of the
-    finer grid is of the size of its defect, or smaller by the factor by which the defect has fallen where steps resolve
-    the flow; between narrow modes they do not, both grids may be off by as much, and the defect tells.
+    finer grid is of the size of its defect; where steps resolve the flow it is smaller by the factor by which the
+    defect has fallen, three times of which is taken. Between narrow modes they do not resolve it, both grids may be off
+    by as much, and the defect tells.
     """
     solver = carrier.solver if carrier.solver.past else replace(carrier.solver, corrector=True)
     refined = max(2, math.ceil(_COMPARED_WITH / carrier.steps))
     finer = _alone(replace(carrier, solver=solver, refined=refined), model, x, rows)
     # Where the trace is estimated the difference is too, and may be small by chance.
-    falls = (finer.defect / found.defect).nan_to_num(1.0).clamp_max(1.0) if isinstance(carrier.trace, Exact) else 1.0
+    falls = (_SAFETY * finer.defect / found.defect).nan_to_num(1.0).clamp_max(1.0)
+    falls = falls if isinstance(carrier.trace, Exact) else 1.0
     rounding = torch.finfo(carrier.dtype).eps * finer.value.abs()
     return torch.stack([found.value.detach() - finer.value, finer.defect * falls, rounding]).norm(dim=0)
 

@@ -88,8 +88,8 @@ def log_prob(
         first_row: the number of the first sample where x is a part of a larger set, whose probes it then takes.
         chunk: how many samples to solve at once; by default as many as make 4 million numbers. It changes no result
             but for the tolerance.
-        full: whether to return a :class:`LogProb`, with all that is known of the error. It takes a rougher solve where
-            the steps are given, a call with its divergence at the cutoff, and eight calls at T.
+        full: whether to return a :class:`LogProb`, with all that is known of the error. It takes a finer solve where
+            the steps are given, a call with its divergence at the cutoff, and fourteen calls or more at T.
         max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
         warn_above: the standard error in nats above which a plain call warns.
