@@ -1,6 +1,6 @@
 """How many samples the error bars cover: within two bars of the truth, in every mode that returns a bar.
 
-    python benchmarks/coverage.py [--samples 150] [--write]
+    python benchmarks/coverage.py [--samples 80] [--write]
 
 Exact mixtures of Gaussians, whose log-density at the cutoff is known, in 2 to 12 dimensions, under long and short
 schedules. For each mode the part of the samples of all problems that is within two bars, the least of it in a problem,
@@ -303,7 +303,7 @@ def rst(groups: list[tuple[str, list[tuple[str, str, str, str]]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=150)
+    parser.add_argument("--samples", type=int, default=80)
     parser.add_argument("--only", default="", help="groups whose title has this in it")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/coverage.inc")
     options = parser.parse_args()

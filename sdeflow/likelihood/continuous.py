@@ -200,7 +200,7 @@ class Flow:
             stderr = spread * math.sqrt(self.probes.left / columns)
             stderr = stderr if columns > 1 else torch.full_like(stderr, math.nan)
             if self.probes.left:
-                dof = torch.full_like(dof, heavy_dof(columns) if few else max(1.0, 0.5 * columns))
+                dof = torch.full_like(dof, heavy_dof(columns) if few else max(1.0, 0.4 * columns))
         return Estimate(value, stderr, dof, columns), x_T.detach(), problem.nfe
 
     def rate(self, y: Tensor, t: Tensor, event: tuple[int, ...]) -> Tensor:
