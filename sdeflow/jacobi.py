@@ -9,9 +9,9 @@ With the orthonormal polynomials p_n of the stationary Beta(A, B) law, lambda_n 
 terms are needed. They cancel in the far tails, and everywhere where the drift is strong against the noise (A = B = 200,
 from a start far from the mean); there the density is that of a mixture of positive terms (:mod:`sdeflow.ancestral`).
 
-Draws invert the distribution function, or, where the drift has moved the mean by several standard deviations of the
-noise, follow the mixture: M lineages, of which L ~ Binomial(M, u_0) are of the first kind, and a Beta(A + L, B + M - L)
-variable.
+Draws invert the distribution function at late times; at early ones, and where the drift has moved the mean by several
+standard deviations of the noise, they follow the mixture: M lineages, of which L ~ Binomial(M, u_0) are of the first
+kind, and a Beta(A + L, B + M - L) variable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scipy.stats import binom
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdeflow.ancestral import draw_count, mixture
+from sdeflow.ancestral import draw_count, mixture, typical_count
 from sdeflow.errors import ScheduleError
 from sdeflow.pearson import PearsonKernel, Standard, as_array
 
@@ -38,6 +38,7 @@ Number = np.ndarray | Tensor | float | mpmath.mpf
 
 _MOST_TERMS = 6_000  # a clock of 4e-6
 _FIRST_CLOCK = 1e-4  # at the default cutoff of the Jacobi kernel, where about 1,000 terms are needed
+_MANY = 16.0  # lineages, from which their distribution function is had to 1e-11
 _DRIVEN = 4.0  # nats that the noise alone would pay for the drift's displacement, above which draws follow the mixture
 _LEVEL_ERROR = 1e-6  # of the distribution function that draws invert
 _LOST = 1e-10  # the relative rounding error of a sum above which the mixture is taken instead
@@ -95,7 +96,7 @@ class JacobiKernel(PearsonKernel):
 
     def _draw(self, uniform: Callable[[], Tensor], law: Standard) -> Tensor:
         level = uniform()
-        strong = _is_driven(law)
+        strong = _has_many_lineages(law)
         drawn = torch.empty_like(level)
         if not bool(strong.all()):
             rest = law.mapped(lambda part: part[~strong])
@@ -221,13 +222,15 @@ def _mixed(u: float, u_0: float, tau: float, A: float, B: float) -> tuple[float,
     return mixture(u, u_0, tau, A, B)
 
 
-def _is_driven(law: Standard) -> Tensor:
-    """Where the mean has moved by so many standard deviations of the noise that the eigenfunctions cancel."""
+def _has_many_lineages(law: Standard) -> Tensor:
+    """Where draws follow the mixture: at early times, and where the drift makes the eigenfunctions cancel."""
     A, B = law.shape
     level = A / (A + B)
     mean = level + (law.u_0 - level) * torch.exp(-0.5 * (A + B) * law.var)
     moved = 2.0 * (mean.clamp(0, 1).sqrt().asin() - law.u_0.clamp(0, 1).sqrt().asin())
-    return (moved.square() > 2.0 * _DRIVEN * law.var) & (law.var > 0)
+    tau = torch.where(law.var > 0, law.var, 1.0)
+    count = torch.as_tensor(typical_count(as_array(tau), as_array(A + B))[0])
+    return ((moved.square() > 2.0 * _DRIVEN * law.var) | (count > _MANY)) & (law.var > 0)
 
 
 def _by_lineages(level: Tensor, of_kind: Tensor, of_state: Tensor, law: Standard) -> Tensor:

@@ -1,6 +1,7 @@
 """The square-root kernel: right at small noise, differentiable in everything, and near its end."""
 
 import math
+import os
 
 import mpmath as mp
 import numpy as np
@@ -297,13 +298,18 @@ class Near(torch.nn.Module):
         return a + b / u.clamp_min(1e-37) + c / side
 
 
-@pytest.mark.parametrize("name", ["square root, delta = 1"])
-def test_training_learns_the_score_up_to_an_attained_end(name):
+LEARNED = [("square root, delta = 1", 150, 0.25)]
+if os.environ.get("SDEFLOW_LONG"):  # some ten seconds more
+    LEARNED.append(("Jacobi, A = B = 0.5", 100, 0.45))
+
+
+@pytest.mark.parametrize(("name", "steps", "bound"), LEARNED)
+def test_training_learns_the_score_up_to_an_attained_end(name, steps, bound):
     sde = ATTAINED[name]
     torch.manual_seed(0)
     score = sdeflow.Score(Near(both=name[0] == "J"), sde, predicts="score", time="t")
     data = torch.cat([torch.full((512, 1), 0.35), torch.full((512, 1), 0.55)])
-    run = sdeflow.fit(score, data, steps=150, batch_size=256, lr=1e-2, progress=False)
+    run = sdeflow.fit(score, data, steps=steps, batch_size=150, lr=1e-2, progress=False)
     assert all(map(math.isfinite, run.losses)) and not run.skipped
     starts = torch.cat([torch.full((500, 1), 0.35), torch.full((500, 1), 0.55)]).double()
     for time in (0.4, 0.9):
@@ -317,4 +323,4 @@ def test_training_learns_the_score_up_to_an_attained_end(name):
         with torch.no_grad():
             learned = score(states.float(), times)[:, 0].double()
         error = ((root * (learned - truth)).square().mean() / (root * truth).square().mean()).sqrt()
-        assert error < 0.25  # of the size of the score
+        assert error < bound  # of the size of the score
