@@ -24,6 +24,7 @@ __all__ = [
     "DataScaleWarning",
     "DeclarationError",
     "HiddenParametersWarning",
+    "LongSolveWarning",
     "MaxStepsError",
     "MissingPriorError",
     "NonFiniteStateError",
@@ -155,6 +156,10 @@ class TraceErrorWarning(UserWarning):
 
 class ToleranceWarning(UserWarning):
     """A tolerance that was asked for could not be reached; the result says what was."""
+
+
+class LongSolveWarning(UserWarning):
+    """A solve takes many calls of a large network, and no progress bar shows it."""
 
 
 class HiddenParametersWarning(UserWarning):

@@ -3,12 +3,14 @@
 import importlib.util
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdeflow import catalog
+from sdeflow.errors import LongSolveWarning
 from sdeflow.likelihood import budget, exponential
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential
@@ -173,3 +175,26 @@ def test_bars_are_finite_for_hutchpp_and_every_number_of_steps(problems):
     for steps in (1, 2, 3, 9):
         found = problem.flow.log_prob(problem.points[:5], steps=steps, trace=HutchPP(6), seed=0, full=True)
         assert bool(torch.isfinite(found.error).all())
+
+
+def test_long_work_on_a_large_network_is_told_of(monkeypatch):
+    """Once, off a terminal; not where the bar was decided on."""
+    sde = catalog.VP()
+    net = torch.nn.Sequential(torch.nn.Linear(2, 50_000), torch.nn.Tanh())
+
+    class Score(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, state, _):
+            return -state
+
+    monkeypatch.setattr(exponential, "_LONG", 40)
+    flow, points = sde.flow_ode(Score(), prior=sde.prior), torch.zeros(2, 2)
+    with pytest.warns(LongSolveWarning, match="progress=True") as caught:
+        flow.log_prob(points, atol=1e-3)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.log_prob(points, atol=1e-3, progress=False)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.errors import MaxStepsError, SolverError, ToleranceWarning, warn
+from sdeflow.errors import LongSolveWarning, MaxStepsError, SolverError, ToleranceWarning, warn
 from sdeflow.likelihood import adjoint
 from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
@@ -35,6 +35,7 @@ _MOST_STEPS = 520  # of the finest
 _FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
 _ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
 _SAFETY = 3.0  # of that the error of a finer grid falls as its defect does
+_LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a solve is said to be long
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
 
@@ -167,10 +168,11 @@ def _to_tolerance(
     stderr, error, x_T = torch.zeros_like(value), value.clone(), x.detach().clone()
     dof = torch.full_like(value, math.inf)
     steps_of, rtol_of = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.zeros_like(value)
-    left, steps, calls = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0
+    left, steps, calls, told = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0, False
     while len(left) and steps <= _MOST_STEPS:
         if calls + steps + 1 > budget:
             raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
+        told = told or _told_if_long(carrier, model, options, calls, math.prod(x.shape[1:]))
         found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
         before, last = value[left], error[left]
         value[left], stderr[left], x_T[left], steps_of[left] = found.value, found.stderr, found.x_T, steps
@@ -214,6 +216,21 @@ def _to_tolerance(
         value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
         dof = dof.index_copy(0, part, found.dof)
     return Solved(value, stderr, dof, error, x_T, calls)
+
+
+def _told_if_long(carrier: Carrier, model: Model, options: Options, calls: int, d: int) -> bool:
+    """Says so once where much work on a large network goes on and no bar shows it, as off a terminal."""
+    products = getattr(carrier.trace, "probes", d)
+    if carrier.on_call is not None or options.progress is not None or calls * products < _LONG:
+        return False
+    if sum(parameter.numel() for parameter in model.score.parameters()) < _LARGE:
+        return False
+    warn(
+        f"log_prob has taken {calls} calls with {products} products each and goes on: a learned score is rough. A "
+        "larger atol=, steps=, or probes= take less; progress=True shows the work, and progress=False says nothing.",
+        LongSolveWarning,
+    )
+    return True
 
 
 def _adaptively(
