@@ -163,8 +163,8 @@ def shapes(make):
     return found
 
 
-def geometric_paths(**options):
-    sde = SDE(x, x / 2)
+def geometric_paths(learned=False, **options):
+    sde = SDE(-k * x, 1, params={"k": nn.Parameter(torch.tensor(1.0))}) if learned else SDE(x, x / 2)
     return simulate(sde, torch.ones(3, 1), [0.5, 1.0], **{"steps": 4, "seed": 0, **options})
 
 
@@ -189,6 +189,7 @@ CONFIGURED = {
     "atol": (ADAPTIVE, {"atol": 1e-2}),
     "trajectory": ({"solver": "euler", "steps": 4}, {"trajectory": True}),
     "threshold": ({"solver": "euler", "steps": 4}, {"threshold": (-0.1, 0.1)}),
+    "callback": ({"solver": "euler", "steps": 4}, {"callback": print}),
     "chunk": CHUNK,
     "progress": SHOWN,
 }
@@ -210,6 +211,13 @@ def calls(run):
     return counted
 
 
+LEARNED = {"learned": True, "solver": "euler", "steps": 2}
+
+
+def chosen(learned):
+    return ou().flow_ode(network()) if learned else flow()
+
+
 def stochastic(**options):
     return calls(reverse().sample)(shape=(3, D), **{"seed": 0, **options})
 
@@ -229,6 +237,7 @@ TABLE = {
         "basis": ({"f": -k * x, "params": {"k": torch.tensor([1.0, 2.0])}}, {"basis": DCT(1)}),
     }),
     "SDE.from_kernel": (SDE.from_kernel, of_path, {
+        "sigma": ({}, {"sigma": time / 2}),
         "T": ({}, {"T": 0.8}),
         "cutoff": ({}, {"cutoff": 0.1}),
         "params": ({"sigma": k * time, "params": {"k": 1.0}}, {"params": {"k": 2.0}}),
@@ -250,8 +259,10 @@ TABLE = {
         "steps": ({}, {"steps": 5}),
         "seed": ({}, {"seed": 1}),
         "rtol": ({**TORCHSDE, "steps": None}, {"rtol": 1e-2, "atol": 1e-2}),
-        "atol": ({**TORCHSDE, "steps": None}, {"atol": 1e-4}),
+        "atol": ({**TORCHSDE, "steps": None, "rtol": 1e-3, "atol": 1e-3}, {"atol": 1.0}),
         "dtype": ({}, {"dtype": torch.float64}),
+        "noise": ({}, {"noise": sdeflow.BrownianPath(0)}),
+        "gradient": ({"learned": True}, {"gradient": "backprop"}),
         "boundary": "of SDEs whose coefficients end somewhere: tests/test_simulation.py",
         "max_calls": ({**TORCHSDE, "steps": None}, {"max_calls": 2}),
         "progress": SHOWN,
@@ -268,21 +279,22 @@ TABLE = {
         **CONFIGURED, **DENOISED, **OF_STATE,
         "solver": ({"steps": 4}, {"solver": "euler"}),
         "seed": ({"steps": 4}, {"seed": 1}),
+        "noise": ({"steps": 4}, {"noise": sdeflow.BrownianPath(0)}),
         "rtol": (TORCHSDE, {"rtol": 1e-3, "atol": 1e-3}),
         "atol": (TORCHSDE, {"atol": 1e-4}),
         "max_calls": (TORCHSDE, {"max_calls": 2}),
-        "callback": ({"solver": "euler", "steps": 4}, {"callback": print}),
     }),
     "FlowODE.sample": (FlowODE.sample, lambda **o: calls(flow().sample)(shape=(3, D), **{"seed": 0, **o}), {
         **CONFIGURED, **DENOISED, **OF_STATE,
         "seed": ({"steps": 4}, {"seed": 1}),
-        "callback": ({"solver": "euler", "steps": 4}, {"callback": print}),
     }),
-    "FlowODE.decode": (FlowODE.decode, lambda **o: calls(flow().decode)(z=X, **o), {
-        **CONFIGURED, **DENOISED, "callback": ({"solver": "euler", "steps": 4}, {"callback": print}),
+    "FlowODE.decode": (FlowODE.decode, lambda learned=False, **o: calls(chosen(learned).decode)(z=X, **o), {
+        **CONFIGURED, **DENOISED,
+        "gradient": (LEARNED, {"gradient": "backprop"}),
     }),
-    "FlowODE.encode": (FlowODE.encode, lambda **o: calls(flow().encode)(x=X, **o), {
-        **CONFIGURED, "callback": ({"solver": "euler", "steps": 4}, {"callback": print}),
+    "FlowODE.encode": (FlowODE.encode, lambda learned=False, **o: calls(chosen(learned).encode)(x=X, **o), {
+        **CONFIGURED,
+        "gradient": (LEARNED, {"gradient": "backprop"}),
     }),
     "FlowODE.interpolate": (FlowODE.interpolate, lambda **o: flow().interpolate(X, -X, **{"steps": 4, **o}), {
         "points": ({}, {"points": 4}),
@@ -492,6 +504,12 @@ TABLE = {
         "adaptive": ({}, {"adaptive": True}),
         "initial_steps": ({"adaptive": True}, {"initial_steps": 7}),
     }),
+    "BrownianPath": (sdeflow.BrownianPath, lambda **o: sdeflow.BrownianPath(**o).at(0.5, (3, D)), {
+        "seed": ({"seed": 0}, {"seed": 1}),
+    }),
+    "BrownianPath.rows": (sdeflow.BrownianPath.rows, lambda **o: sdeflow.BrownianPath(0).rows(**o).value(0.5, (3, D)), {
+        "first": ({}, {"first": 5}),
+    }),
     "names_for": (sdeflow.solvers.names_for, lambda **o: sdeflow.solvers.names_for("ode", **o), {
         "with_kernel": ({}, {"with_kernel": False}),
     }),
@@ -529,7 +547,7 @@ TABLE = {
     }),
     **{
         f"catalog.{name}": (getattr(catalog, name), shown(functools.partial(getattr(catalog, name), *arguments)), {
-            option: ({}, {option: value}) for option, value in options.items()
+            option: ({}, {option: value}) for option, value in {**options, "cutoff": 0.05}.items()
         })
         for name, arguments, options in (
             ("EDM", (), {"T": 70.0}),
@@ -543,10 +561,11 @@ TABLE = {
             ("CriticallyDampedLangevin", (), {"beta": 2.0, "mass": 1.0, "gamma": 0.1, "T": 2.0, "friction": 3.0}),
         )
     },
-    "catalog.from_recipe": (catalog.from_recipe, lambda **o: str(catalog.from_recipe(
-        **{"D": [[k, 0], [0, 1]], "Q": [[0, -1], [1, 0]], "params": {"k": 1.0}, **o})), {
+    "catalog.from_recipe": (catalog.from_recipe, lambda **o: repr(catalog.from_recipe(
+        **{"D": [[k, 0], [0, 1]], "Q": [[0, -1], [1, 0]], "params": {"k": 1.0}, **o}).declaration), {
         "S": ({}, {"S": [[2, 0], [0, 1]]}), "T": ({}, {"T": 2.0}), "P0": ({}, {"P0": [0, 1]}),
-        "names": ({}, {"names": "a b"}), "params": ({}, {"params": {"k": 2.0}}),
+        "cutoff": ({}, {"cutoff": 0.05}),
+        "names": ({}, {"names": "a b"}), "params": "values of symbols: above, at SDE",
     }),
 }  # fmt: skip
 
