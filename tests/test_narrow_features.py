@@ -29,8 +29,8 @@ def visited(random, terms):
     """Times at random, near the features, and T."""
     T, rng = random.T, random.rng
     near = [c + w * rng.uniform(-2, 2) for term in terms for c, w in term.spikes]
-    near += [b + T * rng.uniform(-1, 1) * 10 ** rng.uniform(-12, -2) for term in terms for b in term.breaks[:2]]
-    near += [b for term in terms for b in term.breaks[:1]]
+    # Nearer to a jump of the noise, the variance is that of the last digit of the break point.
+    near += [b + T * rng.choice([-1, 1]) * 10 ** rng.uniform(-5, -2) for term in terms for b in term.breaks[:2]]
     return sorted({s for s in [*rng.uniform(0.01 * T, T, 3), *near, T] if 0 < s <= T})
 
 
