@@ -20,9 +20,10 @@ import sdeflow.kernel
 from sdeflow import SDE, t, x
 from sdeflow.basis import DCT, Orthogonal
 from sdeflow.bridge import Bridge
-from sdeflow.certificate import Certificate, Check, certify
+from sdeflow.certificate import Certificate, Check, bridge, certify, changes, draws, formulas, moments
 from sdeflow.certificate.intervals import breaks, enclose
 from sdeflow.certificate.oracle import Oracle
+from sdeflow.certificate.subject import Subject
 from sdeflow.symbolic.evaluate import evaluate
 
 k = sp.Symbol("k")
@@ -67,8 +68,16 @@ def build(name):
     return EVERY[name]()
 
 
-def failed(sde):
-    return {check.name for check in certify(sde).failures}
+def failed(sde, *checks):
+    """The names of what fails of a certificate, or of some of its checks alone."""
+    if not checks:
+        return {check.name for check in certify(sde).failures}
+    subject = Subject(sde)
+    with torch.no_grad():
+        for check in checks:
+            with subject.allowing(check.__name__):
+                check(subject)
+    return {check.name for check in subject.checks if not check.holds}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -347,7 +356,7 @@ def test_each_mutation_stands_in_its_file():
 
 def test_what_breaks_a_check_fails_it(monkeypatch):
     monkeypatch.setattr(Bridge, "moments", lambda *args: 1 / 0)
-    assert "the bridge's moments" in failed(build("OU"))
+    assert "bridge_moments" in failed(build("OU"), bridge.bridge_moments)
 
 
 # -------------------------------------------------------------------------------- the oracle
@@ -478,7 +487,7 @@ def test_all_entries_of_tensors_are_compared(monkeypatch):
         return alpha, sigma * factor, offset
 
     monkeypatch.setattr(sde.kernel, "coefficients", wrong)
-    assert "sigma²" in failed(sde)
+    assert "sigma²" in failed(sde, moments.moments)
 
 
 # -------------------------------------------------------------------------------- more planted mistakes
@@ -492,7 +501,7 @@ def test_a_wrong_formula_is_found_closed_or_not(monkeypatch, name, formula):
         pytest.skip("it has no offset")
     right = getattr(sdeflow.kernel.Kernel, formula).fget
     monkeypatch.setattr(sdeflow.kernel.Kernel, formula, property(lambda self: right(self) * (1 + R(1, 10**5))))
-    assert f"kernel.{formula}" in failed(sde)
+    assert f"kernel.{formula}" in failed(sde, formulas.shown)
 
 
 def test_a_power_of_alpha_that_is_lost_in_an_integral_is_found(monkeypatch):
@@ -508,26 +517,26 @@ def test_a_power_of_alpha_that_is_lost_in_an_integral_is_found(monkeypatch):
     monkeypatch.setattr(module, "integral_moments", wrong)
     sde = SDE(-(1 + sp.sin(3 * t) ** 2) / 2 * x, sp.sqrt(1 + sp.exp(-(t**2))), P0=0.3)
     assert sde.kernel.form == "quadrature"
-    assert "kernel.var" in failed(sde)
+    assert "kernel.var" in failed(sde, formulas.shown)
 
 
 @pytest.mark.parametrize("name", ["OU", "initial variance", "coupled noise matrix", "tensor"])
 def test_wrong_bridges_are_found(monkeypatch, name):
     sde = build(name)
-    moments, paths = Bridge.moments, Bridge.paths
+    of_moments, of_paths = Bridge.moments, Bridge.paths
 
     def shifted(self, x_0, at):
-        mean, spread = moments(self, x_0, at)
+        mean, spread = of_moments(self, x_0, at)
         return mean + 1e-6 * mean.abs(), spread
 
     def wider(self, x_0, ts, seed=None):
-        found = paths(self, x_0, ts, seed)
+        found = of_paths(self, x_0, ts, seed)
         return found + 0.2 * (found - found.mean(1, keepdim=True))
 
     for expected, attribute, wrong in (("bridge.moments", "moments", shifted), ("bridge.paths", "paths", wider)):
         with monkeypatch.context() as patch:
             patch.setattr(Bridge, attribute, wrong)
-            assert expected in failed(sde)
+            assert expected in failed(sde, bridge.bridge_moments, bridge.bridge_paths)
 
 
 def test_a_wrong_drift_of_a_bridge_is_found(monkeypatch):
@@ -537,7 +546,7 @@ def test_a_wrong_drift_of_a_bridge_is_found(monkeypatch):
         sde = build(name)
         with monkeypatch.context() as patch:
             patch.setattr(Bridge, "drift", property(lambda self: right(self) * (1 + R(1, 10**4))))
-            assert "bridge.drift" in failed(sde)
+            assert "bridge.drift" in failed(sde, bridge.bridge_drift)
 
 
 def test_wrong_seeded_draws_are_found(monkeypatch):
@@ -551,7 +560,8 @@ def test_wrong_seeded_draws_are_found(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(kernel, "sample", wrong)
-            assert "kernel.sample" in failed(sde), name
+            check = draws.gaussian_draws if name == "VP" else draws.other_draws
+            assert "kernel.sample" in failed(sde, check), name
 
 
 def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
@@ -561,11 +571,11 @@ def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
     right = ReducibleKernel.line_score
     with monkeypatch.context() as patch:
         patch.setattr(ReducibleKernel, "line_score", lambda *args: (lambda y, s: (y, s * 1.001))(*right(*args)))
-        assert "line_score" in failed(build("geometric Brownian motion"))
+        assert "line_score" in failed(build("geometric Brownian motion"), changes.line)
     with monkeypatch.context() as patch:
         patch.setattr("sdeflow.coefficients._CUTOFF_NOISE", 2.1e-3)
-        assert "cutoff" in failed(sdeflow.catalog.VP())
-        assert "cutoff" in failed(GENERAL["CIR"]())
+        assert "cutoff" in failed(sdeflow.catalog.VP(), moments.cutoff_rule)
+        assert "cutoff" in failed(GENERAL["CIR"](), changes.clock)
     log_prob = pearson.PearsonKernel.log_prob
 
     def far_off(self, x_t, x_0, at):
@@ -574,4 +584,4 @@ def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pearson.PearsonKernel, "log_prob", far_off)
-        assert "kernel.log_prob" in failed(build("CIR"))
+        assert "kernel.log_prob" in failed(build("CIR"), changes.bessel)

@@ -19,7 +19,8 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow import SDE, catalog, x
+from sdeflow import SDE, catalog, solvers, x
+from sdeflow.gaussian import Gaussian
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import GaussianMixture
 
@@ -741,3 +742,15 @@ def test_the_comparison_notices_mistakes(name, sde):
     given = (p, x, normals(STEPS, tuple(x.shape), seed=5)) if noisy else (p, x)
     with pytest.raises(AssertionError):
         assert_same(wrong(*given), right(*given), 1e-8)
+
+
+def test_churn_is_divided_by_the_number_of_steps():
+    """Where the score is 0, a step from t multiplies sigma = t by 1 + S_churn / N and adds that noise alone."""
+    sde, steps, churn = catalog.EDM(), 4, 1.0
+    times = torch.tensor([80.0, 20.0, 5.0, 1.0, 0.002], dtype=torch.float64)
+    prior = Gaussian(0.0, 1e-3)
+    reverse = sde.reverse(lambda x, t: torch.zeros_like(x), prior=prior)
+    n = 20_000
+    x = reverse.sample((n, 1), solver=solvers.StochasticHeun(S_churn=churn), grid=times, seed=3)
+    expected = float(times[1:-1].square().sum()) * ((1 + churn / steps) ** 2 - 1)  # T is as far as noise can be raised
+    assert abs(float(x.var()) / expected - 1) < 5 * math.sqrt(2 / n)
