@@ -284,7 +284,10 @@ class Kernel:
 
     @property
     def log_snr(self) -> sp.Expr:
-        """log(alpha² / sigma²); log of the Fisher information of x_0 for a coupled state."""
+        """log(alpha² / sigma²) in SymPy; log of the Fisher information of x_0 for a coupled state.
+
+        At times ts it is 2 :meth:`half_log_snr` (ts).
+        """
         if self.coupled:
             return sp.log(information(self.alpha, self.var, self.numbers.data[0]))
         return 2 * self._shown.log_alpha - sp.log(self.var)
