@@ -76,9 +76,10 @@ def declare_path(
         )
     rate, gram = found
     start, initial = (_at_start(e) for e in (alpha, sigma))
-    if start.is_number and not abs(float(sp.re(start)) - 1) <= 1e-12:
+    first = float(sp.re(start)) if start.is_number and start.is_finite else math.nan
+    if start.is_number and not abs(first - 1) <= 1e-12:
         join = _first_step(alpha)
-        if join is None or not _LEAST <= float(sp.re(start)) < 1:
+        if join is None or not _LEAST <= first < 1:
             raise DeclarationError(f"the path starts at the data: alpha(0) must be 1, and is {start}.")
         rate, gram, alpha, sigma = _continued(rate, gram, alpha, sigma, join)
         cutoff, initial = join if cutoff is None else cutoff, sp.Integer(0)
@@ -115,7 +116,7 @@ def _at_start(expr: sp.Expr) -> sp.Expr:
     exact = value_at(expr, {t: sp.Integer(0)})
     if exact.is_number and exact.is_real is None:
         number = value_at(exact, {}, 17)
-        return sp.Float(0) if number.is_number and abs(number) < 1e-12 else number
+        return sp.Float(0) if number.is_number and number.is_finite and abs(number) < 1e-12 else number
     return exact
 
 
