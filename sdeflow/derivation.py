@@ -26,6 +26,7 @@ from sdeflow.symbolic.derivation import (
     Notation,
     Step,
     check_times,
+    declared,
     equals,
     equation_steps,
     general_steps,
@@ -37,11 +38,13 @@ from sdeflow.symbolic.derivation import (
 from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.mathml import mathml
 from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.patience import rehearsed, small
 from sdeflow.symbolic.pearson import exact_form
 
 __all__ = ["Derivation", "derive"]
 
 _WIDTH = 100
+_SECONDS = 1.5  # for the steps of a large declaration
 _FIRST_NOISE = 2e-3  # sigma / alpha at the default cutoff
 
 
@@ -137,7 +140,17 @@ class Derivation:
 
 
 def derive(sde: DeclaredSDE) -> Derivation:
-    """The derivation of all that follows from an SDE."""
+    """The derivation of all that follows from an SDE; without the steps that SymPy would take too long to write."""
+    declaration = sde.declaration
+    if declaration.affine is not None:
+        repr(sde.kernel)  # its formulas are found once, in bounded time
+    if small(declaration) or rehearsed(_SECONDS, _steps, sde):
+        return Derivation(repr(sde), tuple(_steps(sde)))
+    text = "f and g are too large for SymPy to write down, and to check, what follows; the numbers do not need it"
+    return Derivation(repr(sde), (declared(declaration), Step("The steps from here on are left out", f"{text}.")))
+
+
+def _steps(sde: DeclaredSDE) -> list[Step]:
     declaration, numbers = sde.declaration, sde.values.numbers
     if declaration.affine is not None:
         steps = _affine_steps(sde.kernel, numbers)
@@ -145,7 +158,7 @@ def derive(sde: DeclaredSDE) -> Derivation:
         steps = general_steps(declaration, numbers)
     else:
         steps = (reducible_steps if isinstance(form, Reduction) else pearson_steps)(declaration, form, numbers)
-    return Derivation(repr(sde), tuple(steps + equation_steps(declaration, numbers)))
+    return steps + equation_steps(declaration, numbers)
 
 
 def _affine_steps(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> list[Step]:

@@ -186,3 +186,14 @@ def test_absurd_sizes_are_refused_before_work(tmp_path):
     with pytest.warns(UserWarning, match="20 GiB"), pytest.raises(CheckpointCorrupt):
         checkpoint.latest_checkpoint(folder)
     assert processor_time() - before < 1.0
+
+
+@pytest.mark.parametrize("g", ["(1+t)**64", "(1+t+t**2)**64"])
+def test_a_derivation_too_long_to_write_says_so(g):
+    sde = SDE("-x", g)
+    before = processor_time()
+    derivation = sde.derivation()
+    assert derivation.steps[-1].title == "The steps from here on are left out"
+    assert derivation.holds
+    assert "no rule integrates" in sde.explain()
+    assert processor_time() - before < 6.0

@@ -4,7 +4,7 @@
 kind of SDE. Which kind an SDE is of is for ``sdeflow.derivation`` to say.
 """
 
-from sdeflow.symbolic.derivation.equations import equation_steps, general_steps, is_smooth
+from sdeflow.symbolic.derivation.equations import declared, equation_steps, general_steps, is_smooth
 from sdeflow.symbolic.derivation.linear import linear_steps
 from sdeflow.symbolic.derivation.pearson import pearson_steps
 from sdeflow.symbolic.derivation.reducible import reducible_steps
@@ -12,6 +12,6 @@ from sdeflow.symbolic.derivation.step import SIGNS, Notation, Step, equals
 from sdeflow.symbolic.derivation.substitution import check_times, judged, verify
 
 __all__ = [
-    "SIGNS", "Notation", "Step", "check_times", "equals", "equation_steps", "general_steps", "is_smooth", "judged",
-    "linear_steps", "pearson_steps", "reducible_steps", "verify",
+    "SIGNS", "Notation", "Step", "check_times", "declared", "equals", "equation_steps", "general_steps", "is_smooth",
+    "judged", "linear_steps", "pearson_steps", "reducible_steps", "verify",
 ]  # fmt: skip
