@@ -75,7 +75,7 @@ class Elbo:
         reconstruction: E_q[-log r(x | x_cutoff)] - H(q_cutoff); 0 for the bound at the cutoff.
         nfe: evaluations of the score for each sample.
         error: the error bar: ``stderr`` widened by its degrees of freedom, which a few strata may determine, and by
-            1 + 2 / √draws for their heavy tails, so that two of it cover about 95 %.
+            1 + 2 / √draws (less above 64) for their heavy tails, so that two of it cover about 95 %.
     """
 
     value: Tensor

@@ -342,7 +342,7 @@ def bits_from(
         importance       -log (1/K Σ w_k) / (d log 2)     stderr  log(1 + std(w) / (√K mean(w)))
         not importance   -(1/K Σ log w_k) / (d log 2)     stderr  std(log w) / √K
 
-    each widened by Student's t and by 1 + 2 / √K (at most 2) for heavy tails, so that two cover 95 %. Where q is
+    each widened by Student's t and by up to 2 for heavy tails of few, so that two cover 95 %. Where q is
     narrow in the bin and p is not, few draws see little of the spread of w = p / q; of a law whose log q is known
     (``Dequantised.moment``), w is taken to be a power of 1 / q, fitted to the draws, and no less than its spread under
     all of q is taken.

@@ -125,7 +125,7 @@ def widening(dof: Tensor) -> Tensor:
 
 def heavy_tails(draws: int) -> float:
     """By what a bar is widened because draws have heavier tails than normal numbers, measured: 2 for 4, 1.25 for 64."""
-    return 1.0 + min(1.0, 2.0 / math.sqrt(draws))
+    return 1.0 + min(1.0, 2.0 / math.sqrt(draws), 16.0 / draws)
 
 
 def total_variance(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
