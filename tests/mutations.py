@@ -180,8 +180,7 @@ MUTATIONS = (
     _m("offset in a bridge's drift", "bridge.py", "across * (x - m)", "across * x", ("noise matrix",)),
     _m("rest of a bridge's drift", "bridge.py", "across * P * across.T", "across * P * across", ("noise matrix",)),
     _m("a bridge's steps from known states", "bridge.py", "s, exactly = t, True", "s, exactly = t, False",
-       ("initial variance",), ("tests/test_coupled.py", "-k", "bridge"),
-       hidden="only a path that starts at t = 0 and P0 > 0 twice would tell"),
+       ("initial variance",), ("tests/test_coupled.py", "-k", "bridge")),
     # -------------------------------------------------------------------- kernels of a state
     _m("score of the line", "reducible.py", "score.to(torch.float64) * slope + curvature",
        "score.to(torch.float64) * slope - curvature", ("geometric",)),
@@ -231,7 +230,7 @@ MUTATIONS = (
     _m("churn over N + 1", "solvers/edm.py", "self.S_churn / len(begins)", "self.S_churn / (len(begins) + 1)",
        (), ("tests/test_presets.py", "-k", "churn")),
     _m("Heun of EDM", "solvers/edm.py", "0.5 * (first + second)", "first", (),
-       ("tests/test_presets.py", "-k", "order or heun or edm or EDM")),
+       ("tests/test_samplers.py", "-k", "edm or heun")),
     _m("Heun", "solvers/euler.py", "y + 0.5 * (slope + ahead)", "y + slope", (), ("tests/test_solvers.py",)),
     _m("width of Langevin's noise", "solvers/langevin.py", "math.sqrt(2.0 * step), x.dtype",
        "math.sqrt(step), x.dtype", (), ("tests/test_samplers.py",)),

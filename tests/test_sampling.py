@@ -740,3 +740,13 @@ def test_correlated_mixtures_keep_to_the_quantile_rule():
     states, times = vp().flow_ode(score).sample((20, 4), "rk4", 20, seed=0, trajectory=True, dtype=torch.float64)
     for u, time in zip(states, times.tolist(), strict=True):
         assert float(tweedie(score, u, time).abs().max()) < 0.4 + 1e-6
+
+
+def test_a_thresholded_score_predicts_data_in_the_range():
+    """D' = alpha⁻¹ (x + sigma² s') is the prediction D, cut off at the ends."""
+    score, x = far(), 3.0 * torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bounded = Thresholded(score, (-1.0, 1.0))
+    for time in (0.2, 0.6):
+        predicted = score.denoise(x, time)
+        assert bool((predicted.abs() > 1.0).any())
+        torch.testing.assert_close(bounded.denoise(x, time), predicted.clamp(-1.0, 1.0))
