@@ -28,7 +28,7 @@ from sdeflow.chebyshev import PiecewiseChebyshev, geometric_edges
 from sdeflow.errors import DeclarationError, ScheduleError
 from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.patience import small
-from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.schedule import CALLS, Schedule
 from sdeflow.symbolic.special import special_functions
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -350,24 +350,8 @@ class Compiled:
 
     def _schedule(self, expr: Schedule) -> int:
         """A schedule that is no formula, or a derivative of one, as an interpolant over [0, horizon]."""
-        kind = type(expr)
-
-        def values(points: np.ndarray) -> np.ndarray:
-            try:
-                return kind.values(points)
-            except DeclarationError:  # perhaps a function of tensors alone
-                if kind.source is None:
-                    raise
-                try:
-                    with torch.no_grad():
-                        out = kind.source(torch.as_tensor(points))
-                    return torch.as_tensor(out).double().expand(points.shape).numpy()
-                except Exception:
-                    out = None
-                raise
-
         # A table's derivatives are known; others are those of an interpolant.
-        return self._table(expr, values, kind.order if kind.table is None else 0)
+        return self._table(expr, expr.values, 0 if expr.known else expr.order)
 
     def _table(self, expr: sp.Function, function: Callable[..., np.ndarray], order: int = 0) -> int:
         if not expr.free_symbols <= {time_symbol, *self._values} or self._horizon is None:
@@ -430,6 +414,15 @@ def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
 def _vanishes(expr: sp.Expr) -> bool:
     """Whether ``expr`` is 0 once multiplied out; one too large for that counts as not 0."""
     return expr == 0 or (small(expr) and sp.expand(expr) == 0)
+
+
+def _with_tensors(function: Callable, points: np.ndarray) -> np.ndarray:
+    """A schedule's function that takes tensors alone, at times (n,)."""
+    with torch.no_grad():
+        return torch.as_tensor(function(torch.tensor(points))).detach().double().cpu().numpy()
+
+
+CALLS.append(_with_tensors)
 
 
 def _constant_like(tensor: Tensor, value: float) -> Tensor:

@@ -28,6 +28,7 @@ from sdeflow.symbolic.evaluate import evaluate
 
 k = sp.Symbol("k")
 HALF_WELL = sdeflow.schedule(([0, 0.5, 1], [0.1, 5, 20]), name="beta")
+WAVY = sdeflow.schedule((np.linspace(0, 1, 41), np.sin(40 * np.linspace(0, 1, 41))), name="wavy")
 GENERAL = {
     "geometric Brownian motion": lambda: SDE(-x / 4, x / 2),
     "Stratonovich": lambda: SDE(-x, x / 2, calculus="stratonovich"),
@@ -112,7 +113,48 @@ def test_what_is_proven_is_said_to_be():
 
 def test_what_cannot_be_checked_is_said():
     assert "no law of it is known" in GENERAL["double well"]().verify().unchecked[0]
-    assert not sdeflow.catalog.VP().verify().unchecked
+    certificate = sdeflow.catalog.VP().verify()
+    assert not certificate.unchecked
+    assert str(certificate).splitlines()[-1] == "not checked: nothing"
+    assert "<p>not checked: nothing</p>" in certificate._repr_html_()
+
+
+def test_a_python_function_has_no_bounds_and_the_certificate_says_so():
+    """Also one of tensors alone, of which the oracle needs the values."""
+    rate, other = (sdeflow.schedule(lambda u: torch.sigmoid(u) + 1, name) for name in ("rate", "other"))
+    assert np.allclose(rate.values(np.array([0.0, 1.0])), 1 + special.expit([0.0, 1.0]), rtol=1e-15)
+    for f, g, names in (
+        (-rate(t) * x / 2, sp.sqrt(rate(t)), ["rate"]),
+        (x - x**3, rate(t) + other(t), ["other", "rate"]),
+        (-HALF_WELL(t) * x, 1, []),
+    ):
+        sde = SDE(f, g, T=0.5)
+        certificate = sde.verify()
+        assert certificate, str(certificate)
+        said = [why for why in certificate.unchecked if "no bounds" in why]
+        assert [why.split()[0] for why in said] == names
+        assert all("narrower than about 1e-4 T = 5e-05 may be missed" in why for why in said)
+        assert len(certificate.checks) > (50 if len(names) < 2 else 3)
+
+
+@pytest.mark.parametrize("alpha", [[0.9, 0.7, 0.5, 0.3, 0.1], ([0, 0.2, 1], [1, 0.8, 0.1])], ids=["late", "early"])
+def test_the_path_through_a_table_is_certified_and_a_wrong_one_found(monkeypatch, alpha):
+    sde = SDE.from_kernel(alpha)
+    certificate = sde.verify()
+    assert certificate, str(certificate)
+    assert len(certificate.checks) > 60
+    assert not certificate.unchecked
+    knots = Subject(sde).oracles[0].breaks
+    inner = np.array([0.2, 0.4, 0.6, 0.8] if isinstance(alpha, list) else [0.2])
+    assert np.isin(inner, knots).all()
+    right = sde.kernel.coefficients
+
+    def wrong(times):
+        alpha, sigma, offset = right(times)
+        return alpha, sigma * (1 + 1e-6 * (times > 0.5)), offset
+
+    monkeypatch.setattr(sde.kernel, "coefficients", wrong)
+    assert "sigma²" in failed(sde, moments.moments)
 
 
 def test_a_certificate_reads_well():
@@ -417,6 +459,10 @@ def test_breaks_are_where_the_declaration_says():
     found = breaks([expression], 1.0, {})
     expected = sorted({sixth, third, 0.5, 4 * sixth, 5 * sixth, 0.25})
     np.testing.assert_allclose(found, expected, rtol=4e-16 * 4)
+    knots = np.linspace(0, 1, 201)
+    table = sdeflow.schedule((knots, knots**2))
+    for expression in (table(t**2), sp.diff(table(t**2), t)):
+        np.testing.assert_allclose(breaks([expression], 1.0, {}), np.sqrt(knots[1:-1]), rtol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +471,7 @@ def test_breaks_are_where_the_declaration_says():
         sp.exp(-(((t - R(1, 3)) * 20) ** 2)), sp.sin(9 * t) / (1 + t), sp.cos(5 * t) ** 3, t ** R(1, 3) - sp.log(1 + t),
         sp.Mod(3 * t, R(1, 2)), sp.tan(t) * sp.Abs(t - R(1, 2)), sp.Piecewise((t, t < R(1, 3)), (1 - t, True)),
         (t - R(1, 2)) ** -2, sp.tanh(t) + sp.Max(t, 1 - t) * sp.Min(t, R(1, 4)), HALF_WELL(t) - sp.floor(4 * t), 2**t,
+        WAVY(t), sp.diff(WAVY(t), t), sp.diff(WAVY(t), t, 2) * t,
     ],
 )  # fmt: skip
 def test_bounds_hold_every_value(expr):

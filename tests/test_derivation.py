@@ -111,6 +111,17 @@ def test_verify_tells_identities_from_others():
     assert not verify([(sp.zoo, t)], {}, 1.0)[1]
 
 
+def test_a_table_has_its_values_at_numbers():
+    """alpha(0) = exp(-B(0)/2) is 1 where the table of B starts at 0, and no arbitrary number."""
+    for table in ([0.9, 0.7, 0.5, 0.3, 0.1], ([0, 0.5, 1], [1, 0.6, 0.1])):
+        failures = [step for step in SDE.from_kernel(table).derivation().steps if not step.holds]
+        assert not failures, failures
+    B, late = (sdeflow.schedule(([0, 1], [start, 5])) for start in (0, 0.001))
+    assert verify([(sp.exp(-B(0) / 2), 1), (B(t), B(t) + B(0)), (sp.diff(B(t), t).subs(t, 0), 5)], {}, 1.0)[1]
+    assert not verify([(sp.exp(-late(0) / 2), 1)], {}, 1.0)[1]
+    assert not verify([(B(t), 5 * t)], {}, 1.0)[1]
+
+
 def test_the_steps_of_an_affine_sde():
     derivation = sdeflow.catalog.VP().derivation()
     titles = [step.title for step in derivation.steps]

@@ -92,5 +92,6 @@ def _by_entries(sde: DeclaredSDE, subject: Subject) -> Certificate:
         numbers = {symbol.name: value for symbol, value in subject.numbers_of(entry).items()}
         parts.append(certify(sde.with_params(**numbers)))
     rest = math.prod(sde.values.shape) - len(parts)
-    unchecked = [why for part in parts for why in part.unchecked] + [f"{rest} of the entries of params"]
+    unchecked = dict.fromkeys([why for part in parts for why in part.unchecked])
+    unchecked = [*unchecked, *([f"{rest} of the entries of params"] if rest else [])]
     return Certificate(repr(sde), tuple(check for part in parts for check in part.checks), tuple(unchecked))

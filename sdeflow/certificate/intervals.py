@@ -97,15 +97,15 @@ class _Bounds:
         return low, high
 
     def _schedule(self, expr: Schedule) -> Interval:
-        """A table is monotone between its knots; a function is known at the points that are asked alone."""
-        if expr.order or expr.table is None:
+        """A table, or its derivative, is monotone between its turns; a function is known at its points alone."""
+        if expr.table is None:
             return self._sampled(expr)
         low, high = self(expr.args[0])
-        knots, values = expr.table
-        low, high = (np.clip(end, knots[0], knots[-1]) for end in (low, high))
+        turns, values = _turns(type(expr))
+        low, high = (np.clip(end, turns[0], turns[-1]) for end in (low, high))
         ends = np.stack([expr.values(low), expr.values(high)])
         below, above = ends.min(0), ends.max(0)
-        first, last = np.searchsorted(knots, low, "right"), np.searchsorted(knots, high, "left")
+        first, last = np.searchsorted(turns, low, "left"), np.searchsorted(turns, high, "right")
         for i in np.flatnonzero(first < last):
             inside = values[first[i] : last[i]]
             below[i], above[i] = min(below[i], inside.min()), max(above[i], inside.max())
@@ -119,6 +119,21 @@ class _Bounds:
         except UnknownValue:
             return np.full_like(self.low, -np.inf), np.full_like(self.low, np.inf)
         return values.min(0), values.max(0)
+
+
+def _turns(kind: type[Schedule]) -> Interval:
+    """Times and values between which a table's curve, or its derivative, is monotone.
+
+    These are its knots, with the values on both sides, and where its slope vanishes.
+    """
+    knots, curve = kind.table[0], kind.curve
+    slope = curve.derivative()
+    inner = slope.roots(discontinuity=False, extrapolate=False)
+    inner = inner[np.isfinite(inner)]  # NaN stands for a piece that is constant
+    ends = np.polyval(curve.c, np.diff(knots))  # from the left
+    times, values = np.concatenate([knots, inner, knots[1:]]), np.concatenate([curve(knots), curve(inner), ends])
+    order = np.argsort(times, kind="stable")
+    return times[order], values[order]
 
 
 def _add(a: Interval, b: Interval) -> Interval:
@@ -239,12 +254,12 @@ def breaks(expressions: list[sp.Expr], T: float, numbers: Numbers) -> np.ndarray
     found = [np.zeros(0)]
     for inner, whole in dict.fromkeys(_kinks(expressions)):
         if inner.has(time_symbol):
-            found.append(_crossings(inner, whole, T, numbers))
+            found.append(_crossings(inner, None if whole else np.zeros(1), T, numbers))
     for knots, argument in _knots(expressions):
         if argument == time_symbol:
             found.append(knots)
         else:
-            found.extend(_crossings(argument - sp.Float(knot), False, T, numbers) for knot in knots[:64])
+            found.append(_crossings(argument, knots, T, numbers))
     points = np.sort(np.concatenate(found))
     points = points[(points > 4e-16 * T) & (points < T)]
     return points[np.diff(points, prepend=-T) > 4e-16 * T]  # one time may be found in several ways
@@ -271,17 +286,21 @@ def _knots(expressions: list[sp.Expr]) -> Iterator[tuple[np.ndarray, sp.Expr]]:
             yield np.array(node.breakpoints, dtype=float), node.args[0]
 
 
-def _crossings(expr: sp.Expr, whole: bool, T: float, numbers: Numbers) -> np.ndarray:
-    """Times at which ``expr`` is 0 (``whole``: an integer), by halving the intervals that may hold one.
+def _crossings(expr: sp.Expr, levels: np.ndarray | None, T: float, numbers: Numbers) -> np.ndarray:
+    """Times at which ``expr`` is one of ``levels`` (None: an integer), by halving the intervals that may hold one.
 
     Where it is so on a whole interval, the halving has no end, and the ends of that interval are returned.
     """
     edges = np.linspace(0.0, T, 65)
     low, high = edges[:-1], edges[1:]
+    most = _ROOTS if levels is None else max(_ROOTS, 4 * len(levels))
     for _ in range(_LEVELS):
         below, above = enclose(expr, low, high, numbers)
-        hit = (np.floor(above) >= np.ceil(below)) if whole else (below <= 0) & (above >= 0)
-        if hit.sum() > _ROOTS:
+        if levels is None:
+            hit = np.floor(above) >= np.ceil(below)
+        else:
+            hit = np.searchsorted(levels, below, "left") < np.searchsorted(levels, above, "right")
+        if hit.sum() > most:
             break
         low, high = low[hit], high[hit]
         if not len(low) or (high - low).max() <= 2e-16 * T:

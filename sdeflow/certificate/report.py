@@ -96,11 +96,12 @@ class Certificate:
         rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([f"{self.subject}: {verdict}", *lines, *(f"not checked: {why}" for why in self.unchecked)])
+        rest = [f"not checked: {why}" for why in self.unchecked or ("nothing",)]
+        return "\n".join([f"{self.subject}: {verdict}", *lines, *rest])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self._rows())
-        rest = "".join(f"<p>not checked: {html.escape(why)}</p>" for why in self.unchecked)
+        rest = "".join(f"<p>not checked: {html.escape(why)}</p>" for why in self.unchecked or ("nothing",))
         return f"<p>{html.escape(str(self).splitlines()[0])}</p><table>{rows}</table>{rest}"

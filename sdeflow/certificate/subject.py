@@ -21,6 +21,7 @@ from sdeflow.model import Model
 from sdeflow.reducible import ReducibleKernel
 from sdeflow.scores import DeclaredSDE
 from sdeflow.symbolic.evaluate import Declared, UnknownValue
+from sdeflow.symbolic.schedule import Schedule
 
 __all__ = ["Subject", "product", "tensor", "transposed"]
 
@@ -53,7 +54,7 @@ class Subject:
         self.k, self.coupled = len(self.declaration.state), self.declaration.coupled
         self.basis = getattr(self.kernel, "basis", None)
         self.checks: list[Check] = []
-        self.unchecked: list[str] = []
+        self.unchecked: list[str] = self._without_bounds()
         self.rng = np.random.default_rng(0)
         self.readers: dict[int, object] = {}
         self.cost: list[float] = []
@@ -112,6 +113,18 @@ class Subject:
         self.checks.append(Check(name, identity, "numeric", float(rows[worst]), tolerance, where))
 
     # ---------------------------------------------------------------- what was declared
+
+    def _without_bounds(self) -> list[str]:
+        """The Python functions among the schedules: between the points visited nothing is known of them."""
+        d = self.declaration
+        calls = set().union(*(e.atoms(Schedule) for e in (*d.drifts, *d.diffusions, *(d.path or ()))))
+        names = {type(call).__name__.removesuffix("_t" * call.order) for call in calls if call.table is None}
+        width = f"{1e-4 * d.T:.3g}"
+        return [
+            f"{name} between its points: a Python function has no bounds, and features of it narrower than about "
+            f"1e-4 T = {width} may be missed"
+            for name in sorted(names)
+        ]
 
     def _entries(self) -> tuple[Array, dict[sp.Symbol, Array]]:
         shape = self.values.shape

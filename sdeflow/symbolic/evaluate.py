@@ -86,7 +86,7 @@ def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
     if expr.func in _PLAIN:
         return _PLAIN[expr.func](*arguments)
     if isinstance(expr, Schedule):
-        if expr.order:
+        if not expr.known:
             raise UnknownValue(f"{expr} is the derivative of a schedule that is no formula.")
         return expr.values(np.asarray(arguments[0], dtype=np.float64).reshape(-1)).reshape(np.shape(arguments[0]))
     return np.vectorize(lambda *numbers: _one(expr, numbers), otypes=[np.float64])(*arguments)

@@ -17,10 +17,16 @@ import sympy as sp
 from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
 from sdeflow.symbolic.symbols import require_plain
 
-__all__ = ["MAX_KNOTS", "Schedule", "schedule", "table_of"]
+__all__ = ["CALLS", "MAX_KNOTS", "Schedule", "schedule", "table_of"]
 
 MAX_KNOTS = 20_000
 """Times that a table may have: each is an edge of a panel of the quadrature."""
+
+CALLS: list[Callable[[Callable, np.ndarray], np.ndarray]] = []
+"""Further ways to call a function at times (n,), for one that takes neither arrays nor numbers.
+
+The layer that knows tensors adds its own.
+"""
 
 _unnamed = count(1)
 _tables: WeakValueDictionary = WeakValueDictionary()
@@ -47,13 +53,18 @@ class Schedule(sp.Function):
     source: Callable | None = None
     curve: Callable | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether ``values`` are its own: a table's derivatives are known, those of a Python function are not."""
+        return not self.order or self.table is not None
+
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         """The derivative, itself a schedule."""
         return type(self).derivative()(self.args[0])
 
     def _eval_evalf(self, prec: int) -> sp.Float | None:
-        """The value at a number, in double precision; derivatives stay as they are."""
-        if self.order or not self.args[0].is_number:
+        """The value at a number, in double precision; derivatives of functions stay as they are."""
+        if not self.known or not self.args[0].is_number:
             return None
         return sp.Float(float(self.values(np.array([float(self.args[0])]))[0]))
 
@@ -78,7 +89,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     """A SymPy function of one argument from a Python function or a table.
 
     Args:
-        source: a function of t that takes an array (NumPy or torch) or a number; or a table, (times, values) or
+        source: a function of t that takes a NumPy array, a number or a tensor; or a table, (times, values) or
             rows of (time, value), joined by a monotone cubic. It is used on [0, T]; a table must cover that.
         name: how it prints; "schedule1" and so on by default.
 
@@ -151,18 +162,30 @@ def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _vectorised(function: Callable, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """``function`` on arrays, called with an array where it takes one, else number by number."""
+    """``function`` on arrays, called with an array where it takes one, else number by number, else by ``CALLS``."""
 
     def values(points: np.ndarray) -> np.ndarray:
-        try:
-            out = np.asarray(function(points), dtype=np.float64)
-        except Exception:  # such as math.exp, or a function written for numbers
-            out = None
-        if out is None or (out.shape != points.shape and out.size != 1):
+        failures = []
+        for call in (_at_once, _number_by_number, *CALLS):
             try:
-                out = np.array([float(function(float(point))) for point in points.reshape(-1)])
-            except Exception as error:
-                raise DeclarationError(f"{name}: the function could not be called with a time: {error}") from error
-        return np.broadcast_to(out, points.shape) if out.size == 1 else out.reshape(points.shape)
+                out = np.asarray(call(function, points), dtype=np.float64)
+            except Exception as error:  # such as of math.exp, which takes numbers alone
+                failures.append(error)
+                continue
+            if out.size == 1:
+                return np.broadcast_to(out.reshape(()), points.shape)
+            if out.size == points.size and (out.shape == points.shape or call is _number_by_number):
+                return out.reshape(points.shape)
+        raise DeclarationError(f"{name}: the function could not be called with a time: {failures[-1]}") from failures[
+            -1
+        ]
 
     return values
+
+
+def _at_once(function: Callable, points: np.ndarray) -> object:
+    return function(points)
+
+
+def _number_by_number(function: Callable, points: np.ndarray) -> np.ndarray:
+    return np.array([float(function(float(point))) for point in points.reshape(-1)])

@@ -2,8 +2,9 @@ r"""Whether two expressions are equal, by substitution.
 
 :func:`verify` first expands the difference of both sides, and where that is not 0 evaluates them in 30 digits at five
 times and points. There, integrals, schedules and undefined functions stand for arbitrary numbers: after derivatives
-are taken and constants pulled out of integrals, what is left must hold whatever their values. A derivation is only as
-good as these checks, which know nothing of the rules by which a formula was found.
+are taken and constants pulled out of integrals, what is left must hold whatever their values. A schedule at a number,
+such as B(0), has its value. A derivation is only as good as these checks, which know nothing of the rules by which a
+formula was found.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def _evaluators(
 
 
 def _outermost(expr: sp.Basic) -> set[sp.Basic]:
-    """The integrals, derivatives and undefined functions in ``expr`` that stand in no other."""
+    """The integrals, derivatives and undefined functions in ``expr`` that stand in no other and have no value."""
+    if isinstance(expr, Schedule) and expr.known and expr.args[0].is_number:
+        return set()
     if isinstance(expr, _STANDING):
         return {expr}
     return {atom for part in expr.args for atom in _outermost(part)}
