@@ -135,6 +135,8 @@ class Bridge:
         end = end[None] if end.ndim and end.ndim == x.ndim - 1 else end  # one event for all
         end = kernel.to_basis(checked_start(end, x, "x_T", "x_0"))
         now, whole = kernel.transition(state, s, t, exactly), kernel.transition(state, s, self.T, exactly)
+        if t >= self.T:  # x_T itself: by the formula below it would be rounded in units of sigma_T
+            return end, now.sigma.scaled(0.0)
         if t == s and (exactly or not any(kernel.declaration.initial_variances)):
             return start, now.sigma.scaled(0.0)
         onward = kernel.transition(state, t, self.T, exactly=True)
@@ -143,8 +145,6 @@ class Bridge:
         surprise = whole.sigma.inverse(end - whole.alpha(start) - whole.offset)
         mean = now.alpha(start) + now.offset + now.sigma(W.T(surprise))
         # P_t - K P_T Kᵀ = (P_t⁻¹ + Φ_Ttᵀ P_T|t⁻¹ Φ_Tt)⁻¹, and the latter does not cancel as t -> T.
-        if t >= self.T:
-            return mean, now.sigma.scaled(0.0)
         V = onward.sigma.inverse @ onward.alpha @ now.sigma
         return mean, now.sigma @ V.T.root_of_one_plus_gram.T.inverse
 

@@ -42,6 +42,7 @@ __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "s
 GRIDS = ("angle", "log_snr", "karras", "t")
 
 _RHO = 7.0  # of Karras et al.
+_LEAST_PANEL = 1e-12  # of the panels of u
 _STEEPEST = 150.0  # of dt/du relative to the horizon; that of the catalogue is at most 117 (EDM's angle)
 _MISSED = 1e-6  # of the horizon
 _MOST_NODES = 6_000
@@ -206,11 +207,21 @@ class _Variable:
             return np.stack([t, rate])
 
         try:
-            table = PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name=f"grid {self._name}")
+            table = PiecewiseChebyshev.fit(function, self._panels(), name=f"grid {self._name}")
         except ScheduleError:
             return None
         jumped = abs(_integral(table, 1) / horizon - 1.0)  # of a pause that no u falls in, dt/du knows nothing
         return _Series(table) if jumped <= _MISSED else None
+
+    def _panels(self) -> np.ndarray:
+        """Edges in u to start from: the break points of f and g among them, where dt/du jumps or has a kink."""
+        even, breaks = np.linspace(0.0, 1.0, 9), np.asarray(self._kernel.numbers.breaks, dtype=np.float64)
+        inside = breaks[(breaks > self._kernel.cutoff) & (breaks < self._kernel.T)]
+        if not len(inside):
+            return even
+        zeta = np.exp(-self._kernel.half_log_snr(torch.as_tensor(inside)).detach().numpy())
+        edges = np.union1d(even, ((self._forward(zeta) - self._first) / self._length).clip(0.0, 1.0))
+        return edges[np.append(edges[1:] - edges[:-1] > _LEAST_PANEL, True)]
 
     def mixture(self) -> Curve:
         """t and dt/du of the mixture with t."""
