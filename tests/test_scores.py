@@ -136,7 +136,7 @@ def test_the_loss_at_the_exact_score_is_its_known_value():
     noise = torch.randn(n, 1, dtype=torch.float64)
 
     class AsScore:
-        kernel = sde.kernel
+        kernel, dtype = sde.kernel, None
 
         def __init__(self, factor):
             self.factor = factor

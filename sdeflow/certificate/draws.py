@@ -122,8 +122,11 @@ def integrated(
     width = knots[-1] - knots[0]
     near, far = np.geomspace(1e-14, 1.0, 120), np.geomspace(1e-3, 1e3, 80)
     middle = knots[len(knots) // 2]
-    left = low + (middle - low) * near if math.isfinite(low) else knots[0] - width * far
-    right = high - (high - middle) * near if math.isfinite(high) else knots[-1] + width * far
+    left, right = knots[0] - width * far, knots[-1] + width * far
+    if math.isfinite(low):
+        left = np.concatenate([left[left > low], low + (middle - low) * near])
+    if math.isfinite(high):
+        right = np.concatenate([right[right < high], high - (high - middle) * near])
     edges = np.unique(np.clip(np.concatenate([[low, high], left, knots, right]), left.min(), right.max()))
     nodes, weights = np.polynomial.legendre.leggauss(8)
     half = 0.5 * np.diff(edges)
