@@ -148,11 +148,11 @@ class CentreOfMassFree:
 
     def forward(self, x: Tensor) -> Tensor:
         r"""The coordinates u (batch, n - 1, \*sides) of x (batch, n, \*sides), whose centre of mass is left out."""
-        return self._times(x, self.matrix)
+        return self._times(checked_state(x), self.matrix)
 
     def inverse(self, u: Tensor) -> Tensor:
         r"""The states (batch, n, \*sides), of mean 0, with coordinates u."""
-        return self._times(u, self.matrix.mT)
+        return self._times(checked_state(u, "u"), self.matrix.mT)
 
     def wrap(self, net: Callable[..., Tensor]) -> nn.Module:
         """A network, or a score, of states as one of coordinates: u, t, ... -> Q net(Qᵀ u, t, ...)."""

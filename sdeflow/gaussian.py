@@ -69,7 +69,8 @@ class Gaussian:
         x = checked_state(x, sides=1)
         event = tuple(x.shape[1:])
         z, log_det = self.whitened(x.to(torch.float64)), self._moved(x.device).log_det(event)
-        return -0.5 * z.square().flatten(1).sum(1) - log_det - 0.5 * math.prod(event) * math.log(2.0 * math.pi)
+        d = math.prod(event)
+        return -0.5 * z.square().reshape(len(x), d).sum(1) - log_det - 0.5 * d * math.log(2.0 * math.pi)
 
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""

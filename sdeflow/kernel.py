@@ -449,7 +449,7 @@ class Kernel:
         x_t, path, whitened = self._whitened(x_t, x_0, t)
         event = tuple(x_t.shape[1:])
         log_det, d = path.sigma.log_det(event), math.prod(event)
-        return -0.5 * whitened.square().flatten(1).sum(1) - log_det - 0.5 * d * math.log(2.0 * math.pi)
+        return -0.5 * whitened.square().reshape(len(x_t), d).sum(1) - log_det - 0.5 * d * math.log(2.0 * math.pi)
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0) = -sigma⁻ᵀ sigma⁻¹ (x_t - mean), shaped as x_t; arguments as :meth:`log_prob`."""

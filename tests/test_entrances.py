@@ -578,6 +578,7 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
     plain = declare(-x / 2 + t, sp.sqrt(1 + t))
     for f, g in (
         (lambda x, t: -x / 2 + t, lambda x, t: sp.sqrt(1 + t)),
+        (lambda s, y: -y / 2 + s, lambda s, y: sp.sqrt(1 + s)),
         (lambda t, x: -x / 2 + t, lambda t, x: sp.sqrt(1 + t)),
         (lambda t, y: -y / 2 + t, lambda time, y: sp.sqrt(1 + time)),
         (lambda a, b: -a / 2 + b, lambda _, t: sp.sqrt(1 + t)),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis, Orthogonal
+from sdeflow.checks import checked_states
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel
 from sdeflow.solvers.problem import Problem
@@ -138,8 +139,9 @@ class Exponential:
             data: (samples, *event).
             options: as of the class.
         """
-        if not isinstance(data, Tensor) or data.ndim < 2 or len(data) < 2:
-            raise DataError("principal directions need data (samples, *event), at least two samples.")
+        data = checked_states(data, "data")
+        if len(data) < 2:
+            raise DataError("principal directions need data (samples, *event) of at least two samples, not one.")
         flat = data.detach().flatten(1).double().cpu()
         variances, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], flat.shape[1]))
         std = variances.clamp_min(0.0).sqrt().reshape(data.shape[1:])

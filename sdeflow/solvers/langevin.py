@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, NonFiniteStateError
+from sdeflow.checks import checked_state
+from sdeflow.errors import NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Factor, Linear, multiplied, rows
 from sdeflow.noise import NoiseStream, resolve_seed
@@ -220,8 +221,7 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
     _require_count(steps, "steps", 0)
     if not 0.0 < step < math.inf:
         raise ValueError(f"step must be positive and finite, not {step!r}.")
-    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
-        raise DataError(f"x must be a floating tensor (batch, *event), not {x!r:.80}.")
+    x = checked_state(x)
     if isinstance(t, bool) or not isinstance(t, Real) or not math.isfinite(t):
         raise ValueError(f"t must be a finite number, not {t!r}.")
     stream, width, dtype = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step), x.dtype

@@ -3,8 +3,9 @@
     lambda x, t: -x / 2        as documented
     lambda t, x: -x / 2        as torchsde and torchdiffeq have it: read by its names
 
-An argument named t (or time) is the time, and one named as a component is that component, wherever they stand; the
-others take what is left, in the order (x, t) or (x, v, ..., t). Names that contradict each other are refused.
+An argument named t (or time) is the time, and one named as a component is that component, wherever they stand; of one
+component, y, z or state is the state too. The others take what is left, in the order (x, t) or (x, v, ..., t). Names
+that contradict each other are refused.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
     if left == [t]:  # what is left stands for the time: it must not be called as a state is
         clash = clash or next(n for n, symbol in zip(names, found, strict=True) if symbol is None) in _STATES
     elif len(symbols) == 2 and not known:
-        clash = all(argument in _STATES for argument in names)
+        named = [argument in _STATES for argument in names]
+        clash = all(named)
+        if named == [False, True]:  # as (s, y): the state is named, and stands second
+            left = left[::-1]
     if clash:
         raise DeclarationError(
             f"{name} is a function of ({', '.join(names)}), whose names do not tell which argument is the time: write "
