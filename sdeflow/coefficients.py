@@ -104,7 +104,7 @@ class Coefficients:
 
         For a coupled state the matrices F and g gᵀ (*t.shape, k, k), and b (*t.shape, k).
         """
-        values = self._evaluated(self._compiled, t)
+        values = self._evaluated(self._compiled, torch.as_tensor(t, dtype=torch.float64))
         if not self.coupled:
             a, b, q = values
             return a, b if self._is_null is None else torch.zeros_like(b), q.clamp_min(0.0)
@@ -117,7 +117,7 @@ class Coefficients:
     def of_kernel(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, sigma and offset at t, (*t.shape, *parameters), float64; for a coupled state Φ, its Cholesky
         factor (*t.shape, k, k), and the offset (*t.shape, k)."""
-        t = t.to(torch.float64)
+        t = torch.as_tensor(t, dtype=torch.float64)
         if self.closed is not None:
             alpha, offset, std, _ = self._evaluated(self.closed, t)
             return alpha, std, offset
@@ -151,7 +151,7 @@ class Coefficients:
 
     @property
     def probes(self) -> Tensor:
-        """Times inside (cutoff, T), some evenly spaced and some on every panel: what is narrow is visited too."""
+        """Times inside (cutoff, T), some evenly spaced and some on every panel, so that narrow features are visited."""
         even = torch.linspace(self.cutoff, self.T, 513, dtype=torch.float64)
         times = torch.cat([even, self.table.times[:, 4::8].reshape(-1)]).unique()
         return times[(times > self.cutoff) & (times < self.T)]

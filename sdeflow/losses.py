@@ -19,7 +19,7 @@ E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
 
 **Where paths reach an end of the domain** (a square-root process of dimension delta < 2, a Jacobi process with A or
 B < 1, a change of state that folds), p_t goes to the end as u^(nu) with -1 < nu < 0, u the distance from it. The score
-is nu / u there and g² is linear in u, so that E[g² |∇ log p|²], which "likelihood" is, is infinite, in Lamperti's
+is nu / u there and g² is linear in u, so that E[g² ‖∇ log p‖²], which "likelihood" is, is infinite, in Lamperti's
 coordinate too. The weight of "score" falls by one more power of u: its root has the factor sqrt(u / (u + sigma²)), with
 sigma² in the units of u, which makes every target bounded near the end. The weight depends on (x_t, t) alone, and the
 minimiser is still the score.

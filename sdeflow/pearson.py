@@ -338,7 +338,7 @@ class PearsonKernel(ABC):
 
     @property
     def attained(self) -> bool:
-        """Whether paths reach an end of the domain, where E[g² |∇ log p|²] is then infinite."""
+        """Whether paths reach an end of the domain, where E[g² ‖∇ log p‖²] is then infinite."""
         return any(bool((exponent < 0).any()) for exponent in self._exponents())
 
     @property

@@ -291,7 +291,7 @@ class ReducibleKernel:
 
     @property
     def attained(self) -> bool:
-        """Whether paths reach an end of the domain, where E[g² |∇ log p|²] is then infinite."""
+        """Whether paths reach an end of the domain, where E[g² ‖∇ log p‖²] is then infinite."""
         return self.reduction.map.fold
 
     @property

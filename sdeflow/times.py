@@ -3,12 +3,14 @@ r"""Where training looks: densities p(t) of times on [cutoff, T], drawn in strat
 The objective of a weighting is c ∫ L(t) dt (:mod:`sdeflow.weightings`). A time drawn from p(t) counts L(t) / p(t), so
 that p changes the variance alone.
 
-    "t"            uniform in t
-    "log_snr"      uniform in the half-log-SNR
-    "edm"          log(sigma / alpha) ~ N(-1.2, 1.2²) within the horizon (arXiv:2206.00364)
-    "importance"   in proportion to the weighting's own integrand at an error of unit variance (arXiv:2101.09258),
-                   which is "log_snr" for "likelihood" and "t" for "score"
-    a function     a positive density of t, up to a factor
+==============  ====================================================================================================
+"t"             uniform in t
+"log_snr"       uniform in the half-log-SNR
+"edm"           log(sigma / alpha) ~ N(-1.2, 1.2²) within the horizon (arXiv:2206.00364)
+"importance"    in proportion to the weighting's own integrand at an error of unit variance (arXiv:2101.09258), which
+                is "log_snr" for "likelihood" and "t" for "score"
+a function      a positive density of t, up to a factor
+==============  ====================================================================================================
 
 Every law is constant on cells of t or of the half-log-SNR, so that its density is known exactly, whatever the cells.
 "edm" and "importance" are mixed with a thousandth of a uniform law, which bounds the weights in their tails.

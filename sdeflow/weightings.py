@@ -3,21 +3,20 @@ r"""What a weighting means: one objective, however its times are drawn.
 With half-log-SNR lambda = log(alpha / sigma), zeta = sigma / alpha, and eps_hat the network's estimate of the noise, a
 weighting stands for
 
-    ∫ w(lambda) E|eps - eps_hat|² dlambda  per coordinate  =  c ∫ L(t) dt over [cutoff, T].
+    ∫ w(lambda) E‖eps - eps_hat‖² dlambda  per coordinate  =  c ∫ L(t) dt over [cutoff, T].
 
-    ==============  =============================================  ===========================================
-    name            w(lambda)                                      source
-    ==============  =============================================  ===========================================
-    "likelihood"    1                                              arXiv:2101.09258: ½ ∫ g² E|s - s*|² dt, the
-                                                                   bound of the KL divergence in nats
-    "score"         |dt/dlambda|                                   arXiv:2011.13456 with lambda(t) =
-                                                                   1 / E|∇ log p|²; DDPM's simple loss
-    "edm"           N(log zeta; -1.2, 1.2²)                        arXiv:2206.00364, c the data's standard
-                    (zeta² + c²) / c²                              deviation
-    "min_snr"       |dt/dlambda| min(SNR, 5) / SNR                 arXiv:2303.09556, SNR = exp(2 lambda)
-    "p2"            |dt/dlambda| / (1 + SNR)                       arXiv:2204.00227, k = gamma = 1
-    a function w(t) w(t) |dt/dlambda| / sigma²                     ∫ w(t) E|s - s*|² dt
-    ==============  =============================================  ===========================================
+==============  =================================================  ===============================================
+name            w(lambda)                                          source
+==============  =================================================  ===============================================
+"likelihood"    1                                                  arXiv:2101.09258: ½ ∫ g² E‖s - s*‖² dt, the bound
+                                                                   of the KL divergence in nats
+"score"         abs(dt/dlambda)                                    arXiv:2011.13456 with lambda(t) = 1 / E‖∇ log p‖²;
+                                                                   DDPM's simple loss
+"edm"           N(log zeta; -1.2, 1.2²) (zeta² + c²) / c²          arXiv:2206.00364, c the data's standard deviation
+"min_snr"       abs(dt/dlambda) min(SNR, 5) / SNR                  arXiv:2303.09556, SNR = exp(2 lambda)
+"p2"            abs(dt/dlambda) / (1 + SNR)                        arXiv:2204.00227, k = gamma = 1
+a function      w(t) abs(dt/dlambda) / sigma²                      ∫ w(t) E‖s - s*‖² dt
+==============  =================================================  ===============================================
 
 In t, L(t) = E epsᵀ M eps of the error of eps, where M is the identity for "score", sigma⁻¹ g gᵀ sigma⁻ᵀ for
 "likelihood" (so that L is g² times the squared error of the score, and c = ½) and w sigma⁻¹ sigma⁻ᵀ for a function.
