@@ -505,6 +505,13 @@ HARD = {
     "stiff": lambda: SDE(-1000 * x + sp.cos(t), 1 + t),
     "tiny": lambda: SDE(-x, R(1, 10**4) * (1 + t), cutoff=0.01),
     "huge and long": lambda: SDE((10**6 - x) / 100, 10**5, T=1000),
+    "a bridge that comes near the end": lambda: SDE(2 * (R(1, 8) - x), sp.sqrt(x)),
+    "each entry breaks elsewhere": lambda: SDE(
+        -x, sp.sqrt(sp.Piecewise((3, t < k), (1, True))), params={k: torch.linspace(0.05, 0.93, 24)}
+    ),
+    "a break at the horizon": lambda: SDE(0, sp.sqrt(1 + sp.Mod(t, R(1, 100)))),
+    "breaks on round times": lambda: SDE(0, sp.sqrt(1 + sp.floor(1 / (t + R(1, 100))))),
+    "a pulse of arguments that overflow": lambda: SDE(-x + 10**4 * sp.sech((t - R(2, 5)) * 10**4), 1),
     "decoupled scales": lambda: SDE(lambda a, v, t: [v, 10**4 - v], [R(1, 10**4), 10**3], state=("a", "v")),
 }  # fmt: skip
 
@@ -516,6 +523,21 @@ def test_right_kernels_raise_no_alarm(name):
     assert certificate, str(certificate)
     spent = sum(after - before for after, before in zip(os.times()[:4], start[:4], strict=True))
     assert spent < 10.0
+
+
+def test_more_breaks_than_are_followed_are_said():
+    certificate = SDE(0, sp.sqrt(sp.Mod(t, R(1, 10**4)) * 10**4)).verify()
+    assert certificate, str(certificate)
+    assert any("break points" in why for why in certificate.unchecked)
+    resting = sp.Max(t - R(1, 2), 0)  # vanishes on a whole interval, which is not many breaks
+    assert np.allclose(breaks([sp.Abs(resting)], 1.0, {}), [0.5], atol=1e-12)
+
+
+def test_functions_beyond_the_largest_double_are_read():
+    at = {t: np.array([-4000.0, 0.0, 800.0])}
+    assert evaluate(sp.sech(t), at).tolist() == [0.0, 1.0, 0.0]
+    assert evaluate(sp.gamma(t), {t: np.array([200.0, 3.0])}).tolist() == [np.inf, 2.0]
+    assert evaluate(sp.besseli(1, t), {t: np.array([1e3])}).tolist() == [np.inf]
 
 
 def test_a_kernel_that_resolves_the_feature_is_certified():

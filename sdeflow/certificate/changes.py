@@ -87,8 +87,10 @@ def bridge(subject: Subject) -> None:
         "bridge.moments", "mean and spread by Bayes", np.array([told[0] - mean, told[1] - std]) / std, 1e-5, at
     )
     x = torch.as_tensor(np.quantile(paths[0], [0.1, 0.4, 0.8])[:, None])
-    h = 0.02 * std
-    slope = (sum(w * onward(x + o * h) for o, w in DIFFERENCES) / h).numpy()
+    h = torch.full_like(x, 0.02 * std)
+    for limit in domain(subject, at):  # the difference takes four steps to either side, and stays inside
+        h = torch.minimum(h, 0.1 * (x - limit).abs())
+    slope = (sum(w * onward(x + o * h) for o, w in DIFFERENCES) / h[:, 0]).numpy()
     point = {**subject.numbers_of(0), state: x.numpy()[:, 0], time_symbol: at}
     drift = evaluate(conditioned.drift, {**point, sp.Symbol("x_T", real=True): float(end)})
     f, gram = evaluate(declaration.f, point), evaluate(declaration.g, point) ** 2

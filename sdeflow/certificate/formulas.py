@@ -172,7 +172,7 @@ def weightings(subject: Subject) -> None:
     sde = subject.sde
     if not hasattr(sde, "weighting"):
         return
-    times = np.array([max(subject.cutoff, 0.05 * subject.T), 0.6 * subject.T])
+    times = subject.apart(np.array([max(subject.cutoff, 0.05 * subject.T), 0.6 * subject.T]))
     P = subject.law(times).cov
     Q = np.concatenate([oracle.coefficients(times)[2] for oracle in subject.oracles]).swapaxes(0, 1)
     for entry in subject.some_entries:

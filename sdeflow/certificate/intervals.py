@@ -20,7 +20,7 @@ from sdeflow.symbolic.evaluate import UnknownValue, evaluate
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Interval", "breaks", "enclose"]
+__all__ = ["Interval", "breaks", "conditions", "enclose"]
 
 Interval = tuple[np.ndarray, np.ndarray]
 Numbers = Mapping[sp.Symbol, float]
@@ -265,6 +265,12 @@ def breaks(expressions: list[sp.Expr], T: float, numbers: Numbers) -> np.ndarray
     return points[np.diff(points, prepend=-T) > 4e-16 * T]  # one time may be found in several ways
 
 
+def conditions(expressions: list[sp.Expr]) -> list[sp.Expr]:
+    """What decides where the expressions break."""
+    arguments = [argument for _, argument in _knots(expressions)]
+    return [*(inner for inner, _ in _kinks(expressions)), *arguments]
+
+
 def _kinks(expressions: list[sp.Expr]) -> Iterator[tuple[sp.Expr, bool]]:
     """What vanishes, or (True) takes a whole number, at a break."""
     for node in (node for expression in expressions for node in sp.preorder_traversal(expression)):
@@ -301,6 +307,7 @@ def _crossings(expr: sp.Expr, levels: np.ndarray | None, T: float, numbers: Numb
         else:
             hit = np.searchsorted(levels, below, "left") < np.searchsorted(levels, above, "right")
         if hit.sum() > most:
+            _must_rest(expr, levels, 0.5 * (low + high)[hit], numbers)
             break
         low, high = low[hit], high[hit]
         if not len(low) or (high - low).max() <= 2e-16 * T:
@@ -316,3 +323,11 @@ def _crossings(expr: sp.Expr, levels: np.ndarray | None, T: float, numbers: Numb
     first, last = low[np.r_[0, apart + 1]], high[np.r_[apart, len(high) - 1]]
     point = last - first <= 64e-16 * T
     return np.concatenate([0.5 * (first + last)[point], first[~point], last[~point]])
+
+
+def _must_rest(expr: sp.Expr, levels: np.ndarray | None, times: np.ndarray, numbers: Numbers) -> None:
+    """Raises where ``expr`` does not rest on a level at most times: it crosses levels more often than is followed."""
+    values = evaluate(expr, {**numbers, time_symbol: times})
+    resting = values == np.round(values) if levels is None else np.isin(values, levels)
+    if resting.mean() < 0.5:
+        raise UnknownValue(f"{expr} passes more break points than the {_ROOTS} that are followed.")

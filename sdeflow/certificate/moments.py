@@ -31,6 +31,7 @@ __all__ = [
 
 _TOLERANCE = 1e-9  # the kernel promises 1e-10; the rest is what cancels in a formula that was not rewritten
 _CUTOFF_NOISE = 2e-3
+_UNSEEN = 1e-6  # widths of the law: an offset far below is the tail of a pulse that has yet to come, and moves nothing
 _SMALLEST = 1e-290  # what is less has fewer digits
 
 Array = np.ndarray
@@ -38,10 +39,12 @@ Array = np.ndarray
 
 def coefficients(subject: Subject) -> None:
     """F, b and g gᵀ: of all entries against NumPy's reading of f and g, of some against SymPy's own arithmetic."""
-    F, b, Q = _compiled(subject, subject.times)
-    laws = [oracle.coefficients(subject.times) for oracle in subject.oracles]
+    times = subject.apart(subject.times)
+    F, b, Q = _compiled(subject, times)
+    laws = [oracle.coefficients(times) for oracle in subject.oracles]
     expected = [np.concatenate(parts, axis=0).swapaxes(0, 1) for parts in zip(*laws, strict=True)]
     few = np.concatenate([np.geomspace(subject.first, subject.T, 4), subject.rng.uniform(0, subject.T, 3)])
+    few = subject.apart(few)
     states = subject.rng.normal(size=(len(few), subject.k))
     for entry in subject.some_entries:
         F_, b_, Q_ = (v[:, entry] for v in _compiled(subject, few))
@@ -52,8 +55,8 @@ def coefficients(subject: Subject) -> None:
         subject.note("g", "compiled Q = g gᵀ", ratio(Q_ - gram, sizes(gram)), _TOLERANCE, few)
     if subject.values.shape:
         errors = (ratio(F - expected[0], abs(F)), ratio(b - expected[1], abs(b)))
-        subject.note("f", "all entries", np.maximum(errors[0][..., 0], errors[1]), 1e-8, subject.times)
-        subject.note("g", "all entries", ratio(Q - expected[2], abs(Q)), 1e-8, subject.times)
+        subject.note("f", "all entries", np.maximum(errors[0][..., 0], errors[1]), 1e-8, times)
+        subject.note("g", "all entries", ratio(Q - expected[2], abs(Q)), 1e-8, times)
 
 
 def moments(subject: Subject) -> None:
@@ -75,7 +78,9 @@ def _compare(
     subject.note(names[0], f"alpha' = F alpha, {since}", of_phi, tolerance, times, doubt=doubt)
     of_P = ratio(P - law.cov, sizes(law.cov) + _SMALLEST)
     subject.note(names[1], f"P' = F P + P Fᵀ + g gᵀ, {since}", of_P, tolerance, times, doubt=law.cov_doubt)
-    of_m = ratio(m - law.offset, law.reach + 1e-3 * law.reach.max(-1, keepdims=True) + _SMALLEST)
+    width = np.sqrt(np.abs(np.diagonal(law.cov, axis1=-2, axis2=-1)))
+    scale = law.reach + 1e-3 * law.reach.max(-1, keepdims=True) + _UNSEEN * width + _SMALLEST
+    of_m = ratio(m - law.offset, scale)
     subject.note(names[2], f"m' = F m + b, {since}", of_m, tolerance, times, doubt=law.offset_doubt)
 
 

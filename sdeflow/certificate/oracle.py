@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import sympy as sp
 
-from sdeflow.certificate.intervals import breaks, enclose
+from sdeflow.certificate.intervals import breaks, conditions, enclose
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.evaluate import UnknownValue, evaluate
 from sdeflow.symbolic.schedule import Schedule
@@ -135,7 +135,19 @@ class Oracle:
     @cached_property
     def breaks(self) -> Array:
         """Where the declaration is not smooth, as its conditions say."""
-        found = [breaks([*self._drifts, *self._noises], self.T, numbers) for numbers in self._chosen]
+        return self.jumps[self.jumps < self.T]
+
+    @cached_property
+    def jumps(self) -> Array:
+        """The same, of all entries, and at the horizon too."""
+        parts = [*self._drifts, *self._noises]
+        symbols = [s for s in self.numbers if any(s in inner.free_symbols for inner in conditions(parts))]
+        values = [np.broadcast_to(np.ravel(self.numbers[s]), (self.entries,)) for s in symbols]
+        rows = np.unique(np.stack(values, -1), axis=0) if symbols else np.zeros((1, 0))
+        found = [
+            breaks(parts, self.T * (1.0 + 1e-8), {**self._chosen[0], **dict(zip(symbols, row.tolist(), strict=True))})
+            for row in rows
+        ]
         return np.unique(np.concatenate(found))
 
     @cached_property

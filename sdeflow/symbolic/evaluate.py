@@ -48,6 +48,8 @@ _PLAIN: dict[type, Callable[..., np.ndarray]] = {
     sp.sin: np.sin, sp.cos: np.cos, sp.tan: np.tan, sp.asin: np.arcsin, sp.acos: np.arccos, sp.atan: np.arctan,
     sp.sinh: np.sinh, sp.cosh: np.cosh, sp.tanh: np.tanh,
     sp.asinh: np.arcsinh, sp.acosh: np.arccosh, sp.atanh: np.arctanh, sp.atan2: np.arctan2,
+    sp.sech: lambda u: 1.0 / np.cosh(u), sp.csch: lambda u: 1.0 / np.sinh(u), sp.coth: lambda u: 1.0 / np.tanh(u),
+    sp.sec: lambda u: 1.0 / np.cos(u), sp.csc: lambda u: 1.0 / np.sin(u), sp.cot: lambda u: 1.0 / np.tan(u),
     sp.floor: np.floor, sp.ceiling: np.ceil,
 }  # fmt: skip
 
@@ -96,7 +98,12 @@ def _one(expr: sp.Basic, numbers: tuple[float, ...]) -> float:
     """A special function of numbers."""
     name = expr.func.__name__
     function = _SPECIAL.get(name) or getattr(mpmath.fp, name, None)
-    value = function(*map(float, numbers)) if function else expr.func(*map(float, numbers)).evalf(17)
+    try:
+        value = function(*map(float, numbers)) if function else expr.func(*map(float, numbers)).evalf(17)
+    except (OverflowError, ZeroDivisionError):  # doubles do not reach that far on the way
+        if not hasattr(mpmath, name):
+            return math.nan
+        value = getattr(mpmath, name)(*map(float, numbers))
     try:
         return float(value)
     except TypeError:
