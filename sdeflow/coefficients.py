@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import sympy as sp
@@ -36,6 +37,7 @@ from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.moments import Moments, square_root
+from sdeflow.symbolic.switches import jumps
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Coefficients"]
@@ -237,15 +239,24 @@ class Coefficients:
         self._panels, self._has_resolved_roots = (self._panels[0], edges), True
         return table
 
-    def _integrate_on(self, edges: np.ndarray) -> MomentTable:
+    def from_point(self, s: float, t: float) -> tuple[Tensor, ...]:
+        """The table's rows at t for a state that is known exactly at s < t, integrated from s on: nothing cancels."""
+        self._refresh()
+        with torch.no_grad():
+            own = self._panel_edges()
+        edges = np.concatenate([[s], own[(own > s) & (own < t)], [t]])
+        return self._integrate_on(edges, 0.0)(torch.tensor(t, dtype=torch.float64))
+
+    def _integrate_on(self, edges: np.ndarray, initial: float = 1.0) -> MomentTable:
+        """The moments on panels from edges[0] on, where the covariance is P0 times ``initial``."""
         table_times = torch.as_tensor(nodes_of(edges))
         a, b, q = self.of_sde(table_times)
         if self.coupled:
-            P0 = torch.tensor(self.declaration.P0.tolist(), dtype=torch.float64)
+            P0 = initial * torch.tensor(self.declaration.P0.tolist(), dtype=torch.float64)
             return integrate_coupled(edges, a, b, q, P0)
         sides = range(2, 2 + len(self.values.shape))
         a, b, q = (v.permute((*sides, 0, 1)) for v in (a, b, q))
-        return integrate_elementwise(edges, a, b, q, self.declaration.P0)
+        return integrate_elementwise(edges, a, b, q, initial * self.declaration.P0)
 
     def _panel_edges(self) -> np.ndarray:
         """Panels for the current values: break points are edges, and bounds say that nothing is missed."""
@@ -293,9 +304,27 @@ class Coefficients:
     def _current_table(self) -> MomentTable:
         """The table, with a graph where the values need a gradient, and never out of date."""
         if self.values.needs_grad:
+            self._require_breaks_stay()
             return self._integrate()
         self._refresh()
         return self.table
+
+    @cached_property
+    def _moves_jumps(self) -> dict[sp.Symbol, sp.Expr]:
+        """Parameters that move the time of a jump, each with what jumps where it crosses a level."""
+        return {symbol: jump.expr for jump in jumps(_entries(self.declaration)) for symbol in jump.expr.free_symbols}
+
+    def _require_breaks_stay(self) -> None:
+        """The panels' edges carry no graph: the gradient would miss the jump times the speed of its break point."""
+        for symbol, expr in self._moves_jumps.items():
+            value = self.values.get(symbol)
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ScheduleError(
+                    f"the parameter {symbol} requires a gradient and moves a break point of the coefficients, where "
+                    f"{expr} switches: moments have no gradient with respect to the time of a jump. Write a smooth "
+                    f"step, such as (1 + tanh((t - {symbol}) / width)) / 2, or Max and Min for what is continuous; or "
+                    f"give {symbol} as a number, or a tensor without requires_grad."
+                )
 
     def _refresh(self) -> None:
         """Follows values that were changed in place, as by an optimiser."""

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis
-from sdeflow.chebyshev import nodes_of
 from sdeflow.checks import (
     checked_finite,
     checked_noise,
@@ -41,7 +40,6 @@ from sdeflow.gaussian import Gaussian
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
-from sdeflow.quadrature import integrate_coupled
 from sdeflow.symbolic.coupled import derive_coupled, information, symbolic_cholesky
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.display import integrate_within
@@ -57,6 +55,7 @@ _NEXT, _LEAST = (
     1e-300,
 )  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
 
+_FRESH = 1e-4  # of the variance at t, the share that must have come since s for a difference to keep its digits
 _DEFINED = "the kernel is defined for t in [0, T]"
 
 
@@ -326,8 +325,9 @@ class Kernel:
     def transition(self, x: Tensor, s: float, t: float, exactly: bool = False) -> Path:
         """x_t = alpha x_s + offset + sigma eps given x_s, as maps of states like ``x``, for s <= t.
 
-        alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ, elementwise sigma_t² (1 - SNR_t / SNR_s). From
-        s = 0 it is the kernel itself, P0 included, unless x_0 is known ``exactly``.
+        alpha = Φ_t Φ_s⁻¹ and sigma sigmaᵀ = P_t - alpha P_s alphaᵀ, elementwise sigma_t² (1 - SNR_t / SNR_s); where
+        these are nearly equal, and for a coupled state, by quadrature from s on. From s = 0 it is the kernel
+        itself, P0 included, unless x_0 is known ``exactly``.
 
         Raises:
             ScheduleError: for times that do not lie in order in [0, T].
@@ -345,7 +345,11 @@ class Kernel:
         change = self._as_level(self.numbers.log_alpha(times[0]) - self.numbers.log_alpha(times[1]), x, 0)
         alpha = Linear(torch.exp(change))  # alpha_t and alpha_s may both have underflowed
         kept = 2.0 * (change + earlier.sigma.values.log() - later.sigma.values.log())
-        left = later.sigma.scaled((-torch.expm1(kept)).clamp_min(0.0).sqrt())
+        fresh = -torch.expm1(kept)
+        if s < t and not bool((fresh >= _FRESH).all()):  # a difference of nearly equal numbers
+            log_alpha, var, offset = (row.to(x.device) for row in self.numbers.from_point(s, t))
+            return Path(Linear(torch.exp(log_alpha)), Linear(var.clamp_min(0.0).sqrt()), offset)
+        left = later.sigma.scaled(fresh.nan_to_num(0.0).clamp_min(0.0).sqrt())
         return Path(alpha, left, later.offset - alpha.values * earlier.offset)
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
@@ -362,12 +366,8 @@ class Kernel:
             k = self.components
             zero = torch.zeros(k, k, dtype=torch.float64)
             return Path(Linear(torch.eye(k, dtype=torch.float64), True), Linear(zero, True), zero[0])
-        inside = self.numbers.table.edges[(self.numbers.table.edges > s) & (self.numbers.table.edges < t)].numpy()
-        edges = np.concatenate([[s], inside, [t]])
         with torch.no_grad():
-            a, b, q = self.sde_coefficients(torch.as_tensor(nodes_of(edges)))
-            table = integrate_coupled(edges, a, b, q, torch.zeros_like(a[0, 0]))
-            alpha, sigma, offset = table(torch.tensor(t, dtype=torch.float64))
+            alpha, sigma, offset = self.numbers.from_point(s, t)
         return Path(self._as_map(alpha, x, 0), self._as_map(sigma, x, 0), self._as_level(offset, x, 0))
 
     def equation(self, x: Tensor, t: Tensor) -> tuple[Linear, Tensor, Linear]:

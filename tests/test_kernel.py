@@ -1,5 +1,6 @@
 """Perturbation kernels against the moment ODE, Fokker-Planck, and closed forms."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from sympy.codegen.rewriting import expm1_opt, optimize
 
 import sdeflow
 from sdeflow import SDE, t, x, x_0
+from sdeflow.errors import ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.symbolic.declaration import Declaration
 
@@ -346,3 +348,58 @@ def test_kernels_and_scores_pickle():
     other = pickle.loads(pickle.dumps(sde))
     times = torch.linspace(0.1, 1, 5, dtype=torch.float64)
     assert torch.equal(other.kernel.half_log_snr(times), sde.kernel.half_log_snr(times))
+
+
+def test_a_transition_keeps_its_digits_after_a_great_stretch_of_noise():
+    """Known variances of Brownian motion, where the noise since s is a tiny share of that at t."""
+    half, least = sp.Rational(1, 2), sp.Rational(1, 10**7)
+    k = sp.Symbol("k", positive=True)
+    state = torch.zeros(1, 2, dtype=torch.float64)
+    noise = sp.Piecewise((k, t < half), (least, True))
+    sde = SDE(0, sp.sqrt(noise), params={"k": torch.tensor([1.0, 1e9], dtype=torch.float64)})
+    for s, later in ((0.6, 0.61), (0.999, 0.99999), (0.4, 0.6)):
+        var = sde.kernel.transition(state, s, later).sigma.values.square()
+        before = max(0.5 - s, 0.0) * torch.tensor([1.0, 1e9], dtype=torch.float64)
+        expected = before + (later - max(s, 0.5)) * 1e-7
+        torch.testing.assert_close(var.reshape(-1), expected, rtol=1e-8, atol=0.0)
+    ornstein = SDE(1 - x, sp.sqrt(sp.Piecewise((10**9, t < half), (1, True))))
+    path = ornstein.kernel.transition(state, 0.7, 0.701)
+    for value, known in ((path.alpha.values, math.exp(-1e-3)), (path.offset, -math.expm1(-1e-3))):
+        assert float(value) == pytest.approx(known, rel=1e-11)
+    assert float(path.sigma.values.square()) == pytest.approx(-0.5 * math.expm1(-2e-3), rel=1e-11)
+    # The bridge to a point: the variance (Q - r) r / Q, with r what is still to come of Q.
+    sde = SDE(0, sp.sqrt(1 + 10**9 * sp.Piecewise((1, t < half), (0, True))))
+    whole, rest = 5e8 + 1.0, 1e-3
+    std = float(sde.bridge(0.5).moments(state[:, :1], 0.999)[1])
+    assert std == pytest.approx(math.sqrt((whole - rest) * rest / whole), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        lambda k: sp.Piecewise((3 * k, t < k), (1, True)),
+        lambda k: 1 + sp.Heaviside(t - k),
+        lambda k: 1 + sp.floor(t / k),
+        lambda k: 2 + sp.sign(t - k),
+        lambda k: 1 + sp.Mod(t, k),
+    ],
+)
+def test_a_break_point_that_moves_with_a_learned_parameter_is_refused(jump):
+    """Its gradient would miss the boundary term; the values alone are right."""
+    k, one = sp.Symbol("k", positive=True), torch.tensor(1.0, dtype=torch.float64)
+    value = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    sde = SDE(-x, sp.sqrt(jump(k)), params={"k": value})
+    with pytest.raises(ScheduleError, match="parameter k requires a gradient and moves a break point"):
+        sde.kernel.coefficients(one)
+    with torch.no_grad():
+        sigma = sde.kernel.coefficients(one)[1]
+    assert float(sigma) == pytest.approx(float(SDE(-x, sp.sqrt(jump(0.37))).kernel.coefficients(one)[1]), rel=1e-10)
+
+
+def test_a_bend_that_moves_with_a_learned_parameter_has_a_gradient():
+    """∫ Min(t, k) dt over [0, 1] is k - k²/2."""
+    k, one = sp.Symbol("k", positive=True), torch.tensor(1.0, dtype=torch.float64)
+    value = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    sde = SDE(0, sp.sqrt(sp.Min(t, k)), params={"k": value})
+    (gradient,) = torch.autograd.grad(sde.kernel.coefficients(one)[1].square(), value)
+    assert float(gradient) == pytest.approx(1.0 - 0.37, rel=1e-10)

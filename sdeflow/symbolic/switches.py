@@ -18,10 +18,11 @@ from sdeflow.symbolic.patience import small
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["Switch", "exact", "switches"]
+__all__ = ["Switch", "exact", "jumps", "switches"]
 
 _ROUNDED = (sp.floor, sp.ceiling, sp.frac)
 _SIGNED = (sp.Abs, sp.sign, sp.Heaviside)
+_JUMPING = (Relational, sp.sign, sp.Heaviside, *_ROUNDED, sp.Mod, sp.atan2)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,19 @@ class Switch:
 
 def switches(expressions: Sequence[sp.Expr]) -> list[Switch]:
     """What switches with t in the expressions, inner parts before those that hold them."""
+    return _found(expressions, sp.Basic)
+
+
+def jumps(expressions: Sequence[sp.Expr]) -> list[Switch]:
+    """Those switches at which a value may jump: not Abs, Max, Min and tables, which only bend."""
+    return _found(expressions, _JUMPING)
+
+
+def _found(expressions: Sequence[sp.Expr], kinds: type | tuple[type, ...]) -> list[Switch]:
     found: dict[Switch, None] = {}
     for expression in expressions:
         for node in sp.postorder_traversal(expression):
-            for switch in _of(node):
+            for switch in _of(node) if isinstance(node, kinds) else ():
                 if switch.expr.has(t):
                     found.setdefault(switch)
     return list(found)
