@@ -45,6 +45,7 @@ _LARGEST_CHANGE = 1.5  # of log alpha over one panel
 _SLOW = 50.0  # the least decay of log alpha over a panel that is crossed without its transient
 _FADED = 1e-12
 _LARGEST_GROWTH = 1e3  # of the variance over a panel
+_NOTHING = 1e-290  # a variance
 _ROOT_TOLERANCE = 1e-11
 _LARGEST_TURN = 0.75  # of the norm of ∫ F over one panel, for Picard's iteration
 _ITERATIONS = 18  # 0.75^18 / 18! is 1e-18
@@ -142,14 +143,17 @@ def _changes_too_much(
     _, m, v = (start[..., :-1] for start in _at_edges(totals, P0))
     # Of a variance that grows by much from its start the first part keeps few digits.
     grown = (carried.square() * v[..., None] + own_v).amax(-1)
-    too_wide = ((grown > _LARGEST_GROWTH * v) & ~slow).any(0) & torch.as_tensor(_is_divisible(edges))
+    # What is nearly below the range of float64 has no digits to keep: it counts as _NOTHING.
+    too_wide = ((grown > _LARGEST_GROWTH * v.clamp_min(_NOTHING)) & ~slow).any(0) & torch.as_tensor(
+        _is_divisible(edges)
+    )
     if bool(slow.any()):
         # What enters a slow panel must have forgotten how it began.
         steady_m, steady_v = (_steady(power * a, rate, width, slow) @ _to_left for power, rate in ((1.0, b), (2.0, q)))
         faded = (m - steady_m).abs() <= _FADED * m.abs().cummax(-1).values
         faded &= (v - steady_v).abs() <= _FADED * v
         too_wide |= (slow & ~faded).any(0)
-    growth = torch.where(slow, 1.0, grown / v.clamp_min(1e-300)).amax(0)
+    growth = torch.where(slow, 1.0, grown / v.clamp_min(_NOTHING)).amax(0)
     return too_wide.numpy(), growth.numpy()
 
 
@@ -228,7 +232,8 @@ def integrate_elementwise(edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0
     A, m, v = _at_edges(totals, P0)
     _require_no_explosion(A, edges)
     A, m, v = (start[..., :-1, None] for start in (A, m, v))
-    return MomentTable(edges, (A + change, carried.square() * v + own_v, carried * m + own_m))
+    var = (carried.square() * v + own_v).clamp_min(0.0)  # where it is _NOTHING, rounding has signs
+    return MomentTable(edges, (A + change, var, carried * m + own_m))
 
 
 def _panel_maps(a: Tensor, b: Tensor, q: Tensor, width: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:

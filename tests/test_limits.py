@@ -197,3 +197,30 @@ def test_a_derivation_too_long_to_write_says_so(g):
     assert derivation.holds
     assert "no rule integrates" in sde.explain()
     assert processor_time() - before < 6.0
+
+
+def test_small_formulas_whose_algebra_is_large_end_in_time():
+    """Powers of alpha far apart, and a 3x3 drift whose eigenvalues are roots of a cubic."""
+    before = processor_time()
+    var = SDE(-x, sp.sqrt(sp.exp(-1000 * t) * 10**6 + 1)).kernel.var
+    at = sp.Rational(1, 500)
+    exact = (1 - sp.exp(-2 * at)) / 2 + sp.Integer(10**6) * (sp.exp(-2 * at) - sp.exp(-1000 * at)) / 998
+    assert abs(float(var.subs(t, at) / exact) - 1) < 1e-12
+    assert not small(sp.exp(-t), sp.exp(-1000 * t))
+    assert small(sp.exp(-1000 * t), sp.exp(-2000 * t))
+    kernel = SDE(["b", "c", "-a-b-c"], ["0", "0", "1"], state=("a", "b", "c")).kernel
+    assert kernel.form in ("closed", "quadrature")
+    assert repr(kernel)
+    assert processor_time() - before < 12.0
+
+
+def test_noise_that_begins_below_the_range_of_numbers_is_integrated_in_time():
+    """g² = e^{-1/(t + c)} / (t + c)² has the integral e^{-1/(t + c)}, which is e^{-1000} at t = 0."""
+    since = t + sp.Rational(1, 1000)
+    before = processor_time()
+    kernel = SDE(0, sp.sqrt(sp.exp(-1 / since) / since**2)).kernel
+    SDE(0, sp.exp(-1 / since))
+    assert processor_time() - before < 6.0
+    at = torch.tensor([0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    exact = torch.exp(-1 / (at + 1e-3))
+    assert float((kernel.numbers.table(at)[1] / exact - 1).abs().max()) < 1e-11

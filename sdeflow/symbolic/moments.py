@@ -34,6 +34,7 @@ __all__ = [
     "square_root",
 ]
 
+_LARGEST_FACTORED = 32  # a power of alpha; of higher ones SymPy finds hundreds of factors, or none in minutes
 _LARGEST_ROOT = 10**6
 _SECONDS = 0.4  # for each moment, where the schedule is large
 _UNSOLVED = (None, "by quadrature")
@@ -204,7 +205,8 @@ def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> s
     w = sp.Dummy("w", positive=True)
     step = 2 if (k / 2).is_Integer else 1  # a polynomial in alpha^2 or alpha, which factors; else as it stands
     polynomial = c0 * (1 - w ** (2 // step)) - 2 * c1 * (w ** (k / step) - w ** (2 // step)) / (k - 2)
-    return (sp.factor(polynomial) if k.is_Integer else polynomial).subs(w, alpha**step)
+    factors = k.is_Integer and abs(k) <= _LARGEST_FACTORED
+    return (sp.factor(polynomial) if factors else polynomial).subs(w, alpha**step)
 
 
 def _is_a_power_too_far(log_alpha: sp.Expr) -> bool:

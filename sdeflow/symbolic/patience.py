@@ -140,8 +140,25 @@ def _ended(child: int) -> float:
 
 
 def small(*values: object) -> bool:
-    """Whether the expressions in ``values`` have so few terms, even multiplied out, that SymPy is done at once."""
-    return sum(growth(e) for e in _expressions(values)) <= _LARGEST_HERE
+    """Whether the expressions in ``values`` have so few terms, even multiplied out, that SymPy is done at once.
+
+    A matrix of more than two rows and columns is not: its inverse alone may take SymPy minutes.
+    """
+    if any(isinstance(value, sp.MatrixBase) and min(value.shape) > 2 for value in values):
+        return False
+    expressions = list(_expressions(values))
+    return sum(growth(e) for e in expressions) + _degree(expressions) <= _LARGEST_HERE
+
+
+def _degree(expressions: list[sp.Basic]) -> float:
+    """The degree of the polynomial that SymPy makes of exponentials: 1000 of exp(-t) and exp(-1000 t)."""
+    numbers: dict[sp.Basic, set[sp.Rational]] = {}
+    for power in set().union(*(e.atoms(sp.exp) for e in expressions)):
+        for term in sp.Add.make_args(power.args[0]):
+            number, rest = term.as_coeff_Mul()
+            if isinstance(number, sp.Rational):
+                numbers.setdefault(rest, set()).add(abs(number))
+    return max((float(max(own) / sp.gcd_list(sorted(own))) for own in numbers.values()), default=0.0)
 
 
 def growth(expr: sp.Basic) -> float:
