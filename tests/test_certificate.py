@@ -494,6 +494,8 @@ def test_a_kernel_whose_panels_miss_a_feature_is_found(monkeypatch):
 
 HARD = {
     "CIR of small dimension": lambda: SDE((R(3, 20) - x) / 2, sp.sqrt(x), T=2),
+    "CIR of tiny dimension": lambda: SDE(R(1, 100) - x, sp.sqrt(x), T=3),
+    "CIR of hardly any noise": lambda: SDE((R(4, 100) - x) / 2, sp.sqrt(x) * R(1, 10**5)),
     "three components": lambda: SDE(
         lambda a, b, c, t: [-a + t * b + 1, -t * a - 2 * b + sp.exp(-t) * c, sp.cos(t) - c + t**2 * a],
         [[1, R(1, 3), 0], [0, 1, t], [R(1, 4), 0, 1]], state=("a", "b", "c"),

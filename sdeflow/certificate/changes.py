@@ -149,7 +149,10 @@ def bessel(subject: Subject) -> None:
         u = np.maximum((l + delta) * v + np.array([-1.0, 0.4, 2.0]) * width, 0.05 * v)
         x, x_0 = (tensor((origin + side * w).reshape(-1, 1)) for w in (u, np.full(3, u_0)))
         u, u_0 = np.abs(x.numpy()[:, 0] - origin), abs(float(x_0[0, 0]) - origin)  # as rounded
-        exact = np.array([_chi_squared(w, u_0, alpha, v, delta) for w in u])
+        try:
+            exact = np.array([_chi_squared(w, u_0, alpha, v, delta) for w in u])
+        except (ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
+            raise UnknownValue(f"mpmath has no Bessel function of the order {0.5 * delta - 1.0:.3g}.") from error
         found = subject.kernel.log_prob(x, x_0, at).numpy()
         score = side * subject.kernel.score(x, x_0, at).numpy()[:, 0]
         lost = 1e-15 * abs(origin) / width + 2e-15 * size * (size > 1e6) + 1e-15 * (delta + l)

@@ -230,6 +230,8 @@ def mass(subject: Subject) -> None:
         x, slope, rest = _whole_domain(*domain(subject, at), centre, abs(after - before), _reach(subject, x_0, at))
         log_p = kernel.log_prob(torch.as_tensor(x)[:, None], x_0.expand(len(x), 1), at).numpy()
         p = np.where(np.isfinite(log_p), np.exp(log_p), 0.0) * slope
+        if rest[0] > 0 and 0 < p[0] < p[1]:  # a power of the distance, whose terms fall geometrically to the low end
+            p[0], rest[0] = p[0] + p[0] ** 2 / (p[1] - p[0]), 0.0
         # What lies between the last point and an end that rounding hides.
         tolerance = _PROBABILITY + 10 * float((p[[0, -1]] * rest).max())
         subject.note("kernel.log_prob", "∫ p dx = 1", p.sum() - 1, tolerance, at)

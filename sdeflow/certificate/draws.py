@@ -22,6 +22,7 @@ __all__ = ["gaussian_draws", "integrated", "jacobian", "levels_are_uniform", "li
 
 _DRAWS = 20_000
 _CHANCE = 1e-10
+_UNSEEN = 1e-3  # of the draws
 
 Array = np.ndarray
 
@@ -121,12 +122,15 @@ def integrated(
     knots = np.unique(np.sort(drawn)[np.unique(np.linspace(0, len(drawn) - 1, 400).astype(int))])
     width = knots[-1] - knots[0]
     near, far = np.geomspace(1e-14, 1.0, 120), np.geomspace(1e-3, 1e3, 80)
+    tiny = [[sign * np.geomspace(1e-300, 1e-14, 660)] if end == 0 else [] for end, sign in ((low, 1), (high, -1))]
     middle = knots[len(knots) // 2]
     left, right = knots[0] - width * far, knots[-1] + width * far
     if math.isfinite(low):
-        left = np.concatenate([left[left > low], low + (middle - low) * near])
+        left = np.concatenate([left[left > low], low + (middle - low) * near, *tiny[0]])
     if math.isfinite(high):
-        right = np.concatenate([right[right < high], high - (high - middle) * near])
+        right = np.concatenate([right[right < high], high - (high - middle) * near, *tiny[1]])
+    if (drawn < left.min()).mean() + (drawn > right.max()).mean() > _UNSEEN and math.isfinite(max(low, -high)):
+        raise UnknownValue("too much of the law lies closer to an end of the domain than numbers can tell.")
     edges = np.unique(np.clip(np.concatenate([[low, high], left, knots, right]), left.min(), right.max()))
     nodes, weights = np.polynomial.legendre.leggauss(8)
     half = 0.5 * np.diff(edges)
@@ -145,16 +149,17 @@ def jacobian(subject: Subject) -> None:
     kernel, x_0 = subject.kernel, torch.as_tensor(start(subject))
     if subject.kind == "reducible" and kernel.reduction.map.fold:
         return  # two draws lead to one state; their seeded draws are compared whole
-    h, z = 0.05, torch.tensor([-1.0, -0.3, 0.4, 1.2], dtype=torch.float64)[:, None]
+    z = torch.tensor([-1.0, -0.3, 0.4, 1.2], dtype=torch.float64)[:, None]
     x_0 = x_0.expand(len(z), 1)
     for at in (0.25 * subject.T, subject.T):
         try:
+            end = _end(subject, at)
+            h = 0.05 if end is None else 0.025  # a law that gathers at its end bends there
             moved = {o: kernel.sample(x_0, at, noise=z + o * h) for o in (-4, -3, -2, -1, 0, 1, 2, 3, 4)}
         except ScheduleError as error:
             raise UnknownValue(f"they are refused: {error}") from error
         weights = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
         # The states' logarithm from the end is smooth where the state itself is a steep power of the noise.
-        end = _end(subject, at)
         ahead = {o: (v - end).abs().log() for o, v in moved.items()} if end is not None else moved
         slope = sum(w * (ahead[o] - ahead[-o]) for o, w in weights.items()) / h
         slope = slope * (moved[0] - end).abs() if end is not None else slope
