@@ -166,7 +166,7 @@ MUTATIONS = (
        ("noise matrix",)),
     _m("mean of a prior's draws", "gaussian.py", "self._level(noise) + self._moved(noise.device)(noise)",
        "self._moved(noise.device)(noise)", ("offset",)),
-    _m("constant of a Gaussian", "gaussian.py", "- log_det - 0.5 * math.prod(event)", "- log_det - math.prod(event)",
+    _m("constant of a Gaussian", "gaussian.py", "- log_det - 0.5 * d", "- log_det - d",
        (), ("tests/test_likelihood.py", "tests/test_density.py")),
     # -------------------------------------------------------------------- bridges
     _m("transpose of a bridge's gain", "bridge.py", "now.sigma(W.T(surprise))", "now.sigma(W(surprise))",
