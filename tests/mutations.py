@@ -180,7 +180,7 @@ MUTATIONS = (
     _m("offset in a bridge's drift", "bridge.py", "across * (x - m)", "across * x", ("noise matrix",)),
     _m("rest of a bridge's drift", "bridge.py", "across * P * across.T", "across * P * across", ("noise matrix",)),
     _m("a bridge's steps from known states", "bridge.py", "s, exactly = t, True", "s, exactly = t, False",
-       ("initial variance",), ("tests/test_coupled.py", "-k", "bridge")),
+       ("initial variance",), ("tests/test_kernel.py", "-k", "bridge")),
     # -------------------------------------------------------------------- kernels of a state
     _m("score of the line", "reducible.py", "score.to(torch.float64) * slope + curvature",
        "score.to(torch.float64) * slope - curvature", ("geometric",)),

@@ -403,3 +403,12 @@ def test_a_bend_that_moves_with_a_learned_parameter_has_a_gradient():
     sde = SDE(0, sp.sqrt(sp.Min(t, k)), params={"k": value})
     (gradient,) = torch.autograd.grad(sde.kernel.coefficients(one)[1].square(), value)
     assert float(gradient) == pytest.approx(1.0 - 0.37, rel=1e-10)
+
+
+def test_a_bridge_adds_the_noise_at_the_start_once():
+    """With P0 > 0, a path that is asked at t = 0 too has the same law later: v_s (T - s) / v_T with v = P0 + t."""
+    sde = SDE(0, 1, P0=0.5)
+    x_0, n = torch.zeros(20_000, 1, dtype=torch.float64), 20_000
+    first, later = sde.bridge(torch.zeros(1, dtype=torch.float64)).paths(x_0, [0.0, 0.5], seed=0)
+    for found, expected in ((first, 0.5 * 1.0 / 1.5), (later, 1.0 * 0.5 / 1.5)):
+        assert abs(float(found.square().mean()) - expected) < 4 * expected * (2 / n) ** 0.5
