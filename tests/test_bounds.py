@@ -156,6 +156,17 @@ def test_the_standard_error_is_calibrated():
     assert abs(float(error.mean())) < 4 * float(error.std()) / 20
 
 
+def test_the_decoders_variance_is_that_of_its_mean():
+    """What the decoder adds to the squared standard error, against its variance over rows of one datum."""
+    sde = catalog.VP(cutoff=0.05)  # where the decoder's part is not negligible
+    truth = two(sde)
+    data = truth.sample(1, seed=3, dtype=torch.float64).expand(1000, -1)
+    model = sde.reverse(truth, prior=Exact(truth)).model
+    whole, rest = (elbo(model, data, at=at, draws=16, seed=5) for at in ("data", "cutoff"))
+    ratio = float((whole.stderr.square() - rest.stderr.square()).mean() / whole.reconstruction.var())
+    assert 0.7 < ratio < 1.4
+
+
 def test_schedules_per_coordinate_and_in_a_basis():
     k = torch.linspace(0.3, 2.0, 6, dtype=torch.float64).reshape(2, 3)
     pixels = SDE("-k*x", "sqrt(2*k)", params={"k": k}, T=3)
