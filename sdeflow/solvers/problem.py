@@ -242,11 +242,6 @@ class Problem:
         self._count(u.flatten(1), value.flatten(1), last)
         return value
 
-    def denoise(self, u: Tensor, t: Tensor | float) -> Tensor:
-        """E[x_0 | u] of states (batch, *event); one call."""
-        alpha, sigma, _ = self.kernel.path(u, torch.as_tensor(t, dtype=torch.float64))
-        return alpha.inverse(u + sigma.gram(self.score(u, t)))
-
     def on_grid(self, times: Tensor, like: Tensor) -> GridScore:
         """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; see :meth:`called`."""
         self.grid_times = times.tolist()
