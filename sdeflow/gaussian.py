@@ -75,9 +75,12 @@ class Gaussian:
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""
         if self.root.coupled:
-            relative = (other.root.inverse @ self.root).values
-            shift = other.root.inverse(self._level(self.mean[None]) - other._level(self.mean[None]))
-            k = relative.shape[-1]
+            inverse = other.root.inverse
+            relative = (inverse @ self.root).values
+            k, sides = relative.shape[-1], max(self.mean.ndim, other.mean.ndim) - 1
+            like = relative.new_zeros(1, k, *(1,) * sides)
+            apart = like[0] + self._level(like) - other._level(like)
+            shift = inverse.values @ apart.movedim(0, -1)[..., None]
             trace, log_det = relative.square().sum((-1, -2)), torch.linalg.slogdet(relative)[1]
             return float((0.5 * (trace - k) - log_det).mean() / k + 0.5 * shift.square().mean())
         ratio = (self.std / other.std).square()

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -154,6 +155,19 @@ def test_the_laws_of_times_are_densities():
         for border in (0.02, 0.1, 0.4):
             below = float((drawn < border).double().mean())
             assert abs(below - mass[points < border].sum()) < 3e-3
+
+
+def test_the_levels_of_edm_are_its_normal_law():
+    """log(sigma / alpha) ~ N(-1.2, 1.2²) within the horizon, but for a thousandth of a uniform law."""
+    kernel = catalog.EDM().kernel
+    law = WeightedTimes("edm", kernel, lambda at: torch.ones_like(at), 1.0, gaussian=True)
+    levels = -kernel.half_log_snr(law.draw(20_000, NoiseStream(0, "test"))[0])
+    low, high = (-kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))).tolist()
+    normal = NormalDist(-1.2, 1.2)
+    whole = normal.cdf(high) - normal.cdf(low)
+    for level in (-4.0, -2.0, -1.2, 0.0, 1.5):
+        below = float((levels < level).double().mean())
+        assert abs(below - (normal.cdf(level) - normal.cdf(low)) / whole) < 1.5e-3
 
 
 def test_a_training_step_estimates_the_objective():
