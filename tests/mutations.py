@@ -535,14 +535,14 @@ def _judged(mutation: Mutation) -> tuple[str, str]:
     failed, code = _tested(["-x", *mutation.tests])
     if failed:
         return "tests", failed[0]
-    if code == 5:
+    if code in (4, 5):
         return "ERROR", f"no test is picked by {' '.join(mutation.tests)}"
     return ("tests", f"pytest ends with {code}") if code else ("", "")
 
 
 def _fails_without(sdes_: Iterable[str], tests: Iterable[str]) -> list[str]:
-    """Of certificates and tests those that fail in the copy that is the working folder, without a mutation."""
-    names = list(_verified(sdes_))
+    """The SDEs and tests that fail in the copy that is the working folder, without a mutation."""
+    names = [found.partition(":")[0] for found in _verified(sdes_)]
     if tests:
         failed, code = _tested(tests)
         names += failed or ([f"pytest ends with {code}"] if code else [])
@@ -586,6 +586,11 @@ class Verdict(NamedTuple):
     who: str
     where: str
 
+    @property
+    def judge(self) -> str:
+        """The SDE or the test that found it, which can be asked again."""
+        return self.where.partition(":")[0] if self.who == "verify" else self.where
+
 
 def _verdicts(mutations: list[Mutation], jobs: int) -> Iterator[tuple[Verdict, float]]:
     """Each verdict as it is found, with the seconds of process time that it took; ``jobs`` processes at once."""
@@ -611,11 +616,10 @@ def _verdicts(mutations: list[Mutation], jobs: int) -> Iterator[tuple[Verdict, f
 
 def _unsound(verdicts: list[Verdict]) -> tuple[list[str], float]:
     """What found mutations, and fails without one too; and the seconds that it took."""
-    sdes_ = dict.fromkeys(v.where.partition(":")[0] for v in verdicts if v.who == "verify" and ":" in v.where)
-    tests = dict.fromkeys(v.where for v in verdicts if v.who == "tests" and "::" in v.where)
-    known = [name for name in sdes_ if any(name in v.mutation.sdes for v in verdicts)]
+    sdes_ = dict.fromkeys(v.judge for v in verdicts if v.who == "verify" and v.judge in v.mutation.sdes)
+    tests = dict.fromkeys(v.judge for v in verdicts if v.who == "tests" and "::" in v.judge)
     with tempfile.TemporaryDirectory() as folder:
-        child = _in_copy(None, Path(folder), functools.partial(_fails_without, known, list(tests)), 10 * SECONDS)
+        child = _in_copy(None, Path(folder), functools.partial(_fails_without, list(sdes_), list(tests)), 10 * SECONDS)
         _, status, usage = os.wait4(child, 0)
         seconds = usage.ru_utime + usage.ru_stime
         return list(_ended(Path(folder), status, seconds)), seconds
@@ -654,7 +658,7 @@ def _summary(verdicts: list[Verdict], unsound: list[str], spent: float) -> int:
     errors = [v for v in verdicts if v.who == "ERROR"]
     alive = [v.mutation for v in verdicts if not v.who]
     seen = [v for v in verdicts if v.who != "ERROR" and (v.who or not v.mutation.hidden)]
-    found = [v for v in seen if v.who and v.where not in unsound]
+    found = [v for v in seen if v.who and v.judge not in unsound]
     counts = Counter(v.who for v in found)
     share = 100 * len(found) / max(len(seen), 1)
     print(

@@ -411,8 +411,9 @@ def test_the_summary_of_mutations_counts_what_is_found_alone(capsys):
     assert mutations._summary([*found, verdict("", "")], [], 1.0) == 0
     assert "20 of 21" in (text := capsys.readouterr().out) and "alive: a.py: a sign. A test is missing." in text
     assert mutations._summary([*found, verdict("", ""), verdict("", "")], [], 1.0) == 1  # of 22, less than 95 %
-    assert mutations._summary(found, ["tests/test_a.py::test_b"], 1.0) == 1  # what fails without a mistake
-    assert "found: 10 of 20" in capsys.readouterr().out
+    for judge in ("tests/test_a.py::test_b", "offset"):  # what fails without a mistake
+        assert mutations._summary(found, [judge], 1.0) == 1
+        assert "found: 10 of 20" in capsys.readouterr().out
     gone = mutations.Mutation("no text", "kernel.py", "this text is nowhere", "", ("offset",))
     ((lost, _),) = mutations._verdicts([gone], jobs=1)
     assert lost.who == "ERROR" and "stands 0 times in kernel.py" in lost.where
