@@ -29,7 +29,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_finite, checked_numbers, checked_start, checked_state, checked_time
+from sdeflow.checks import checked_finite, checked_numbers, checked_point, checked_start, checked_state, checked_time
 from sdeflow.errors import ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
@@ -70,7 +70,7 @@ class _Bridge(ABC):
 
     def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
         """x_t given x_0 and x_T, shaped as x_0."""
-        return self._draw(checked_state(x_0, "x_0", 1), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
+        return self._draw(checked_point(x_0, "x_0"), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
 
     def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
         """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
@@ -78,7 +78,7 @@ class _Bridge(ABC):
         Raises:
             ScheduleError: for times that do not increase within [0, T].
         """
-        x_0, times = checked_state(x_0, "x_0", 1), _increasing(ts, self.T)
+        x_0, times = checked_point(x_0, "x_0"), _increasing(ts, self.T)
         noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
         for t in times:
             x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
@@ -133,7 +133,7 @@ class Bridge(_Bridge):
             x_0: (batch, *event).
             t: a number in [0, T].
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         mean, root = self._law(x_0, 0.0, _within(t, self.T))
         mean = self.kernel.from_basis(mean).to(x_0.dtype)
         if not self.kernel.coupled:
@@ -213,7 +213,7 @@ class ReducibleBridge(_Bridge):
             x_0: (batch, *event), in the domain.
             t: a number in [0, T].
         """
-        x_0, t = checked_state(x_0, "x_0", 1), _within(t, self.T)
+        x_0, t = checked_point(x_0, "x_0"), _within(t, self.T)
         y = self.kernel.transport(x_0.to(torch.float64), 0.0)
         mean, std = self._pushed(self.line, y, x_0, t)
         if self.kernel.reduction.map.fold:

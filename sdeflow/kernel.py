@@ -27,11 +27,12 @@ from torch import Tensor
 from sdeflow.basis import Basis
 from sdeflow.checks import (
     checked_finite,
+    checked_flag,
     checked_noise,
     checked_numbers,
+    checked_point,
     checked_range,
     checked_start,
-    checked_state,
     checked_time,
 )
 from sdeflow.coefficients import Coefficients
@@ -336,7 +337,7 @@ class Kernel:
             raise ScheduleError(
                 f"a transition runs from s to t with 0 <= s <= t <= T = {self.T:g}, not from {s} to {t}."
             )
-        if s == 0.0 and not (exactly and any(self.declaration.initial_variances)):
+        if s == 0.0 and not (checked_flag(exactly, "exactly") and any(self.declaration.initial_variances)):
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
             return self._coupled_transition(x, s, t)
@@ -495,7 +496,8 @@ class Kernel:
 
     def lift(self, data: Tensor, seed: int | torch.Generator | None = None, noisy: bool = True) -> Tensor:
         """States (batch, k, *event) from data (batch, *event), the auxiliary components drawn from P0 (or zero)."""
-        data = checked_state(data, "data")
+        checked_flag(noisy, "noisy")
+        data = checked_point(data, "data", 2)
         if not self.coupled or not self.declaration.auxiliary:
             return data
         if len(self.numbers.data) != 1:
@@ -534,7 +536,7 @@ class Kernel:
     # ---------------------------------------------------------------- helpers of the above
 
     def _state(self, x: Tensor, name: str = "x_0") -> Tensor:
-        x = checked_state(x, name, 1)
+        x = checked_point(x, name)
         if self.coupled or self.values.shape:
             self.require_event(tuple(x.shape[1:]))
         return x

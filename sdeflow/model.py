@@ -11,7 +11,7 @@ import sympy as sp
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_dtype, checked_shape, checked_states
+from sdeflow.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.gaussian import Gaussian
@@ -67,7 +67,7 @@ class Model:
         self.state = self.declaration.state
         self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
-        self._prior = prior
+        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}

@@ -12,6 +12,7 @@ import torch
 from sdeflow.basis import Basis, CentreOfMassFree
 from sdeflow.bridge import Bridge, ReducibleBridge
 from sdeflow.certificate import Certificate, certify
+from sdeflow.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.compile import compile_expressions
 from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
@@ -105,12 +106,13 @@ class SDE:
         state: Sequence[str] | None = None,
         basis: Basis | None = None,
     ) -> None:
-        resolved = parameter_symbols(params or {}, f, g)
+        resolved = parameter_symbols(params, f, g)
         with budget(_SECONDS):
             arguments = (f, g, T, cutoff, resolved, P0, calculus, state)
             self._set_up(_manageable(declare, *arguments), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
+        checked_methods(basis, "basis", *OF_BASIS)
         if isinstance(basis, CentreOfMassFree):
             raise DeclarationError(
                 f"{basis} changes the shape of a state, which basis= may not: declare the SDE of its coordinates, and "
@@ -121,7 +123,7 @@ class SDE:
                 f"a basis needs an affine SDE, coefficient by coefficient, and here {declaration.obstacle}."
             )
         self.declaration, self.values, self.basis = declaration, values, basis
-        self._prior = prior
+        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
         self._score: AnyScore = None
         if self.declaration.affine is not None:
             self.kernel  # noqa: B018  derived now, so that what is wrong with a schedule is said here
@@ -150,7 +152,9 @@ class SDE:
             sde = SDE.from_kernel(alphas)                      # cutoff = 1 / n; moments are the table's at its times
 
         Args:
-            alpha: of t; or a table of falling values: (times, values), rows of (time, value), or values alone.
+            alpha: of t: an expression, text, a function such as ``lambda t: sp.cos(t)`` that is called once with the
+                symbol, or ``sdeflow.schedule(function)(t)`` for one of numbers; or a table of falling values: (times,
+                values), rows of (time, value), or values alone.
             sigma: of t; None is √(1 - alpha²), variance preserving.
             T: the horizon; by default the last time of a table, else 1.
             cutoff: as of :class:`SDE`; of a table that starts at alpha < 1, its first time.
@@ -160,7 +164,7 @@ class SDE:
             DeclarationError: for a path that depends on x or does not start at alpha = 1.
             ScheduleError: for one whose signal-to-noise ratio rises somewhere, for then g² < 0.
         """
-        resolved = parameter_symbols(params or {}, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
+        resolved = parameter_symbols(params, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
         sde = object.__new__(cls)
         with budget(_SECONDS):
             declaration = _manageable(declare_path, alpha, sigma, T, cutoff, resolved)
@@ -374,11 +378,15 @@ class SDE:
 
     def reverse(self, score: AnyScore = None, prior: Prior | None = None) -> ReverseSDE:
         """The reverse-time SDE; without a score, the equation itself."""
-        return ReverseSDE(self, self._score if score is None else score, prior or self._prior)
+        return ReverseSDE(self, *self._bound(score, prior))
 
     def flow_ode(self, score: AnyScore = None, prior: Prior | None = None) -> FlowODE:
         """The probability-flow ODE; without a score, the equation itself."""
-        return FlowODE(self, self._score if score is None else score, prior or self._prior)
+        return FlowODE(self, *self._bound(score, prior))
+
+    def _bound(self, score: AnyScore, prior: Prior | None) -> tuple[AnyScore, Prior | None]:
+        """What was given, or else what this SDE carries."""
+        return self._score if score is None else score, self._prior if prior is None else prior
 
     def verify(self) -> Certificate:
         """Which identities the derived objects satisfy, symbolically or to which residual: :mod:`sdeflow.certificate`.

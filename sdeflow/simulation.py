@@ -49,7 +49,7 @@ from sdeflow.basis import Basis
 from sdeflow.batches import mixed_seed
 from sdeflow.boundary import Boundary
 from sdeflow.brownian import BrownianPath, BrownianRows
-from sdeflow.checks import checked_dtype, checked_numbers, checked_state, checked_states
+from sdeflow.checks import checked_count, checked_dtype, checked_flag, checked_numbers, checked_point, checked_states
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
 from sdeflow.gradients import is_meant, require_graph
@@ -146,7 +146,8 @@ def simulate(
     if noise is not None:
         _require_path(noise, seed, plan.solver, model.declaration.coupled)
     path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
-    hidden = None if progress is None else not progress
+    shown = checked_flag(progress, "progress", optional=True)
+    hidden = None if shown is None else not shown
     found, now = [], 0.0
     with (
         torch.enable_grad() if graph else torch.no_grad(),
@@ -282,7 +283,7 @@ def _plan(
     dtype: torch.dtype,
 ) -> Plan:  # fmt: skip
     """As :func:`sdeflow.plan.make_plan`, with steps by default; the kernel's own solvers run backwards alone."""
-    chosen = resolve(solver or "euler", "sde")
+    chosen = resolve("euler" if solver is None else solver, "sde")
     if steps is None and rtol is None and atol is None and not chosen.adaptive:
         steps = _STEPS
     return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype, with_kernel=False)
@@ -321,7 +322,7 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     Raises:
         DataError: for data that is no state, where it cannot be made one.
     """
-    state, k = checked_state(data, "data"), len(declaration.state)
+    state, k = checked_point(data, "data", 2), len(declaration.state)
     auxiliary = declaration.auxiliary
     if auxiliary:
         own = [i for i in range(k) if i not in auxiliary]
@@ -357,8 +358,7 @@ class SimulatedPairs:
         require_weighting(weighting, gaussian=False)
         self.model = Model(sde, None, None)
         for name, value in (("gap", gap), ("simulation_steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}.")
+            checked_count(value, name)
         if gap > steps:
             raise ValueError(f"gap = {gap} exceeds simulation_steps = {steps}.")
         if gap == 1 and self.model.declaration.gram.rank() < len(self.model.state):

@@ -144,7 +144,7 @@ def test_refusals():
     start = torch.full((2, 1), 0.5)
     for sde, options, error, match in (
         (SDE(-x, 1), {"boundary": "reflect"}, DeclarationError, "real everywhere"),
-        (CIR, {"boundary": "bounce"}, ValueError, "truncate, reflect, absorb"),
+        (CIR, {"boundary": "bounce"}, ValueError, '"truncate", "reflect", "absorb"'),
         (CIR, {"boundary": "truncate", "solver": "milstein"}, ValueError, 'solver="euler"'),
         (CIR, {"solver": "exact", "steps": 5}, ValueError, "takes no steps"),
         (SDE(x - x**3, sp.sqrt(x)), {"solver": "exact"}, NotAffineError, "kernel"),

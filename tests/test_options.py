@@ -3,10 +3,13 @@
 The table is compared with the signatures: a new option without an entry fails, and so does an entry without an option.
 """
 
+import ast
 import functools
 import inspect
+import math
 import warnings
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +38,7 @@ from sdeflow.traces import Hadamard, Hutchinson, HutchPP
 
 k = sp.Symbol("k", positive=True)
 D = 2
+PACKAGE = Path(sdeflow.__file__).parent
 X = torch.tensor([[0.2, 0.7], [-0.5, 0.3], [0.9, -0.6]])
 EIGHT = torch.linspace(-1, 1, 8).reshape(1, 8)
 LABELS = torch.tensor([0, 1, 2])
@@ -666,6 +670,35 @@ def test_every_option_changes_the_result(name, option):
     assert not isinstance(before, str), before
     assert equal(before, outcomes(given)), "the same call twice"
     assert not equal(before, outcomes({**given, **changed}))
+
+
+class Stranger:
+    """What is no value of any option."""
+
+
+STRANGERS = {"object": Stranger(), "array": np.array([[[[1j, math.nan]]]]), "nested": {"a": [Stranger()]}}
+ANY_VALUE = {"callback"}  # whatever it is, the runs above put a function of their own in its place
+
+
+@functools.cache
+def raised_lines(path):
+    """The lines of a file that belong to a raise statement."""
+    raises = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Raise)]
+    return {line for node in raises for line in range(node.lineno, node.end_lineno + 1)}
+
+
+@pytest.mark.parametrize(("name", "option"), CASES, ids=lambda value: value)
+def test_what_is_no_value_of_an_option_is_refused_in_our_words(name, option):
+    """By an error that is raised on purpose: not by an operator, an attribute or a library that stumbles over it."""
+    _, run, entries = TABLE[name]
+    for what, stranger in STRANGERS.items():
+        if option in ANY_VALUE:
+            continue
+        with pytest.raises((sdeflow.SdeflowError, TypeError, ValueError)) as caught:
+            run(**{**entries[option][0], option: stranger})
+        last = caught.traceback[-1]
+        assert Path(last.path).is_relative_to(PACKAGE), f"{what}: {caught.value!r}"
+        assert last.lineno + 1 in raised_lines(str(last.path)), f"{what}: {caught.value!r}"
 
 
 @pytest.mark.parametrize("changed", [{"gap": 2}, {"simulation_steps": 20}], ids=str)

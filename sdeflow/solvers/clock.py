@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev
-from sdeflow.errors import ScheduleError
+from sdeflow.checks import checked_numbers, checked_real
+from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
@@ -106,8 +107,8 @@ def as_grid(grid: Grid) -> str | Tensor | None:
     if grid is None or isinstance(grid, str | Tensor):
         return grid
     try:
-        return torch.as_tensor(grid, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return checked_numbers(grid, "grid")
+    except DataError as error:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.") from error
 
 
@@ -138,6 +139,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         return Clock(cutoff, T)
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
+    checked_real(scale, "scale", "positive and finite", lambda number: 0.0 < number < math.inf)
     many_scales = kernel.coupled or kernel.values.shape
     variable = _Variable(kernel, grid or ("log_snr" if many_scales else "angle"), scale)
     with torch.no_grad():

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis, Orthogonal
-from sdeflow.checks import checked_states
+from sdeflow.checks import OF_BASIS, checked_finite, checked_methods, checked_numbers, checked_states
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel
 from sdeflow.solvers.problem import Problem
@@ -101,13 +101,14 @@ class Exponential:
             raise ValueError('variance="posterior" is of order 1, with a number eta in [0, 1].')
         if self.rule == "half_step" and (self.prediction, self.variable) != ("data", "log_snr"):
             raise ValueError('rule="half_step" is of prediction="data" and variable="log_snr".')
+        checked_methods(self.basis, "basis", *OF_BASIS)
         if self.basis is not None and self.scale is None:
             raise ValueError("basis is of scale=, one for each of its coordinates; without one it changes nothing.")
         if self.scale is not None:
-            scale = torch.as_tensor(self.scale)
+            scale = checked_finite(checked_numbers(self.scale, "scale"), "scale")
             if self.prediction != "reference":
                 raise ValueError('scale is of prediction="reference".')
-            if scale.is_complex() or not bool(torch.isfinite(scale).all()) or not bool((scale >= 0).all()):
+            if not bool(torch.isfinite(scale).all()) or not bool((scale >= 0).all()):
                 raise ValueError(f"scale must be finite and not negative, not {self.scale!r}.")
 
     def __eq__(self, other: object) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sdeflow.checks import checked_choice
 from sdeflow.solvers.exponential import Exponential
 from sdeflow.solvers.singlestep import SingleStep
 
@@ -56,8 +57,7 @@ def unipc(order: int = 3, variant: str = "bh2") -> Exponential:
 
     B(h) matters only in formulas with two nodes, where the paper's code sets rho = ½.
     """
-    if variant not in ("bh1", "bh2"):
-        raise ValueError(f'variant must be "bh1" or "bh2", not {variant!r}.')
+    checked_choice(variant, "variant", ("bh1", "bh2"))
     return Exponential(order, "data", corrector=True, rule="midpoint" if variant == "bh2" else "half_step")
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice
 from sdeflow.errors import SolverError, StepUnderflowError
 from sdeflow.solvers.problem import Problem
 
@@ -24,6 +25,7 @@ __all__ = ["Torchdiffeq"]
 
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+_SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Torchdiffeq:
     methods = _ADAPTIVE + _FIXED
 
     def __post_init__(self) -> None:
-        if self.method not in self.methods:
-            raise ValueError(f"torchdiffeq's methods are {', '.join(self.methods)}, not {self.method!r}.")
+        checked_choice(self.method, "method", self.methods)
+        checked_choice(self.scipy, "scipy", _SCIPY)
         if self.scipy != "RK45" and self.method != "scipy_solver":
             raise ValueError(f'scipy={self.scipy!r} is of method="scipy_solver", not of {self.method!r}.')
 
