@@ -42,7 +42,7 @@ from sdeflow.checks import (
     checked_numbers,
     checked_real,
     checked_shape,
-    checked_state,
+    checked_states,
     checked_within,
 )
 from sdeflow.errors import NonFiniteStateError
@@ -225,7 +225,7 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
     """
     checked_count(steps, "steps", 0)
     checked_within(step, "step", 0.0, math.inf)
-    x = checked_state(x)
+    x = checked_states(x)
     checked_real(t, "t", "a finite number", math.isfinite)
     stream, width, dtype = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step), x.dtype
     time = t if isinstance(score, ScoreFunction) else network_time(torch.tensor(t, dtype=torch.float64), x)
