@@ -10,6 +10,7 @@ from problems import correlated, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, t, traces, x
+from sdeflow.likelihood import exponential
 from sdeflow.likelihood.nodes import quadrature_weights
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential
@@ -196,6 +197,18 @@ def test_bits_tighten_with_importance_weighted_draws():
     assert float((one.mean(0) - many.value).max()) > 0.05
 
 
+def test_the_budget_of_bits_is_that_of_nats_in_bits_per_dimension():
+    sde = catalog.VP()
+    flow, images = sde.flow_ode(ring(sde)), torch.tensor([[0, 3], [2, 1], [1, 1]])
+    options = {"steps": 8, "seed": 4, "full": True}
+    bits = flow.bits_per_dim(images, levels=4, low=-1.0, high=1.0, **options)
+    drawn = sdeflow.dequantisation.Uniform().sample(images, levels=4, low=-1.0, high=1.0, seed=4, dtype=torch.float32)
+    nats = flow.log_prob(drawn.x[0], **options)
+    torch.testing.assert_close(bits.value, -(nats.value / 2 + math.log(0.5)) / math.log(2))
+    for name in ("solver_error", "truncation", "prior_mismatch", "prior_error"):
+        torch.testing.assert_close(2 * math.log(2) * getattr(bits, name), getattr(nats, name))
+
+
 def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
     """Grids that stop coming closer: a warning with what was reached, and an error where that is far from atol."""
     sde = catalog.VP()
@@ -255,6 +268,22 @@ def test_two_grids_that_agree_by_chance_are_not_believed(name):
     error = (found.value - exact.log_prob(points, sde.cutoff)).abs()
     assert float((error <= 2 * found.error).double().mean()) >= 0.98
     assert float((error <= 1e-3).double().mean()) >= 0.99 and float(error.max()) < 3e-3
+
+
+def test_two_equal_values_after_a_great_change_have_an_error(monkeypatch):
+    """Values 0, ½, ½, ½, ... of finer and finer grids: the first pair promises no such agreement of the second."""
+    sde = catalog.VP()
+    exact = ring(sde)
+    points = at_cutoff(sde, exact, 1)
+    right, seen = exponential._alone, []
+
+    def scripted(*args):
+        seen.append(0.5 if seen else 0.0)
+        return right(*args)._replace(value=torch.full((1,), seen[-1], dtype=torch.float64))
+
+    monkeypatch.setattr(exponential, "_alone", scripted)
+    found = sde.flow_ode(exact).log_prob(points, atol=0.01, full=True)
+    assert len(seen) >= 3 and float(found.solver_error) > 1e-3
 
 
 def test_few_steps_have_an_error_too():
