@@ -434,7 +434,7 @@ MUTATIONS = (
        ("tests/test_parameters.py", "-k", "blurring")),
     _m("Helmert's matrix", "basis.py", "torch.where(i == k, -k, 0.0)", "torch.where(i == k, -1.0, 0.0)", (),
        ("tests/test_centre_of_mass.py", "-k", "isometry")),
-    _m("sub-VP", "catalog.py", "sp.exp(-2 * integral)", "sp.exp(-integral)", (),
+    _m("sub-VP", "catalog.py", "1 - sp.exp(-2 * integral)", "1 + sp.exp(-2 * integral)", (),
        ("tests/test_kernel.py", "-k", "literature")),
     _m("VE", "catalog.py", "sp.sqrt(2 * sp.log(ratio))", "sp.sqrt(sp.log(ratio))", (),
        ("tests/test_kernel.py", "-k", "literature")),
@@ -463,7 +463,7 @@ MUTATIONS = (
     _m("the variance equation that is shown", "symbolic/derivation/pearson.py", "2 * sp.diff(f, x) * var + mean_square",
        "sp.diff(f, x) * var + mean_square", (), ("tests/test_derivation.py",)),
     _m("an offset in brackets", "symbolic/affine.py", "inner[0]), scale * inner[1]", "inner[0]), inner[1]",
-       ("offset",)),
+       (), ("tests/test_declaration.py", "-k", "affine_drifts_split")),
 )  # fmt: skip
 
 
