@@ -25,6 +25,10 @@ class Exact:
     def __init__(self, truth):
         self.truth = truth
 
+    def sample(self, shape, seed=None, dtype=None, device="cpu"):
+        kernel = self.truth.kernel
+        return kernel.sample(self.truth.sample(shape[0], seed=seed, dtype=dtype), kernel.T, seed=seed).to(device)
+
     def log_prob(self, x):
         return self.truth.log_prob(x, self.truth.kernel.T)
 
