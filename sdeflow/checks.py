@@ -66,7 +66,7 @@ __all__ = [
 
 _LEAST_MEMORY = 2**36  # bytes
 _MOST = 2**62  # that is counted
-OF_PRIOR = (("sample", "log_prob"), "sdeflow.Gaussian(mean, std)")
+OF_PRIOR = (("sample", "log_prob"), "sdeflow.Gaussian(mean, std)", any)  # either is asked for where it is needed
 OF_BASIS = (("forward", "inverse"), "sdeflow.basis.DCT(2)")
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -431,13 +431,16 @@ def checked_within(value: object, name: str, low: float, high: float) -> Real:
     return checked_real(value, name, wanted, lambda number: low < number < high)
 
 
-def checked_methods(value: object, name: str, methods: tuple[str, ...], example: str) -> object:
-    """An object that has all of ``methods``, as priors and bases have; None stays None.
+def checked_methods(
+    value: object, name: str, methods: tuple[str, ...], example: str, enough: Callable[[Iterable], bool] = all
+) -> object:
+    """An object that has all of ``methods``, or ``any``, as priors and bases have; None stays None.
 
     Raises:
         TypeError: for anything else, a class in place of its object included.
     """
-    if value is None or (not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in methods)):
+    found = (callable(getattr(value, method, None)) for method in methods)
+    if value is None or (not isinstance(value, type) and enough(found)):
         return value
     raise TypeError(f"{name} must be an object with {' and '.join(methods)}, such as {example}, not {_shown(value)}.")
 

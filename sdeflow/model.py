@@ -425,7 +425,8 @@ class Model:
         if self.kernel is not None:
             self.kernel.require_event(shape[1:])
         like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
-        return self.prior_for(like).sample(shape, seed=seed, dtype=dtype, device=device)
+        prior = checked_methods(self.prior_for(like), "prior", ("sample",), "sdeflow.Gaussian(mean, std)")
+        return prior.sample(shape, seed=seed, dtype=dtype, device=device)
 
 
 def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | None:
