@@ -234,16 +234,17 @@ def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
 def test_the_pilot_of_the_likelihood_is_its_own_and_closer_at_the_same_calls(name):
     sde = getattr(catalog, name)()
     exact = ring(sde, std=0.1)
-    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 256, seed=1)
-    truth = flow.log_prob(points, steps=400, grid="pilot")
+    flow, points = sde.flow_ode(exact), at_cutoff(sde, exact, 1024, seed=1)
+    truth = flow.log_prob(points, steps=200, grid="pilot")
     of_samples = flow.pilot((2,), Exponential(3), dtype=torch.float64)
     assert of_samples.calls == 32
     distances = torch.tensor([of_samples.clock(v)[0] for v in np.linspace(0, 1, 24)], dtype=torch.float64)
+    # The 99th of a hundred, which ten points of a thousand tell; a mean square is that of the single worst one.
     in_nats, in_distances = (
-        float((flow.log_prob(points, steps=24, grid=grid) - truth).square().mean().sqrt())
+        float((flow.log_prob(points, steps=24, grid=grid) - truth).abs().quantile(0.99))
         for grid in ("pilot", distances)
     )
-    assert in_nats < 0.85 * in_distances < 0.02
+    assert in_nats < 0.85 * in_distances and in_nats < 0.03, (in_nats, in_distances)
 
 
 def test_a_solver_with_a_reference_along_the_data_measures_the_same_density():
