@@ -180,7 +180,7 @@ MUTATIONS = (
     _m("mean of a prior's draws", "gaussian.py", "self._level(noise) + self._moved(noise.device)(noise)",
        "self._moved(noise.device)(noise)", ("offset",)),
     _m("constant of a Gaussian", "gaussian.py", "- log_det - 0.5 * d", "- log_det - d",
-       (), ("tests/test_likelihood.py", "tests/test_density.py")),
+       (), ("tests/test_likelihood.py", "-k", "gaussian_data_is_exact")),
     # -------------------------------------------------------------------- random numbers
     _m("counter of a draw", "noise.py", "(0, 0, self._draws, self._block + block)",
        "(0, 0, 0, self._draws + self._block + block)", (), ("tests/test_noise.py",)),
@@ -267,7 +267,7 @@ MUTATIONS = (
     _m("Tweedie's sign", "scores/function.py", "centred + path.sigma.gram(", "centred - path.sigma.gram(",
        (), ("tests/test_scores.py",)),
     _m("noise of a coupled score", "scores/function.py", "-path.sigma.T(kernel.to_basis(self(x, t)))",
-       "-path.sigma(kernel.to_basis(self(x, t)))", (), ("tests/test_coupled.py", "tests/test_exponential.py")),
+       "-path.sigma(kernel.to_basis(self(x, t)))", (), ("tests/test_coupled.py", "-k", "mixture_score_is")),
     _m("likelihood weighting", "weightings.py", "whiten @ kernel.equation(x, t)[2] @ whiten.T",
        "whiten @ kernel.equation(x, t)[2] @ whiten", (), ("tests/test_weightings.py", "tests/test_coupled.py")),
     _m("half of the likelihood weighting", "weightings.py", '0.5 if weighting == "likelihood" else 1.0',
