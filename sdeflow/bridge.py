@@ -35,9 +35,8 @@ from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.reducible import ReducibleKernel
+from sdeflow.symbolic.conditioned import bridge_drift, reducible_bridge_drift
 from sdeflow.symbolic.equations import Equation, forward
-from sdeflow.symbolic.symbols import t as time_symbol
-from sdeflow.symbolic.symbols import x as state_symbol
 
 __all__ = ["Bridge", "ReducibleBridge"]
 
@@ -109,20 +108,12 @@ class Bridge(_Bridge):
 
     @property
     def drift(self) -> sp.Expr | sp.ImmutableMatrix:
-        """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), SymPy, with y the symbols x_T (v_T, ...)."""
-        kernel, declaration = self.kernel, self.kernel.declaration
-        matrix = (lambda e: e) if kernel.coupled else (lambda e: sp.ImmutableMatrix([[e]]))
-        phi, P, m = matrix(kernel.alpha), matrix(kernel.var), matrix(kernel.offset)
-        T = sp.nsimplify(kernel.T, rational=True)
-        phi_T, P_T, m_T = (e.subs(time_symbol, T) for e in (phi, P, m))
-        across = phi_T * phi.adjugate() / phi.det()
-        rest = P_T - across * P * across.T
-        inverse = rest.adjugate() / rest.det()
-        x = sp.Matrix(declaration.state)
-        y = sp.Matrix([sp.Symbol(f"{component.name}_T", real=True) for component in declaration.state])
-        pull = declaration.gram * across.T * inverse * (y - m_T - across * (x - m))
-        drift = sp.Matrix(declaration.drifts) + pull
-        return sp.ImmutableMatrix(drift) if kernel.coupled else drift[0]
+        """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), SymPy, with y the symbols x_T (v_T, ...).
+
+        Where the kernel's moments are integrals, T stands in it as a symbol. Where SymPy takes too long, it is
+        f + g gᵀ h with h(x, t) for ∇ log p(x_T | x_t = x).
+        """
+        return bridge_drift(self.kernel.declaration, self.kernel.shown)
 
     def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Mean (batch, *event) and standard deviation (which broadcasts to it) of x_t given x_0 and x_T.
@@ -195,16 +186,13 @@ class ReducibleBridge(_Bridge):
 
     @property
     def drift(self) -> sp.Expr:
-        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol; see the module."""
-        declaration, inner, change = self.kernel.declaration, self.kernel.inner, self.kernel.reduction.map
-        T = sp.nsimplify(self.T, rational=True)
-        across = inner.alpha.subs(time_symbol, T) / inner.alpha
-        mean = inner.offset.subs(time_symbol, T) + across * (change.to_line - inner.offset)
-        rest = inner.var.subs(time_symbol, T) - across**2 * inner.var
-        end = change.to_line.subs({state_symbol: sp.Symbol("x_T", real=True), time_symbol: T})
-        if change.fold:
-            end = end * sp.tanh(end * mean / rest)
-        return declaration.f + declaration.g**2 * sp.diff(change.to_line, state_symbol) * across * (end - mean) / rest
+        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol; see the module.
+
+        Where the moments are integrals, T stands in it as a symbol. Where SymPy takes too long, h(x, t) stands for that
+        derivative.
+        """
+        kernel = self.kernel
+        return reducible_bridge_drift(kernel.declaration, kernel.reduction.map, kernel.inner.shown)
 
     def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """The true mean and standard deviation of x_t given x_0 and x_T, each (batch, *event).

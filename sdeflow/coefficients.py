@@ -368,7 +368,7 @@ class Coefficients:
             at = float(points[bad].min())
             point = {**self.values.numbers, time_symbol: sp.Float(at)}
             exact = [(name, value_at(entry, point, 6)) for name, entry in self._named_entries()]
-            shown = ", ".join(f"{name} = {value}" for name, value in exact)
+            shown = ", ".join(f"{name} = {value!s}" for name, value in exact)  # SymPy formats no infinity
             kind = "complex" if any(value.has(sp.I) for _, value in exact) else "not finite"
             if self.declaration.path is not None:
                 alpha, sigma = self.declaration.path

@@ -196,7 +196,7 @@ class Kernel:
         )
 
     @cached_property
-    def _shown(self) -> Moments:
+    def shown(self) -> Moments:
         """The moments for display: SymPy's integrals where it finds them in 2 s and they agree with quadrature."""
         if self.coupled:
             return self._coupled_moments
@@ -255,12 +255,12 @@ class Kernel:
     @property
     def alpha(self) -> sp.Expr:
         """alpha(t): the mean is alpha x_0 + offset. The matrix Φ(t) of a coupled state."""
-        return self._shown.alpha
+        return self.shown.alpha
 
     @property
     def offset(self) -> sp.Expr:
         """The part of the mean that does not depend on x_0."""
-        return self._shown.offset
+        return self.shown.offset
 
     @property
     def mean(self) -> sp.Expr:
@@ -273,7 +273,7 @@ class Kernel:
     @property
     def var(self) -> sp.Expr:
         """sigma(t)², the covariance matrix of a coupled state."""
-        return self._shown.var
+        return self.shown.var
 
     @property
     def std(self) -> sp.Expr:
@@ -290,12 +290,12 @@ class Kernel:
         """
         if self.coupled:
             return sp.log(information(self.alpha, self.var, self.numbers.data[0]))
-        return 2 * self._shown.log_alpha - sp.log(self.var)
+        return 2 * self.shown.log_alpha - sp.log(self.var)
 
     @property
     def rules(self) -> tuple[str, ...]:
         """The rule behind each moment: of alpha, offset and variance."""
-        return self._shown.rules
+        return self.shown.rules
 
     def __repr__(self) -> str:
         names = [symbol.name for symbol in self.declaration.state]

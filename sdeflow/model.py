@@ -21,6 +21,7 @@ from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_sc
 from sdeflow.solvers import Clock, make_clock
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.declaration import stratonovich_correction
+from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
 from sdeflow.thresholding import Thresholded
@@ -174,9 +175,9 @@ class Model:
             return self.function_of_state(equation.drifts, with_score=True)
         scores = score_symbols(self.state)
         standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
-        rows = [drift.subs(standing) for drift in equation.drifts]
-        A = [sp.diff(row, component) for row in rows for component in self.state]
-        C = [sp.diff(row, standing[score]) for row in rows for score in scores]
+        rows = [drift.xreplace(standing) for drift in equation.drifts]
+        A = [derivative(row, component) for row in rows for component in self.state]
+        C = [derivative(row, standing[score]) for row in rows for score in scores]
         numbers = compile_expressions((*A, *C), (t,), self.values, self.T)
         if self.declaration.coupled or self.values.shape:
             return self._linear_drift(numbers)

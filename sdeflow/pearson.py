@@ -31,6 +31,7 @@ from sdeflow.kernel import Kernel, inside_ends
 from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.moments import square_root
 from sdeflow.symbolic.pearson import Pearson, classify, decay, spread
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
@@ -220,10 +221,10 @@ class PearsonKernel(ABC):
     @property
     def std(self) -> sp.Expr:
         """The square root of :attr:`var`."""
-        return sp.sqrt(self.var)
+        return square_root(self.var, {})
 
     def _shown(self, moment: sp.Expr) -> sp.Expr:
-        return moment.subs({decay: self.inner.alpha, spread: self.inner.var}, simultaneous=True)
+        return moment.xreplace({decay: self.inner.alpha, spread: self.inner.var})
 
     # ---------------------------------------------------------------- the kernel as a distribution
 

@@ -33,6 +33,7 @@ from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
+from sdeflow.symbolic.moments import square_root
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x as state_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
@@ -139,14 +140,14 @@ class ReducibleKernel:
     @property
     def std(self) -> sp.Expr | None:
         """The square root of :attr:`var`."""
-        return None if self.var is None else sp.sqrt(self.var)
+        return None if self.var is None else square_root(self.var, {})
 
     def _shown(self, moment: sp.Expr | None) -> sp.Expr | None:
         if moment is None:
             return None
-        start = self.reduction.map.to_line.subs({state_symbol: data_symbol, time_symbol: 0})
+        start = self.reduction.map.to_line.xreplace({state_symbol: data_symbol, time_symbol: sp.Integer(0)})
         line = self.inner.alpha * start + self.inner.offset
-        return moment.subs({line_mean: line, line_var: self.inner.var}, simultaneous=True)
+        return moment.xreplace({line_mean: line, line_var: self.inner.var})
 
     # ---------------------------------------------------------------- the change of state
 

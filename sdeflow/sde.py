@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
 from sdeflow.symbolic.path import declare_path, is_table
-from sdeflow.symbolic.patience import budget, rehearsed, small
+from sdeflow.symbolic.patience import budget, deadline, rehearsed, small
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["SDE"]
 
 _SECONDS = 0.8  # of SymPy's work on what is not small: in a declaration, and in the search for another exact kernel
+_LONGEST = 2.4  # of all work on a declaration, after which panels are halved no further
 _SHORT = 120  # characters of text that is read without a rehearsal
 _SHORT_TREES = 4000  # the same of stored expressions
 
@@ -107,7 +109,7 @@ class SDE:
         basis: Basis | None = None,
     ) -> None:
         resolved = parameter_symbols(params, f, g)
-        with budget(_SECONDS):
+        with _limits():
             arguments = (f, g, T, cutoff, resolved, P0, calculus, state)
             self._set_up(_manageable(declare, *arguments), Values(resolved), prior, basis)
 
@@ -166,7 +168,7 @@ class SDE:
         """
         resolved = parameter_symbols(params, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
         sde = object.__new__(cls)
-        with budget(_SECONDS):
+        with _limits():
             declaration = _manageable(declare_path, alpha, sigma, T, cutoff, resolved)
             sde._set_up(declaration, Values(resolved), None, basis)
         return sde
@@ -212,7 +214,7 @@ class SDE:
             UnsafeExpressionError: for data that holds anything but allowed nodes.
         """
         sde = object.__new__(cls)
-        with budget(_SECONDS):
+        with _limits():
             trees = [data.get(key) for key in ("f", "g", "path")] if isinstance(data, Mapping) else []
             if len(repr(trees)) > _SHORT_TREES and not rehearsed(_SECONDS, from_dict, data):
                 raise UnsafeExpressionError("SymPy needs too long to build the expressions of this declaration.")
@@ -288,7 +290,7 @@ class SDE:
         declaration = self.declaration
         if declaration.affine is not None or declaration.coupled or declaration.P0 > 0 or self.basis is not None:
             return None
-        with budget(_SECONDS):
+        with _limits():
             try:
                 return ReducibleKernel(declaration, self.values)
             except NotAffineError:
@@ -436,6 +438,13 @@ class SDE:
                 raise ScheduleError(
                     f"{name} = {expr} is not finite and real at t = {float(times[bad][0]):.4g}, for any x tried."
                 )
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """The processor time of a declaration, and of SymPy's part in it."""
+    with budget(_SECONDS), deadline(_LONGEST):
+        yield
 
 
 def _manageable(make: Callable[..., Declaration], *arguments: object) -> Declaration:

@@ -165,8 +165,8 @@ MUTATIONS = (
        ("noise matrix",)),
     _m("constant of a density", "kernel.py", "0.5 * d * math.log(2.0 * math.pi)", "d * math.log(2.0 * math.pi)",
        ("offset",)),
-    _m("log-SNR that is shown", "kernel.py", "2 * self._shown.log_alpha - sp.log(self.var)",
-       "self._shown.log_alpha - sp.log(self.var)", ("offset",)),
+    _m("log-SNR that is shown", "kernel.py", "2 * self.shown.log_alpha - sp.log(self.var)",
+       "self.shown.log_alpha - sp.log(self.var)", ("offset",)),
     _m("information that is shown", "symbolic/coupled.py",
         "(column.T * covariance.adjugate() * column)",
         "(column.T * covariance * column)", ("noise matrix",)),
@@ -211,10 +211,12 @@ MUTATIONS = (
        ("offset",)),
     _m("transpose of a bridge's noise", "bridge.py", "V.T.root_of_one_plus_gram.T.inverse",
        "V.T.root_of_one_plus_gram.inverse", ("noise matrix",)),
-    _m("transpose in a bridge's drift", "bridge.py", "declaration.gram * across.T * inverse",
+    _m("transpose in a bridge's drift", "symbolic/conditioned.py", "declaration.gram * across.T * inverse",
        "declaration.gram * across * inverse", ("noise matrix",)),
-    _m("offset in a bridge's drift", "bridge.py", "across * (x - m)", "across * x", ("noise matrix",)),
-    _m("rest of a bridge's drift", "bridge.py", "across * P * across.T", "across * P * across", ("noise matrix",)),
+    _m("offset in a bridge's drift", "symbolic/conditioned.py", "(sp.Matrix(declaration.state) - m)",
+       "sp.Matrix(declaration.state)", ("noise matrix",)),
+    _m("rest of a bridge's drift", "symbolic/conditioned.py", "across * P * across.T", "across * P * across",
+       ("noise matrix",)),
     _m("a bridge's steps from known states", "bridge.py", "s, exactly = t, True", "s, exactly = t, False",
        ("initial variance",), ("tests/test_kernel.py", "-k", "bridge")),
     # -------------------------------------------------------------------- kernels of a state
@@ -489,12 +491,13 @@ def _wrong(mutation: Mutation, root: Path = ROOT) -> str:
 
 def _verified(names: Iterable[str]) -> Iterator[str]:
     """The SDEs whose certificates fail, or cannot be made, each with what fails."""
-    import sdeflow.certificate.bridge
+    import sdeflow.certificate
     import sdeflow.kernel
+    import sdeflow.symbolic.conditioned
 
     if hasattr(sdeflow.kernel, "integrate_within"):
         sdeflow.kernel.integrate_within = lambda *args, **options: None  # integrals stay: no seconds of SymPy
-    sdeflow.certificate.bridge._SECONDS = 60.0  # however busy the machine is
+    sdeflow.symbolic.conditioned._SECONDS = sdeflow.certificate._SECONDS = 60.0  # however slow the machine is
     warnings.simplefilter("ignore")
     made = sdes()
     for name in names:

@@ -328,12 +328,33 @@ class Oracle:
         return np.unique(np.concatenate(extra))
 
     def _composed(self, edges: Array, times: Array, start: Array) -> Law:
-        panels, k, e = self._maps_between(edges), self.k, self.entries
-        wanted = np.searchsorted(edges, times)
+        panels, wanted = self._maps_between(edges), np.searchsorted(edges, times)
+        found = (self._numbers if self.k == self.entries == 1 else self._matrices)(panels, start, set(wanted.tolist()))
+        phi, P, m, reach, log_phi = (np.stack(parts) for parts in zip(*(found[i] for i in wanted), strict=True))
+        return Law(phi, P, m, reach, log_phi, *self._doubt(panels, times, wanted, P, reach))
+
+    def _numbers(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
+        """The moments after ``keep`` panels of one component with one entry, in plain numbers: there may be thousands.
+
+        Φ, P, the offset, its size and log Φ, as :meth:`_matrices` gives them.
+        """
+        phi, P, m, reach, log_phi = 1.0, float(start[0, 0]), 0.0, 0.0, 0.0
+        found = {0: (phi, P, m, reach, log_phi)}
+        maps = panels.growth[0], np.exp(panels.growth[0]), panels.push[0, :, 0], panels.noise[0, :, 0, 0]
+        for i, (rate, step, push, noise) in enumerate(zip(*(v.tolist() for v in maps), strict=True), 1):
+            log_phi, phi, P = log_phi + rate, step * phi, step * P * step + noise
+            m, reach = step * m + push, step * reach + abs(push)
+            if i in keep:
+                found[i] = phi, P, m, reach, log_phi
+        shapes = (1, 1, 1), (1, 1, 1), (1, 1), (1, 1), (1,)
+        return {i: tuple(map(np.full, shapes, row)) for i, row in found.items()}
+
+    def _matrices(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
+        k, e = self.k, self.entries
         phi, P, log_phi = np.broadcast_to(np.eye(k), (e, k, k)), np.broadcast_to(start, (e, k, k)), np.zeros(e)
         m, reach = np.zeros((e, k)), np.zeros((e, k))
-        found, keep = {0: (phi, P, m, reach, log_phi)}, set(wanted.tolist())
-        for i in range(len(edges) - 1):
+        found = {0: (phi, P, m, reach, log_phi)}
+        for i in range(len(panels.low)):
             step = panels.growth[:, i]
             if k == 1:
                 log_phi, step = log_phi + step, np.exp(step)[:, None, None]
@@ -343,8 +364,7 @@ class Oracle:
             P = step @ P @ step.swapaxes(-1, -2) + panels.noise[:, i]
             if i + 1 in keep:
                 found[i + 1] = (phi, P, m, reach, log_phi)
-        phi, P, m, reach, log_phi = (np.stack(parts) for parts in zip(*(found[i] for i in wanted), strict=True))
-        return Law(phi, P, m, reach, log_phi, *self._doubt(panels, times, wanted, P, reach))
+        return found
 
     def _doubt(self, panels: Panels, times: Array, wanted: Array, P: Array, reach: Array) -> tuple[Array, Array, Array]:
         """How far Φ, P and the offset may be off, relative, (n,).

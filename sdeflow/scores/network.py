@@ -14,6 +14,7 @@ from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
 from sdeflow.kernel import Path
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction, checked, network_time, network_times, on_states
 from sdeflow.scores.readout import GridScore, Readout
+from sdeflow.symbolic.coupled import rank
 
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
 
@@ -84,7 +85,7 @@ class Score(ScoreFunction):
             raise ValueError(f"data_std must be positive and finite, not {data_std}.")
         if self.declaration.coupled and predicts == "v":
             raise ValueError('predicts="v" is of elementwise SDEs; a coupled one takes the others.')
-        if predicts == "velocity" and self.declaration.gram.det() == 0:
+        if predicts == "velocity" and rank(self.declaration.gram) < len(self.declaration.state):
             raise ValueError('predicts="velocity": g gᵀ is singular, so the flow does not determine the score.')
 
     @property
