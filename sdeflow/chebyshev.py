@@ -23,6 +23,7 @@ from sdeflow.symbolic.patience import time_left
 
 __all__ = [
     "MAX_PANELS",
+    "NODES",
     "Bound",
     "PiecewiseChebyshev",
     "derivative_matrix",
