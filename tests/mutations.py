@@ -271,7 +271,7 @@ MUTATIONS = (
     _m("noise of a coupled score", "scores/function.py", "-path.sigma.T(kernel.to_basis(self(x, t)))",
        "-path.sigma(kernel.to_basis(self(x, t)))", (), ("tests/test_coupled.py", "-k", "mixture_score_is")),
     _m("likelihood weighting", "weightings.py", "whiten @ kernel.equation(x, t)[2] @ whiten.T",
-       "whiten @ kernel.equation(x, t)[2] @ whiten", (), ("tests/test_weightings.py", "tests/test_coupled.py")),
+       "whiten @ kernel.equation(x, t)[2] @ whiten", (), ("tests/test_weightings.py", "-k", "in_the_likelihood")),
     _m("half of the likelihood weighting", "weightings.py", '0.5 if weighting == "likelihood" else 1.0',
        '1.0 if weighting == "likelihood" else 1.0', (), ("tests/test_weightings.py",)),
     _m("min-SNR", "weightings.py", "torch.exp(-2.0 * kernel.half_log_snr(t))).clamp_max",

@@ -16,7 +16,7 @@ from sdeflow.errors import WeightingError
 from sdeflow.losses import denoising_score_matching
 from sdeflow.noise import NoiseStream
 from sdeflow.times import WeightedTimes
-from sdeflow.weightings import mean_weight, share
+from sdeflow.weightings import mean_weight, metric, share
 
 R = sp.Rational
 STD = 0.7  # of the data, which "edm" knows
@@ -137,6 +137,16 @@ def test_every_pair_is_the_weightings_own_quadrature(name, weighting):
             part = float(counted[(at >= low) & (at < high)].sum())
             panel = 4 * float(counted.max())  # the border may lie within it
             assert abs(part - right) < 2e-3 * total + panel, (times, low, high)
+
+
+def test_errors_of_a_coupled_noise_count_in_the_likelihood_as_those_of_the_score():
+    """epsᵀ M eps is ‖gᵀ e‖² of the error e = sigma⁻ᵀ eps of the score, here twice the velocity's squared."""
+    kernel, state = SDES["coupled"].kernel, torch.zeros(5, 2, 1, dtype=torch.float64)
+    eps = torch.randn(5, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = torch.linspace(0.1, 1.0, 5, dtype=torch.float64)
+    found = (eps * metric(kernel, "likelihood", state, times)(eps)).flatten(1).sum(1)
+    error = kernel.path(state, times).sigma.T.inverse(eps)
+    torch.testing.assert_close(found, 2 * error[:, 1, 0].square())
 
 
 def test_the_laws_of_times_are_densities():
