@@ -214,10 +214,10 @@ class Oracle:
         for _ in range(_LEVELS):
             middle = 0.5 * (low + high)
             left, right = self._maps(low, middle), self._maps(middle, high)
-            error = self._difference(whole, left, right)
+            error, growth = self._difference(whole, left, right)
             rounding = (error > 0.2 * before) & (error < 1e-7)
             again = ~((error <= _ACCURACY) | rounding | (high - low <= 4e-16 * high))
-            self._doubts.append((low[~again], error[~again] * _largest(whole.noise)[~again]))
+            self._doubts.append((low[~again], error[~again] * _largest(whole.noise)[~again], growth[~again]))
             done.append(middle)
             if not again.any():
                 break
@@ -256,8 +256,8 @@ class Oracle:
         noise = np.einsum("pj,npjab,npjbc,npjdc->npad", weights, left, Q, left, optimize=True)
         return Panels(low, high, total, push, noise, plain, rate)
 
-    def _difference(self, whole: Panels, left: Panels, right: Panels) -> Array:
-        """How far the maps of two halves, composed, are from those of the whole, relative to the maps, (p,).
+    def _difference(self, whole: Panels, left: Panels, right: Panels) -> tuple[Array, Array]:
+        """How far the maps of two halves, composed, are from those of the whole, and of Φ alone, (p,), relative
 
         Before ``first`` a share of the noise counts for what it adds to the sum.
         """
@@ -284,7 +284,7 @@ class Oracle:
                 least = np.where(early, _largest(size)[early].max(), 0.0)
                 size = np.maximum(size, least.reshape(1, -1, *(1,) * (size.ndim - 2)))
             errors.append(_largest(ratio(error, size)))
-        return np.max(errors, axis=0)
+        return np.max(errors, axis=0), errors[0]
 
     @cached_property
     def _of_panels(self) -> Panels:
@@ -373,10 +373,10 @@ class Oracle:
         not to be told. To that what the last halving changed.
         """
         most = np.maximum.accumulate(np.concatenate([np.zeros((3, 1)), panels.rate], 1), 1)[:, wanted] * 2e-15
-        low, doubts = (np.concatenate(parts) for parts in zip(*self._doubts, strict=True))
-        doubt = np.array([doubts[low < at].sum() for at in times])
+        low, doubts, growth = (np.concatenate(parts) for parts in zip(*self._doubts, strict=True))
+        doubt, of_phi = (np.array([part[low < at].sum() for at in times]) for part in (doubts, growth))
         size, shift = (np.abs(v).reshape(len(times), -1).max(1) + 1e-300 for v in (P, reach))
-        return most[0], 2 * most[0] + (most[2] + 10 * doubt) / size, most[0] + most[1] / shift
+        return most[0] + of_phi, 2 * most[0] + (most[2] + 10 * doubt) / size, most[0] + most[1] / shift
 
     def rule(self, low: float, high: float) -> tuple[Array, Array]:
         """Gauss's nodes and weights for integrals over [low, high] that end in a moment at ``high``."""
