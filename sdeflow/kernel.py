@@ -49,14 +49,17 @@ from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, 
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Kernel", "Path", "broadcast_to_event", "inside_ends"]
+__all__ = ["FORGOTTEN", "Kernel", "Path", "broadcast_to_event", "inside_ends"]
 
 _NEXT, _LEAST = (
     4.0,
     1e-300,
 )  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
 
+FORGOTTEN = -math.log(1e12)
+"""The half-log-SNR below which x_0 is forgotten, as far as solvers can tell."""
 _FRESH = 1e-4  # of the variance at t, the share that must have come since s for a difference to keep its digits
+_WEAK = 0.1  # noise, relative to the strongest
 _DEFINED = "the kernel is defined for t in [0, T]"
 
 
@@ -129,6 +132,14 @@ class Kernel:
         """d/dt of :meth:`half_log_snr`, elementwise -g² / (2 sigma²); never positive. Shaped as t."""
         return self.numbers.half_log_snr_rate(self._times(t))
 
+    def bounded_log_snr(self, t: Tensor | float) -> Tensor:
+        """:meth:`half_log_snr` as solvers take it: at least ``FORGOTTEN``, but where it is a mean over coordinates.
+
+        Over a long horizon it falls by thousands, and alpha below the range of float64, while nothing is left to do.
+        """
+        level = self.half_log_snr(t)
+        return level if self.coupled or self.values.shape else level.clamp_min(FORGOTTEN)
+
     def time_of(self, half_log_snr: Tensor | float) -> Tensor:
         """The time in [cutoff, T] at which :meth:`half_log_snr` takes the given value, float64.
 
@@ -155,8 +166,8 @@ class Kernel:
         """Whether half_log_snr of a coupled state falls by a tenth at least while t grows e-fold; True elementwise.
 
         Where the state turns more than it decays, it nearly stands still, and is no good measure of a solver's steps.
-        Where there is no noise at all, and before it has grown to P0, it stands still too, but so does what solvers
-        make polynomials of.
+        Where there is little noise, and before it has grown to P0, it stands still too, but so does what solvers make
+        polynomials of.
         """
         if not self.coupled:
             return True
@@ -165,7 +176,7 @@ class Kernel:
             noise = self.sde_coefficients(times)[2].flatten(1).abs().amax(1)
             falls = self.half_log_snr_rate(times) * times < -0.1
             begins = self.half_log_snr(times) > self.half_log_snr(self.cutoff) - 0.5 * math.log(2.0)
-            return bool((falls | begins | (noise < 1e-6 * noise.max())).all())
+            return bool((falls | begins | (noise < _WEAK * noise.max())).all())
 
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""

@@ -118,7 +118,7 @@ class StochasticHeun:
         gamma = min(self.S_churn / len(begins), math.sqrt(2.0) - 1.0)
         if not gamma:
             return begins.numpy()
-        half_log_snr = problem.kernel.half_log_snr(begins).detach()
+        half_log_snr = problem.kernel.bounded_log_snr(begins).detach()
         zeta = torch.exp(-half_log_snr)
         raised = problem.kernel.time_of(half_log_snr - math.log1p(gamma))
         churned = (zeta >= self.S_min) & (zeta <= self.S_max)

@@ -198,7 +198,7 @@ class Exponential:
             raise ValueError(
                 'start="graded" divides the first step: name its times in grid= too, or take start="ramp".'
             )
-        first, second = problem.kernel.half_log_snr(torch.as_tensor(times[:2])).tolist()
+        first, second = problem.kernel.bounded_log_snr(torch.as_tensor(times[:2])).tolist()
         between = problem.kernel.time_of(torch.as_tensor(first + (second - first) * extra)).numpy()
         return np.concatenate([times[:1], between, times[1:]])
 
@@ -224,7 +224,7 @@ class Exponential:
         def make() -> Steps:
             eta, orders = self._eta(kernel, times), 1 + max(self.order, self.past)
             transfer = derive(kernel, times[:-1], times[1:], self.prediction, scale, eta, orders, self.variable)
-            nodes = self._nodes(transfer, self._noise_in(kernel, times))
+            nodes = self._nodes(transfer, self._noise_in(kernel, times), problem.clock.since_stop(times))
             return Steps(transfer, nodes, RULES[self.rule], like, kernel.coupled)
 
         steps = kept(kernel, self._key(kernel, times, scale, like), make)
@@ -257,25 +257,27 @@ class Exponential:
             return 1.0
         if kernel.values.shape:
             raise ValueError('variance="posterior" is of one schedule for all coordinates; take variance="sde".')
-        h = np.diff(kernel.half_log_snr(torch.as_tensor(times)).numpy())
+        h = np.diff(kernel.bounded_log_snr(torch.as_tensor(times)).numpy())
         with np.errstate(divide="ignore"):
             kept = -0.5 * np.log1p(-(self.eta**2) * -np.expm1(-2.0 * h))  # e^{-2 eta² h} = 1 - eta_d² (1 - e^{-2h})
         return np.sqrt(kept / h)
 
     def _noise_in(self, kernel: Kernel, times: np.ndarray) -> np.ndarray:
         """(1 + eta²) times the length of each step in the half-log-SNR, where noise is drawn; 0 for the flow."""
-        half_log_snr = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
+        half_log_snr = kernel.bounded_log_snr(torch.as_tensor(times)).detach().numpy()
         eta = self.eta(half_log_snr[:-1]) if callable(self.eta) else self.eta
         return (1.0 + np.square(eta)) * np.abs(np.diff(half_log_snr)) * self.stochastic
 
-    def _nodes(self, transfer: Transfer, noise: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """The nodes θ of predictor and corrector at each step, the newest first."""
+    def _nodes(
+        self, transfer: Transfer, noise: np.ndarray, most: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """The nodes θ of predictor and corrector at each step, the newest first; ``most`` of the past at each."""
         n = len(transfer.start)
         nodes = []
         for step in range(n):
             first, width = transfer.start[step], transfer.stop[step] - transfer.start[step]
             back = (transfer.start[step::-1] - first) / width if width else np.zeros(1)
-            back = back[: self._usable(back, noise[step])]
+            back = back[: min(self._usable(back, noise[step]), most[step])]
             corrected = None
             if self.past and step < n - 1:  # the last step's corrector would take a call of its own
                 corrected = np.concatenate([[1.0], back[: self.past]])

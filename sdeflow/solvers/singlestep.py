@@ -109,7 +109,7 @@ class _Plan:
         kernel, n = problem.kernel, len(times) - 1
         fractions, self.uses = _STAGES[solver.order]
         self.fractions = (solver.ratio,) if solver.order == 2 else fractions
-        lam = kernel.half_log_snr(torch.as_tensor(times)).detach()
+        lam = kernel.bounded_log_snr(torch.as_tensor(times)).detach()
         points = [times[:-1]]
         for r in self.fractions:
             stage = kernel.time_of(lam[:-1] + r * (lam[1:] - lam[:-1])).numpy()  # within, even where the noise pauses
