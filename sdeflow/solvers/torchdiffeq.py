@@ -28,6 +28,7 @@ from sdeflow.solvers.problem import Normalised, Problem
 
 __all__ = ["Torchdiffeq"]
 
+_FIRST, _LONGEST = 0.02, 0.125  # steps of the whole way, where it is relative to the state's scale
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
@@ -110,6 +111,8 @@ class Torchdiffeq:
             options: dict = {"solver": self.scipy}
         elif self.adaptive:
             options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
+            if flow is not None:  # which is 0 where the data is Gaussian, or forgotten: that says nothing of the rest
+                options.update(first_step=_FIRST, max_step=_LONGEST)
         else:
             options = {"grid_constructor": lambda func, y0, t: grid}
         drift = observed or (problem.drift if flow is None else flow.drift)
