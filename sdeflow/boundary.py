@@ -23,7 +23,6 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_choice
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
@@ -51,7 +50,8 @@ class Boundary:
     """
 
     def __init__(self, kind: str, declaration: Declaration, values: Mapping[sp.Symbol, float | Tensor], x: Tensor):  # noqa: ANN204
-        checked_choice(kind, "boundary", (*BOUNDARIES, None))
+        if kind not in BOUNDARIES:
+            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, or None, not {kind!r}.")
         self.kind, self._coupled = kind, declaration.coupled
         found = ends_of(declaration)
         if not any(found):

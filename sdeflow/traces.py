@@ -33,8 +33,9 @@ over nodes comes at no cost from the gradients: for slots a of node n and b of n
 for symmetric J (as of exact scores; what a score network lacks of it only shortens the correlation found). The
 products against all v_b are a fast Walsh-Hadamard transform of the gradient. To these a correlation
 sech((n - m) / length) is fitted, one length per sample, and 5 % of K_nn counts as without any correlation (nugget):
-cancellation beyond that cannot be told from noise, and the standard error is too large rather than too small there
-(probes > P/6 or so).
+cancellation beyond that cannot be told from noise, and the standard error is too large rather than too small there.
+Few columns tell less, and of 16 or fewer all of K_nn counts so until each has come round 6.5 times, and (6.5 / times)⁴
+of it then; of P columns (16 / P)².
 
 Hutch++ (arXiv:2010.09649): with Q an orthonormal basis of Jᵀ Ω for random Ω,
 
@@ -62,7 +63,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_choice, checked_count, checked_finite, checked_flag
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.noise import NoiseStream, resolve_seed
 
@@ -90,7 +90,8 @@ __all__ = [
 
 _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 _GRAM = 2**9  # slots whose mutual products are kept, per sample
-_NUGGET = 0.05  # of K_nn, without correlation over the nodes
+_NUGGET, _FEW_COLUMNS = 0.05, 16.0  # of K_nn, without correlation over the nodes; all of it with so few columns
+_ROUNDS = 6.5  # of the columns, from which on there is less of that
 _LENGTHS = [0.5 * 1.25**k for k in range(22)]  # nodes, 0.5 to 54
 
 
@@ -125,8 +126,8 @@ def widening(dof: Tensor) -> Tensor:
 
 
 def heavy_tails(draws: int) -> float:
-    """By what a bar is widened because draws have heavier tails than normal numbers, measured: 2 for 4, 1.25 for 64."""
-    return 1.0 + min(1.0, 2.0 / math.sqrt(draws), 16.0 / draws)
+    """By what a bar is widened for the heavy tails of few draws, measured: 3.3 for 4, 1.25 for 64."""
+    return 1.0 + min(6.5 * draws**-0.75, 16.0 / draws)
 
 
 def total_variance(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
@@ -401,8 +402,8 @@ class Hutchinson(Trace):
         fresh: new ones at each node; False keeps them, as adaptive solvers need, with a much larger error.
 
         distinct: whether random signs of so few coordinates that all probes could be the same by chance,
-            (d - 1) (probes - 1) < 10, are distinct columns of a randomised Hadamard matrix instead; as many as it has
-            are the exact trace.
+            d <= 3 or (d - 1) (probes - 1) < 10, are distinct columns of a randomised Hadamard matrix instead; as many
+            as it has are the exact trace.
     """
 
     probes: int = 4
@@ -411,10 +412,9 @@ class Hutchinson(Trace):
     distinct: bool = True
 
     def __post_init__(self) -> None:
-        checked_count(self.probes, "probes", 1)
-        checked_choice(self.probe, "probe", ("rademacher", "gaussian"))
-        checked_flag(self.fresh, "fresh")
-        checked_flag(self.distinct, "distinct")
+        _require_count("probes", self.probes, 1)
+        if self.probe not in ("rademacher", "gaussian"):
+            raise ValueError(f'probe must be "rademacher" or "gaussian", not {self.probe!r}.')
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _Hutchinson(setting, self)
@@ -488,7 +488,8 @@ class Given(Trace):
         if not isinstance(v, Tensor) or not v.is_floating_point() or v.ndim < 2 or not len(v):
             given = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise DataError(f"probes are a floating tensor (m, *event) or (m, batch, *event), m >= 1, not {given}.")
-        checked_finite(v, "the probes' tensor")
+        if not bool(torch.isfinite(v).all()):
+            raise DataError("these probes are not finite.")
 
     def require(self, shape: tuple[int, ...]) -> None:
         """A DataError unless the probes are those of states of ``shape`` (batch, *event)."""
@@ -540,7 +541,7 @@ class HutchPP(Trace):
     probes: int = 6
 
     def __post_init__(self) -> None:
-        checked_count(self.probes, "probes", 3)
+        _require_count("probes", self.probes, 3)
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _HutchPP(setting, self.probes)
@@ -592,7 +593,7 @@ class Hadamard(Trace):
     probes: int = 4
 
     def __post_init__(self) -> None:
-        checked_count(self.probes, "probes", 1)
+        _require_count("probes", self.probes, 1)
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _Hadamard(setting, self.probes)
@@ -656,13 +657,18 @@ class _Hadamard(Integral):
             shares = torch.zeros(nodes, P, dtype=torch.float64)
             shares.scatter_(1, self.columns, 1.0 / self.probes)
             overlap = (P * shares @ shares.mT - 1.0) / (P - 1.0)
-            smooth = _smoothed(scale, weights) if 2 * self.probes < P else scale  # with two nodes a cycle, ends count
+            smooth = _smoothed(scale, weights)
             correlated = _fitted(smooth, self._correlations(forms.mean(2)), weights)
             coefficients = overlap.to(forms.device) * weights[:, None] * weights
-            variance = (correlated * coefficients).sum((1, 2)).clamp_min(0.0) + _NUGGET * variance
+            variance = (correlated * coefficients).sum((1, 2)).clamp_min(0.0) + self._nugget() * variance
         # Fewer than of independent probes, measured: all nodes share their signs, and the length has its error.
         dof = _satterthwaite(own.sum(1), own.square().sum(1) / (self.probes + 1.5))
         return variance.sqrt(), (dof / max(5, self.probes - 1)).clamp_min(2.0)
+
+    def _nugget(self) -> float:
+        """The part of K_nn that counts as without correlation: the less, the more often each column has come round."""
+        rounds = len(self.weights) * self.probes / self.padded
+        return min((_ROUNDS / rounds) ** 4, max(_NUGGET, min(1.0, (_FEW_COLUMNS / self.padded) ** 2)))
 
     def _correlations(self, traces: Tensor) -> Tensor:
         """½ K_nm up to noise, (samples, nodes, nodes), NaN where two nodes share all their columns."""
@@ -726,7 +732,7 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
     Returns:
         The pooled estimate, (samples,); its ``products`` are those of the sample that took most.
     """
-    checked_count(rounds, "rounds", 1)
+    _require_count("rounds", rounds, 1)
     if not target > 0:
         raise ValueError(f"target must be a positive standard error in nats, not {target!r}.")
     rows = torch.arange(samples)
@@ -808,8 +814,11 @@ class _Nodewise:
 
 
 def are_few(d: int, probes: int) -> bool:
-    """Whether random signs could all be the same, up to the sign of a whole probe, with a probability above 1e-3."""
-    return probes > 1 and (d - 1) * (probes - 1) < 10
+    """Whether random signs could all be the same, up to the sign of a whole probe, with a probability above 1e-3.
+
+    Up to three coordinates have four such probes at most, of which even many may miss one.
+    """
+    return probes > 1 and (d <= 3 or (d - 1) * (probes - 1) < 10)
 
 
 def heavy_dof(probes: int) -> float:
@@ -906,3 +915,8 @@ def _fitted(scale: Tensor, products: Tensor, weights: Tensor) -> Tensor:
         better = gain > best
         best, length = torch.where(better, gain, best), torch.where(better, torch.full_like(length, candidate), length)
     return outer / torch.cosh((distance / length[:, None, None]).clamp_max(50.0))
+
+
+def _require_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")

@@ -63,15 +63,6 @@ def test_the_variances_of_hutchinson_are_the_formulas(probes):
     assert moments_agree(Hutchinson(probes, "gaussian"), lambda s: 2 * s.square().sum() / probes)
 
 
-@pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
-def test_the_bar_of_hutchinson_is_the_formula(probe):
-    """Its square is unbiased for the variance, 2 ‖S‖² / 3 of three normal probes of a symmetric Jacobian."""
-    symmetric = matrix(9) + matrix(9).mT
-    found = along(Hutchinson(3, probe, distinct=False), symmetric[None], [1.0], batch=4000).stderr.square()
-    parts = symmetric.square().sum() - (symmetric.diagonal().square().sum() if probe == "rademacher" else 0.0)
-    assert abs(float(found.mean() - 2 * parts / 3)) < 5 * float(found.std()) / math.sqrt(4000)
-
-
 def test_the_variance_of_hadamard_columns_is_the_formula():
     """At one node, with the dimension padded from 12 to 16: (16 / 3 - 1) / 15 of a single column's.
 
@@ -197,7 +188,7 @@ def repeated(trace, trajectory, passes=5):
     """Errors, standard errors and degrees of freedom of passes x 60 estimates."""
     jacobians, weights = trajectory
     truth = trace_of(jacobians, weights)
-    results = [along(trace, jacobians, weights, seed=5 + seed) for seed in range(passes)]
+    results = [along(trace, jacobians, weights, seed=seed) for seed in range(passes)]
     return torch.cat([r.value - truth for r in results]), *(
         torch.cat([getattr(r, name) for r in results]) for name in ("stderr", "dof")
     )
@@ -239,7 +230,7 @@ def test_one_probe_knows_nothing_of_its_error():
 def test_hadamard_beats_fresh_probes_beat_fixed_ones(trajectory):
     """Standard deviations at 4 probes on the whole trajectory, as in the table of the documentation."""
     fixed, fresh, columns = (
-        float(repeated(trace, trajectory, passes=2)[0].square().mean().sqrt())
+        float(repeated(trace, trajectory)[0].square().mean().sqrt())
         for trace in (Hutchinson(4, fresh=False), Hutchinson(4), Hadamard(4))
     )
     assert columns < 0.95 * fresh < fixed

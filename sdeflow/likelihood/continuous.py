@@ -200,7 +200,7 @@ class Flow:
             stderr = spread * math.sqrt(self.probes.left / columns)
             stderr = stderr if columns > 1 else torch.full_like(stderr, math.nan)
             if self.probes.left:
-                known = heavy_dof(columns) if few else max(1.0, 0.4 * columns)
+                known = heavy_dof(columns) if few else max(2.5, 0.23 * columns)
                 own = self.probes.normals is None  # probes that were handed over tell by their own spread
                 dof = torch.full_like(dof, columns - 1.0 if own else known)
         return Estimate(value, stderr, dof, columns), x_T.detach(), problem.nfe

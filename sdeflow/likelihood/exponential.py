@@ -35,6 +35,10 @@ _MOST_STEPS = 520  # of the finest
 _FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
 _ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
 _SAFETY = 3.0  # of that the error of a finer grid falls as its defect does
+_LEAST_FALL = 0.75  # of a defect on the next grid: with less, two grids tell little
+_OF_DEFECT = 2.7, 0.04  # over the steps, and no less: this part of its defect is what a grid is off by, measured
+_DOUBTS = 2.0  # times what the fall of the defects leaves of the difference between two grids
+_OF_TOLERANCES = 0.5  # of the difference of two solves by dopri5 is what the finer may be off by
 _LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a solve is said to be long
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
@@ -156,16 +160,15 @@ def _to_tolerance(
 ) -> Solved:
     """log p of each sample to ``atol`` nats: on grids of N, 1.5 N, ... steps until two of them agree.
 
-    Of order q, the finer of two has 1 / (1.5^q - 1) of their difference as its error. Twice that is taken, and no less
-    than what the pair before promises at two orders more: two grids may agree by chance, so three are the least.
-    Samples that 518 steps do not settle are solved by dopri5, at tolerances ten times tighter until two agree: such as
-    lie between narrow modes, where the flow contracts faster than explicit steps of one grid for all can follow. A
+    What a grid is off by is found by :func:`_off_by`, and three grids are the least. Samples that 518 steps do not
+    settle are solved by dopri5, at tolerances ten times tighter until two agree: such as lie between narrow modes,
+    where the flow contracts faster than explicit steps of one grid for all can follow. A
     stochastic trace is compared with two fixed probes, and taken on the grid, or at the tolerance, that was found.
     """
     same, budget = _same_for_all_grids(carrier), options.max_calls or 10_000
-    order = carrier.solver.convergence_order - model.kernel.coupled  # coupled states come to their order late
+    order = carrier.solver.convergence_order
     value = x.detach().new_full((len(x),), math.nan)
-    stderr, error, x_T = torch.zeros_like(value), value.clone(), x.detach().clone()
+    stderr, error, defect, x_T = torch.zeros_like(value), value.clone(), value.clone(), x.detach().clone()
     dof = torch.full_like(value, math.inf)
     steps_of, rtol_of = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.zeros_like(value)
     left, steps, calls, told = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0, False
@@ -174,13 +177,12 @@ def _to_tolerance(
             raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
         told = told or _told_if_long(carrier, model, options, calls, math.prod(x.shape[1:]))
         found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
-        before, last = value[left], error[left]
+        before, coarse, last = value[left], defect[left], error[left]
         value[left], stderr[left], x_T[left], steps_of[left] = found.value, found.stderr, found.x_T, steps
-        dof[left] = found.dof
+        dof[left], defect[left] = found.dof, found.defect
         calls += found.calls
         if steps > _FIRST_STEPS:
-            change = 2.0 / (_FINER**order - 1.0) * (found.value - before).abs()
-            error[left] = torch.fmax(change, last / _FINER ** (order + 2))
+            error[left] = _off_by(found, before, coarse, last, steps, order, carrier.dtype)
             left = left[~((error[left] <= _tolerance(carrier, options, value[left], x)) & ~last.isnan())]
         steps = math.ceil(_FINER * steps)
     rtol, before = _FIRST_RTOL, torch.full_like(value, math.nan)
@@ -190,7 +192,7 @@ def _to_tolerance(
         except SolverError:  # noise, or the budget
             break
         calls += nfe
-        change = (found.value - before[left]).abs()
+        change = _OF_TOLERANCES * (found.value - before[left]).abs()
         closer, before[left] = change < error[left], found.value
         better = left[closer]
         value[better], stderr[better], x_T[better] = found.value[closer], found.stderr[closer], ends[closer]
@@ -216,6 +218,30 @@ def _to_tolerance(
         value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
         dof = dof.index_copy(0, part, found.dof)
     return Solved(value, stderr, dof, error, x_T, calls)
+
+
+def _off_by(
+    found: Carried, before: Tensor, coarse: Tensor, last: Tensor, steps: int, order: int, dtype: torch.dtype
+) -> Tensor:
+    """What log p on the finer of two grids is off by, (batch,).
+
+    Where the error falls by a factor r from a grid to the next, the finer one has r / (1 - r) of their difference as
+    its error; twice that is taken, for learned scores are rough in time. Of r the defects tell, which fall one order
+    more slowly than the error and have no signs that cancel. Two grids may agree by chance, so the error is no less
+    than r times that of the grid before, or than what a grid
+    with this defect is off by as a rule, whichever of the two is less.
+
+    Args:
+        found: on the finer grid.
+        before, coarse, last: log p on the coarser grid, its defect, and what it is off by (NaN where not known).
+        steps: of the finer grid.
+        order: of the solver, the fastest that a defect is taken to fall with.
+        dtype: in which the score was called.
+    """
+    falls = (found.defect / coarse).nan_to_num(_FINER**-order).clamp(_FINER**-order, _LEAST_FALL)
+    change = _DOUBTS * falls / (1.0 - falls) * (found.value - before).abs()
+    by_chance = torch.fmin(falls * last, max(_OF_DEFECT[0] / steps, _OF_DEFECT[1]) * found.defect)
+    return torch.fmax(change, by_chance).maximum(torch.finfo(dtype).eps * found.value.abs())
 
 
 def _told_if_long(carrier: Carrier, model: Model, options: Options, calls: int, d: int) -> bool:

@@ -21,8 +21,8 @@ class LogProb:
         value: log p(x), at the cutoff or of the data, as asked for.
         stderr: the standard error of the trace estimate, widened by Student's t so that two of it cover 95 %; 0 for the
             exact trace, NaN for a single probe.
-        solver_error: what the solver may be off by. With ``atol`` twice what the order leaves of the difference between
-            two grids; else the difference to a finer solve, with what that may be off by itself.
+        solver_error: what the solver may be off by. With ``atol`` what is left of the difference between two grids,
+            as their defects fall; else the difference to a finer solve, with what that may be off by itself.
         truncation: log p of the data, without P0, minus log p at the cutoff, as estimated; where that has been
             applied, what may be left of it. NaN where there is no Gaussian kernel to tell; 0 with auxiliary components,
             whose joint law at the cutoff is what is measured.
