@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_finite, checked_numbers, checked_state
+from sdeflow.checks import checked_count, checked_finite, checked_numbers, checked_state
 from sdeflow.errors import DataError
 
 __all__ = ["DCT", "Basis", "CentreOfMassFree", "Orthogonal"]
@@ -40,9 +40,7 @@ class DCT:
     """
 
     def __init__(self, sides: int = 2) -> None:
-        if sides < 1:
-            raise ValueError(f"sides must be at least 1, not {sides}.")
-        self.sides = sides
+        self.sides = checked_count(sides, "sides")
 
     def forward(self, x: Tensor) -> Tensor:
         return self._transformed(checked_state(x), transpose=False)
@@ -139,9 +137,7 @@ class CentreOfMassFree:
     """
 
     def __init__(self, particles: int) -> None:
-        if isinstance(particles, bool) or not isinstance(particles, int) or particles < 2:
-            raise ValueError(f"particles must be an integer of at least 2, not {particles!r}.")
-        self.particles = particles
+        self.particles = particles = checked_count(particles, "particles", 2)
         k = torch.arange(1, particles, dtype=torch.float64)[:, None]
         i = torch.arange(particles, dtype=torch.float64)
         self.matrix = torch.where(i < k, 1.0, torch.where(i == k, -k, 0.0)) / (k * (k + 1.0)).sqrt()

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_dtype, checked_shape, checked_state
+from sdeflow.checks import checked_dtype, checked_point, checked_shape
 from sdeflow.errors import DataError
 from sdeflow.noise import NoiseStream
 
@@ -52,7 +52,7 @@ class BoltzmannLaw:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x, v) in nats, (batch,) in float64, for states (batch, 2, *event); -inf outside the domain."""
-        x = checked_state(x)
+        x = checked_point(x, sides=2)
         self._require_event(tuple(x.shape[1:]))
         positions, velocities = (x[:, i].double().reshape(len(x), -1) for i in (self.position, self.velocity))
         constant = 0.5 * math.log(2.0 * math.pi * self.temperature)

@@ -23,6 +23,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
@@ -50,8 +51,7 @@ class Boundary:
     """
 
     def __init__(self, kind: str, declaration: Declaration, values: Mapping[sp.Symbol, float | Tensor], x: Tensor):  # noqa: ANN204
-        if kind not in BOUNDARIES:
-            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, or None, not {kind!r}.")
+        checked_choice(kind, "boundary", (*BOUNDARIES, None))
         self.kind, self._coupled = kind, declaration.coupled
         found = ends_of(declaration)
         if not any(found):

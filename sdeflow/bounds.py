@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow.checks import checked_choice, checked_count, checked_flag, checked_real
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel, Path
 from sdeflow.linear import Linear
@@ -148,8 +149,7 @@ def elbo(
         NotAffineError: for an SDE without a Gaussian kernel.
         ValueError: for options that make no sense.
     """
-    if at not in ("data", "cutoff"):
-        raise ValueError(f'at must be "data" or "cutoff", not {at!r}.')
+    checked_choice(at, "at", ("data", "cutoff"))
     clock, draws, seed = _Times(_kernel(model, "The likelihood bound"), times), _even(draws), resolve_seed(seed)
     x = model.states(x)
     if not len(x):
@@ -242,9 +242,8 @@ def _kernel(model: Model, purpose: str) -> Kernel:
 
 
 def _even(draws: int) -> int:
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2 or draws % 2:
-        raise ValueError(f"draws must be an even integer of at least 2 (two for each stratum of time), not {draws!r}.")
-    return draws
+    wanted = "an even integer of at least 2 (two for each stratum of time)"
+    return checked_count(checked_real(draws, "draws", wanted, lambda n: n >= 2 and n % 2 == 0), "draws", 2)
 
 
 def _stderr_of_mean(values: Tensor) -> float:
@@ -280,8 +279,7 @@ class _Times:
     """
 
     def __init__(self, kernel: Kernel, times: str) -> None:
-        if times not in ("log_snr", "t"):
-            raise ValueError(f'times must be "log_snr" or "t", not {times!r}.')
+        checked_choice(times, "times", ("log_snr", "t"))
         self.cutoff, self.T = kernel.cutoff, kernel.T
         from scipy.interpolate import PchipInterpolator  # half a second to import
 
@@ -407,7 +405,8 @@ class _Sample:
         t, rate = clock.drawn(batch, draws, seed, self.x_0.device)
         stream = NoiseStream(seed, "bound")
         fold = max(1, _ROWS // batch)
-        with tqdm(total=draws, desc="bound", disable=None if progress is None else not progress, leave=False) as bar:
+        shown = checked_flag(progress, "progress", optional=True)
+        with tqdm(total=draws, desc="bound", disable=None if shown is None else not shown, leave=False) as bar:
             for first in range(0, draws, fold):
                 times = min(fold, draws - first)
                 yield self._draw(t[first : first + times], rate[first : first + times], stream)

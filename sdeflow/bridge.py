@@ -22,26 +22,75 @@ p(y_T | y_t); in the drift H(z, T) gains the factor tanh(H(z, T) (m_Tt + Φ_Tt H
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_finite, checked_numbers, checked_start, checked_state, checked_time
+from sdeflow.checks import checked_finite, checked_numbers, checked_point, checked_start, checked_state, checked_time
 from sdeflow.errors import ScheduleError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.reducible import ReducibleKernel
+from sdeflow.symbolic.conditioned import bridge_drift, reducible_bridge_drift
 from sdeflow.symbolic.equations import Equation, forward
-from sdeflow.symbolic.symbols import t as time_symbol
-from sdeflow.symbolic.symbols import x as state_symbol
 
 __all__ = ["Bridge", "ReducibleBridge"]
 
 
-class Bridge:
+class _Bridge(ABC):
+    """What every bridge shares: the equation, single times and paths, from the law of a subclass."""
+
+    kernel: Kernel | ReducibleKernel
+    x_T: Tensor
+    T: float
+
+    @property
+    @abstractmethod
+    def drift(self) -> sp.Expr | sp.ImmutableMatrix:
+        """The drift of the conditioned SDE, SymPy."""
+
+    @abstractmethod
+    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
+        """x_t given x at s and x_T. At s = 0, x is the kernel's x_0 unless it is the state ``exactly``."""
+
+    @property
+    def equation(self) -> Equation:
+        """The conditioned SDE, SymPy, with the components of x_T as symbols."""
+        return Equation(self.drift, self.kernel.declaration.g, "w", self.kernel.declaration.state)
+
+    @property
+    def diffusion(self) -> sp.Expr | sp.ImmutableMatrix:
+        """g, which conditioning leaves as it is."""
+        return self.kernel.declaration.g
+
+    def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
+        """x_t given x_0 and x_T, shaped as x_0."""
+        return self._draw(checked_point(x_0, "x_0"), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
+
+    def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
+        """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
+
+        Raises:
+            ScheduleError: for times that do not increase within [0, T].
+        """
+        x_0, times = checked_point(x_0, "x_0"), _increasing(ts, self.T)
+        noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
+        for t in times:
+            x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
+            s, exactly = t, True
+            out.append(x)
+        return torch.stack(out)
+
+    def __repr__(self) -> str:
+        equation = forward(self.kernel.declaration)
+        return f"{type(self).__name__}({equation} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
+
+
+class Bridge(_Bridge):
     """A linear SDE conditioned on x_T.
 
     Args:
@@ -58,31 +107,13 @@ class Bridge:
         self.T = kernel.T
 
     @property
-    def equation(self) -> Equation:
-        """The conditioned SDE, SymPy, with the components of x_T as symbols."""
-        return Equation(self.drift, self.kernel.declaration.g, "w", self.kernel.declaration.state)
-
-    @property
     def drift(self) -> sp.Expr | sp.ImmutableMatrix:
-        """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), SymPy, with y the symbols x_T (v_T, ...)."""
-        kernel, declaration = self.kernel, self.kernel.declaration
-        matrix = (lambda e: e) if kernel.coupled else (lambda e: sp.ImmutableMatrix([[e]]))
-        phi, P, m = matrix(kernel.alpha), matrix(kernel.var), matrix(kernel.offset)
-        T = sp.nsimplify(kernel.T, rational=True)
-        phi_T, P_T, m_T = (e.subs(time_symbol, T) for e in (phi, P, m))
-        across = phi_T * phi.adjugate() / phi.det()
-        rest = P_T - across * P * across.T
-        inverse = rest.adjugate() / rest.det()
-        x = sp.Matrix(declaration.state)
-        y = sp.Matrix([sp.Symbol(f"{component.name}_T", real=True) for component in declaration.state])
-        pull = declaration.gram * across.T * inverse * (y - m_T - across * (x - m))
-        drift = sp.Matrix(declaration.drifts) + pull
-        return sp.ImmutableMatrix(drift) if kernel.coupled else drift[0]
+        """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), SymPy, with y the symbols x_T (v_T, ...).
 
-    @property
-    def diffusion(self) -> sp.Expr | sp.ImmutableMatrix:
-        """g, which conditioning leaves as it is."""
-        return self.kernel.declaration.g
+        Where the kernel's moments are integrals, T stands in it as a symbol. Where SymPy takes too long, it is
+        f + g gᵀ h with h(x, t) for ∇ log p(x_T | x_t = x).
+        """
+        return bridge_drift(self.kernel.declaration, self.kernel.shown)
 
     def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Mean (batch, *event) and standard deviation (which broadcasts to it) of x_t given x_0 and x_T.
@@ -93,31 +124,13 @@ class Bridge:
             x_0: (batch, *event).
             t: a number in [0, T].
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         mean, root = self._law(x_0, 0.0, _within(t, self.T))
         mean = self.kernel.from_basis(mean).to(x_0.dtype)
         if not self.kernel.coupled:
             return mean, root.values.to(x_0.dtype)
         covariance = root.gram.values.to(x_0.dtype)
         return mean, covariance.reshape(*covariance.shape, *(1,) * (x_0.ndim - 2))
-
-    def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
-        """x_t given x_0 and x_T, shaped as x_0."""
-        return self._draw(checked_state(x_0, "x_0", 1), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
-
-    def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
-        """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
-
-        Raises:
-            ScheduleError: for times that do not increase within [0, T].
-        """
-        x_0, times = checked_state(x_0, "x_0", 1), _increasing(ts, self.T)
-        noise, s, x, out, exactly = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, [], False
-        for t in times:
-            x = self._draw(x, s, t, noise, exactly)  # from the kernel's x_0, then from states that are known
-            s, exactly = t, True
-            out.append(x)
-        return torch.stack(out)
 
     def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
         mean, root = self._law(x, s, t, exactly)
@@ -148,11 +161,8 @@ class Bridge:
         V = onward.sigma.inverse @ onward.alpha @ now.sigma
         return mean, now.sigma @ V.T.root_of_one_plus_gram.T.inverse
 
-    def __repr__(self) -> str:
-        return f"Bridge({forward(self.kernel.declaration)} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
 
-
-class ReducibleBridge:
+class ReducibleBridge(_Bridge):
     """A reducible SDE conditioned on x_T, through the coordinate in which it is linear.
 
     Args:
@@ -175,27 +185,14 @@ class ReducibleBridge:
         self._mirrored = Bridge(kernel.inner, -self.line.x_T)
 
     @property
-    def equation(self) -> Equation:
-        """The conditioned SDE, SymPy, with x_T as a symbol."""
-        return Equation(self.drift, self.kernel.declaration.g, "w", self.kernel.declaration.state)
-
-    @property
     def drift(self) -> sp.Expr:
-        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol; see the module."""
-        declaration, inner, change = self.kernel.declaration, self.kernel.inner, self.kernel.reduction.map
-        T = sp.nsimplify(self.T, rational=True)
-        across = inner.alpha.subs(time_symbol, T) / inner.alpha
-        mean = inner.offset.subs(time_symbol, T) + across * (change.to_line - inner.offset)
-        rest = inner.var.subs(time_symbol, T) - across**2 * inner.var
-        end = change.to_line.subs({state_symbol: sp.Symbol("x_T", real=True), time_symbol: T})
-        if change.fold:
-            end = end * sp.tanh(end * mean / rest)
-        return declaration.f + declaration.g**2 * sp.diff(change.to_line, state_symbol) * across * (end - mean) / rest
+        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol; see the module.
 
-    @property
-    def diffusion(self) -> sp.Expr:
-        """g, which conditioning leaves as it is."""
-        return self.kernel.declaration.g
+        Where the moments are integrals, T stands in it as a symbol. Where SymPy takes too long, h(x, t) stands for that
+        derivative.
+        """
+        kernel = self.kernel
+        return reducible_bridge_drift(kernel.declaration, kernel.reduction.map, kernel.inner.shown)
 
     def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """The true mean and standard deviation of x_t given x_0 and x_T, each (batch, *event).
@@ -204,7 +201,7 @@ class ReducibleBridge:
             x_0: (batch, *event), in the domain.
             t: a number in [0, T].
         """
-        x_0, t = checked_state(x_0, "x_0", 1), _within(t, self.T)
+        x_0, t = checked_point(x_0, "x_0"), _within(t, self.T)
         y = self.kernel.transport(x_0.to(torch.float64), 0.0)
         mean, std = self._pushed(self.line, y, x_0, t)
         if self.kernel.reduction.map.fold:
@@ -219,25 +216,7 @@ class ReducibleBridge:
         mean, root = line._law(y, 0.0, t, exactly=True)
         return self.kernel.pushed_moments(mean, root.values.expand_as(mean), t)
 
-    def sample(self, x_0: Tensor, t: float, seed: int | torch.Generator | None = None) -> Tensor:
-        """x_t given x_0 and x_T, shaped as x_0."""
-        return self._draw(checked_state(x_0, "x_0", 1), 0.0, _within(t, self.T), NoiseStream(seed, "bridge"))
-
-    def paths(self, x_0: Tensor, ts: Sequence[float] | Tensor, seed: int | torch.Generator | None = None) -> Tensor:
-        """States at increasing times ``ts`` of [0, T], (len(ts), batch, *event), by exact transitions.
-
-        Raises:
-            ScheduleError: for times that do not increase within [0, T].
-        """
-        x_0, times = checked_state(x_0, "x_0", 1), _increasing(ts, self.T)
-        noise, s, x, out = NoiseStream(resolve_seed(seed), "bridge"), 0.0, x_0, []
-        for t in times:
-            x = self._draw(x, s, t, noise)
-            s = t
-            out.append(x)
-        return torch.stack(out)
-
-    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
+    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
         y = self.kernel.transport(x.to(torch.float64), s)
         mean, root = self.line._law(y, s, t, exactly=True)
         if self.kernel.reduction.map.fold:
@@ -254,10 +233,6 @@ class ReducibleBridge:
         whole = self.kernel.inner.transition(y, s, self.T, exactly=True)
         end = self.line.x_T.to(y.device).expand(y.shape)
         return torch.sigmoid(2.0 * end * (whole.alpha(y) + whole.offset) / whole.sigma.values.square())
-
-    def __repr__(self) -> str:
-        equation = forward(self.kernel.declaration)
-        return f"ReducibleBridge({equation} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
 
 
 def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:

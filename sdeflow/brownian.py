@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_count
 from sdeflow.noise import NoiseStream, resolve_seed
 
 __all__ = ["BrownianPath", "BrownianRows"]
@@ -64,7 +65,8 @@ class BrownianPath:
         return BrownianRows(self.seed).value(t, flat)[0].reshape(shape).clone()
 
     def rows(self, first: int = 0) -> BrownianRows:
-        """The path of rows from number ``first`` on."""
+        """The path of rows from number ``first`` on, an integer >= 0."""
+        first = checked_count(first, "first", 0)
         return BrownianRows(self.seed, first)
 
     def __repr__(self) -> str:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from numbers import Real
 
+import numpy as np
 import sympy as sp
 
 from sdeflow.basis import DCT
 from sdeflow.errors import DeclarationError
 from sdeflow.sde import SDE
+from sdeflow.symbolic.patience import rehearsed, small
 from sdeflow.symbolic.symbols import state, t, x
 
 __all__ = [
@@ -25,6 +27,9 @@ __all__ = [
     "SubVP",
     "from_recipe",
 ]
+
+
+_SECONDS = 2.0
 
 
 def VP(beta_min: float = 0.1, beta_max: float = 20.0, T: float = 1.0, cutoff: float | None = None) -> SDE:
@@ -123,18 +128,38 @@ def from_recipe(
     Raises:
         DeclarationError: for matrices without these properties.
     """
-    D, Q = sp.Matrix(D).applyfunc(_exact), sp.Matrix(Q).applyfunc(_exact)
+    D, Q = _matrix(D, "D"), _matrix(Q, "Q")
     k = D.shape[0]
-    S = sp.eye(k) if S is None else sp.Matrix(S).applyfunc(_exact)
+    S = sp.eye(k) if S is None else _matrix(S, "S")
     if not D.shape == Q.shape == S.shape == (k, k):
         raise DeclarationError(f"D, Q and S must be square and alike, not {D.shape}, {Q.shape} and {S.shape}.")
     if D != D.T or Q != -Q.T or S != S.T:
         raise DeclarationError("the recipe needs D and S symmetric, and Q skew (Q = -Qᵀ).")
-    if any(S[:n, :n].det().is_nonpositive for n in range(1, k + 1)):
+    if names is None:
+        names = "x v" if k == 2 else [f"x{i + 1}" for i in range(k)]
+    components = state(names)
+    if not (small(D, Q, S) or rehearsed(_SECONDS, _recipe, D, Q, S)):
+        raise DeclarationError(f"SymPy takes too long to invert S and to find a root of D, for k = {k}.")
+    F, g = _recipe(D, Q, S)
+    return SDE(f=F * sp.Matrix(components), g=g, T=T, cutoff=cutoff, P0=P0, params=params)
+
+
+def _recipe(D: sp.Matrix, Q: sp.Matrix, S: sp.Matrix) -> tuple[sp.Matrix, sp.Matrix]:
+    """-½ (D + Q) S⁻¹ and √D."""
+    if any(S[:n, :n].det().is_nonpositive for n in range(1, S.shape[0] + 1)):
         raise DeclarationError(f"S must be positive definite: {S.tolist()}.")
-    components = state(names or ("x v" if k == 2 else [f"x{i + 1}" for i in range(k)]))
-    drift = -(D + Q) * S.inv() / 2 * sp.Matrix(components)
-    return SDE(f=drift, g=_root(D), T=T, cutoff=cutoff, P0=P0, params=params)
+    return -(D + Q) * S.inv() / 2, _root(D)
+
+
+def _matrix(value: object, name: str) -> sp.Matrix:
+    """Rows of numbers and expressions as a matrix; no text, which SymPy would evaluate."""
+    if hasattr(value, "__array__") and not isinstance(value, sp.MatrixBase):
+        value = np.asarray(value).tolist()
+    rows = value.tolist() if isinstance(value, sp.MatrixBase) else value
+    square = isinstance(rows, list | tuple) and all(isinstance(r, list | tuple) and len(r) == len(rows) for r in rows)
+    if not square or not rows or not all(isinstance(entry, sp.Expr | Real) for row in rows for entry in row):
+        raise DeclarationError(f"{name} must be a square matrix, rows of numbers and expressions, not {value!r}.")
+    return sp.Matrix(rows).applyfunc(_exact)
 
 
 def _root(D: sp.Matrix) -> sp.Matrix:

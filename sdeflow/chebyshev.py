@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import ScheduleError
+from sdeflow.symbolic.patience import time_left
 
 __all__ = [
     "MAX_PANELS",
+    "NODES",
     "Bound",
     "PiecewiseChebyshev",
     "derivative_matrix",
@@ -31,6 +33,7 @@ __all__ = [
     "geometric_edges",
     "halved",
     "nodes_of",
+    "require_time",
     "running_integral",
 ]
 
@@ -70,6 +73,15 @@ def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray
     count = int(round(30 / math.log10(ratio)))
     edges = start + length * ratio ** -np.arange(count, -1.0, -1.0)
     return np.unique(np.concatenate([[start], edges, np.linspace(start, stop, 257)]))
+
+
+def require_time(name: str) -> None:
+    """Raises a ScheduleError after the deadline of a declaration, while panels are still being halved for ``name``."""
+    if time_left() <= 0:
+        raise ScheduleError(
+            f"{name} takes too long to resolve: after seconds of processor time its panels are still too wide. Choose "
+            "a smaller T, or give what depends on t alone as a table: beta = sdeflow.schedule((times, values))."
+        )
 
 
 class Bound(Protocol):
@@ -115,13 +127,14 @@ class PiecewiseChebyshev:
             name: what the error messages call it.
 
         Raises:
-            ScheduleError: where the function is not finite, or has a pole, or needs too many panels.
+            ScheduleError: where the function is not finite, or has a pole, or needs too many panels or too long.
         """
         done: list[tuple[np.ndarray, ...]] = []
         left, right = edges[:-1], edges[1:]
         test, whole = _Test(function, bound), None
         finished = 0
         while left.size:
+            require_time(name)
             nodes = 0.5 * (left + right)[:, None] + 0.5 * (right - left)[:, None] * _points
             values = function(nodes.reshape(-1)).reshape(-1, *nodes.shape)
             nowhere = ~np.isfinite(values).any((0, 2)) if lenient else False
@@ -296,8 +309,9 @@ class _Test:
         if self.bound is not None:
             middle, radius = self.bound(0.5 * (left + right), 0.5 * (right - left), analytic=False)
             largest = np.nan_to_num(np.abs(middle)) + radius
-            # At 0 an integrable power is unbounded.
-            size = np.where((left > 0) & (len(largest) == len(size)), np.maximum(size, largest), size)
+            if len(largest) == len(size):  # of tensor parameters a constant has one bound, and a value for each entry
+                # At 0 an integrable power is unbounded.
+                size = np.where(left > 0, np.maximum(size, largest), size)
         return size * (right - left)
 
     def _negligible(self, which: str, size: np.ndarray, width: np.ndarray) -> np.ndarray:

@@ -12,6 +12,10 @@ Every public function reads its arguments here, so that one rule holds everywher
     bool, complex, text, other  an error
     ==========================  =============================================================================
 
+Data and x_0 of a solve are finite; states at which a law is asked for its moments, draws, density or score are not NaN.
+A score itself is a function that solvers call at each step: it does not look, and NaN in is NaN out there; the solver
+names the rows and the time.
+
 A tensor's dtype is its user's choice. Where a network has another, an error says what to write.
 
 **Times** are numbers, one for all samples or one for each, (batch,), and become float64. Outside of the range on which
@@ -27,6 +31,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Real
 
@@ -37,22 +42,32 @@ from torch import Tensor
 from sdeflow.errors import DataError, ScheduleError, TooLargeError
 
 __all__ = [
+    "checked_choice",
     "checked_count",
     "checked_dtype",
     "checked_finite",
+    "checked_flag",
     "checked_images",
+    "checked_labels",
+    "checked_methods",
     "checked_noise",
     "checked_numbers",
+    "checked_point",
     "checked_range",
+    "checked_real",
     "checked_shape",
     "checked_start",
     "checked_state",
     "checked_states",
     "checked_time",
+    "checked_within",
     "require_memory",
 ]
 
 _LEAST_MEMORY = 2**36  # bytes
+_MOST = 2**62  # that is counted
+OF_PRIOR = (("sample", "log_prob"), "sdeflow.Gaussian(mean, std)", any)  # either is asked for where it is needed
+OF_BASIS = (("forward", "inverse"), "sdeflow.basis.DCT(2)")
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 # -------------------------------------------------------------------- states
@@ -91,6 +106,18 @@ def checked_states(x: object, name: str = "x", dtype: torch.dtype | None = None)
     return checked_finite(checked_state(x, name, dtype=dtype), name)
 
 
+def checked_point(x: object, name: str = "x", sides: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """As :func:`checked_state`, and not NaN: where a law is asked for its moments, draws, density or score.
+
+    An infinite x is a state of density 0. States on an accelerator are not read, which would make it wait: there NaN
+    gives NaN.
+    """
+    x = checked_state(x, name, sides, dtype)
+    if x.device.type == "cpu" and bool(x.isnan().any()):
+        raise DataError(f"{name} holds NaN{_in_samples(x.isnan())}.")
+    return x
+
+
 def checked_images(images: object) -> Tensor:
     """Integer images (batch, *event), a tensor, an array or a list, as an integer tensor.
 
@@ -109,19 +136,43 @@ def checked_images(images: object) -> Tensor:
     return images
 
 
+def checked_labels(y: object, batch: int, name: str = "y") -> Tensor:
+    """Labels, or other conditions, one for each sample along the first axis, as a tensor.
+
+    Raises:
+        DataError: for what is no tensor, array or list, and for another number of them.
+    """
+    if not isinstance(y, Tensor):
+        array = _as_array(y) if isinstance(y, list | tuple) or hasattr(y, "__array__") else None
+        if array is None or array.dtype.kind not in "biuf":
+            raise DataError(f"{name} must be labels, a tensor of one for each sample, not {_shown(y)}.")
+        y = torch.as_tensor(array)
+    if not y.ndim or len(y) != batch:
+        raise DataError(f"{name} is of shape {tuple(y.shape)}, and there are {batch} samples: one label for each.")
+    return y
+
+
 def checked_finite(x: Tensor, name: str = "x", rows: list[int] | None = None) -> Tensor:
     """``x`` if it is finite.
 
     Raises:
         DataError: otherwise, naming the samples (by ``rows`` where given).
     """
+    if x.is_meta:
+        raise DataError(f'{name} is on the device "meta", which holds no numbers: pass a tensor that does.')
     finite = torch.isfinite(x)
     if not bool(finite.all()):
-        bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist() if x.ndim > 1 else (~finite).nonzero().tolist()
-        bad = bad if rows is None else [rows[row] for row in bad]
-        where = f" in samples {bad[:8]}{' ...' if len(bad) > 8 else ''}" if x.ndim > 1 else ""
-        raise DataError(f"{name} is not finite{where}.")
+        raise DataError(f"{name} is not finite{_in_samples(~finite, rows)}.")
     return x
+
+
+def _in_samples(wrong: Tensor, rows: list[int] | None = None) -> str:
+    """Which samples hold what is wrong, as a clause; empty where there are none to tell apart."""
+    if wrong.ndim < 2:
+        return ""
+    bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
+    bad = bad if rows is None else [rows[row] for row in bad]
+    return f" in samples {bad[:8]}{' ...' if len(bad) > 8 else ''}"
 
 
 def checked_start(x_0: object, x_t: Tensor, name: str = "x_0", beside: str = "x_t") -> Tensor:
@@ -132,7 +183,7 @@ def checked_start(x_0: object, x_t: Tensor, name: str = "x_0", beside: str = "x_
     Raises:
         DataError: for any other shape, naming both.
     """
-    x_0 = checked_state(x_0, name, 0, torch.float64)  # numbers keep their digits
+    x_0 = checked_point(x_0, name, 0, torch.float64)  # numbers keep their digits
     if x_0.shape == x_t.shape:
         return x_0
     if not x_0.ndim or (x_0.ndim == x_t.ndim and len(x_0) == 1 and x_0.shape[1:] == x_t.shape[1:]):
@@ -149,7 +200,7 @@ def checked_noise(noise: object, x: Tensor) -> Tensor:
     Raises:
         DataError: for any other shape.
     """
-    noise = checked_state(noise, "noise", 0)
+    noise = checked_point(noise, "noise", 0)
     if noise.shape != x.shape:
         raise DataError(f"noise is of shape {tuple(noise.shape)}, and must be shaped as x_0, {tuple(x.shape)}.")
     return noise.to(dtype=x.dtype, device=x.device)
@@ -331,13 +382,77 @@ def _memory() -> int:
         return 2**40
 
 
-def checked_count(value: object, name: str, least: int = 1) -> int:
-    """A whole number of at least ``least``; NumPy's count.
+def checked_choice(value: object, name: str, choices: Iterable[str | None], other: str = "") -> str | None:
+    """One of the names in ``choices``; ``other`` says what may stand in place of a name.
 
     Raises:
         ValueError: for anything else.
     """
+    choices = tuple(choices)
+    if (value is None or isinstance(value, str)) and value in choices:  # an array is compared with nothing
+        return value
+    listed = [f'"{choice}"' for choice in choices if choice is not None] + ["None"] * (None in choices)
+    listed += [other] * bool(other)
+    wanted = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
+    raise ValueError(f"{name} must be {wanted}, not {_shown(value)}.")
+
+
+def checked_flag(value: object, name: str, optional: bool = False) -> bool | None:
+    """True or False, NumPy's too; with ``optional`` also None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if value is None and optional:
+        return None
+    raise TypeError(f"{name} must be True{', False or None' if optional else ' or False'}, not {_shown(value)}.")
+
+
+def checked_real(value: object, name: str, wanted: str, holds: Callable[[Real], bool]) -> Real:
+    """A real number for which ``holds`` is true; ``wanted`` says so in words. NaN should not hold.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool) and holds(value):
+        return value
+    raise ValueError(f"{name} must be {wanted}, not {_shown(value)}.")
+
+
+def checked_within(value: object, name: str, low: float, high: float) -> Real:
+    """A real number with low < value < high.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    wanted = "positive and finite" if (low, high) == (0.0, math.inf) else f"between {low:g} and {high:g}"
+    return checked_real(value, name, wanted, lambda number: low < number < high)
+
+
+def checked_methods(
+    value: object, name: str, methods: tuple[str, ...], example: str, enough: Callable[[Iterable], bool] = all
+) -> object:
+    """An object that has all of ``methods``, or ``any``, as priors and bases have; None stays None.
+
+    Raises:
+        TypeError: for anything else, a class in place of its object included.
+    """
+    found = (callable(getattr(value, method, None)) for method in methods)
+    if value is None or (not isinstance(value, type) and enough(found)):
+        return value
+    raise TypeError(f"{name} must be an object with {' and '.join(methods)}, such as {example}, not {_shown(value)}.")
+
+
+def checked_count(value: object, name: str, least: int = 1) -> int:
+    """A whole number of at least ``least``; NumPy's count.
+
+    Raises:
+        ValueError: for anything else; a TooLargeError for more than 64 bits hold.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+        raise ValueError(f"{name} must be an integer of at least {least}, not {_shown(value)}.")
+    if value > _MOST:
+        raise TooLargeError(f"{name} must be at most 2^62, not {_shown(value)}.")
     return int(value)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from sdeflow.breakpoints import break_points
-from sdeflow.chebyshev import nodes_of
+from sdeflow.chebyshev import NODES, nodes_of
 from sdeflow.compile import Compiled, compile_expressions
-from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
 from sdeflow.parameters import Values
 from sdeflow.quadrature import (
     MomentTable,
@@ -48,6 +48,7 @@ _ROUNDING = 16 * float(torch.finfo(torch.float64).eps)  # of a time, and of the 
 _LARGEST = float(torch.finfo(torch.float32).max)
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
 _SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
+_LARGEST_TABLE = 4_000_000  # numbers for break points that entries of tensor parameters move
 _REPRESENTATIVES = 32  # entries of tensor parameters from which the panels are chosen
 
 
@@ -268,11 +269,22 @@ class Coefficients:
             except NoEnclosure:  # such as the derivative of a table: the samples decide
                 bound = None
             self.breaks = break_points(entries, numbers, self.T)
+            self._require_few_breaks()
             P0 = 0.0 if self.coupled else self.declaration.P0
             edges = panel_edges(self._sampled_rows, self.T, self.components, P0, self.breaks, bound)
             self._panels, self._has_resolved_roots = (version, edges), False
             self._is_null = self._disguised(edges)
         return self._panels[1]
+
+    def _require_few_breaks(self) -> None:
+        """Each break point is an edge for every entry of tensor parameters: a thousand of each are gigabytes."""
+        entries = math.prod(self.values.shape)
+        if self.values.shape and len(self.breaks) * NODES * entries > _LARGEST_TABLE:
+            raise TooLargeError(
+                f"the {entries:,} entries of params have {len(self.breaks):,} break points together, each of which is "
+                "an edge for every entry: let fewer entries move them, or write smooth steps, such as "
+                "(1 + tanh((t - p) / width)) / 2."
+            )
 
     def _disguised(self, edges: np.ndarray) -> Tensor | None:
         """Which entries of b are 0 in disguise: nothing but rounding at all times. None where there are none."""
@@ -368,7 +380,7 @@ class Coefficients:
             at = float(points[bad].min())
             point = {**self.values.numbers, time_symbol: sp.Float(at)}
             exact = [(name, value_at(entry, point, 6)) for name, entry in self._named_entries()]
-            shown = ", ".join(f"{name} = {value}" for name, value in exact)
+            shown = ", ".join(f"{name} = {value!s}" for name, value in exact)  # SymPy formats no infinity
             kind = "complex" if any(value.has(sp.I) for _, value in exact) else "not finite"
             if self.declaration.path is not None:
                 alpha, sigma = self.declaration.path

@@ -162,7 +162,7 @@ class Compiled:
     def _constant(self, expr: sp.Expr) -> int:
         number = expr.xreplace({k: sp.Float(v, 30) for k, v in self._values.items()}).evalf(20)
         if not number.is_number or number.is_real is False or not math.isfinite(float(number)):
-            raise ScheduleError(f"{expr} = {number} is not a finite real number.")
+            raise ScheduleError(f"{expr} = {number!s} is not a finite real number.")
         slot = self._new_slot()
         self._constants[slot] = float(number)
         return slot
@@ -271,7 +271,7 @@ class Compiled:
 
     def _extremum(self, expr: sp.Max | sp.Min) -> int:
         function, name = (torch.maximum, "maximum") if isinstance(expr, sp.Max) else (torch.minimum, "minimum")
-        first, *rest = expr.args
+        first, *rest = sorted(expr.args, key=self._is_constant)  # a tensor first, with which numbers are compared
         slot = self._emit(first)
         for argument in rest:
             i, j = slot, self._emit(argument)

@@ -35,7 +35,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sdeflow.checks import checked_dtype, checked_images
+from sdeflow.checks import (
+    checked_count,
+    checked_dtype,
+    checked_flag,
+    checked_images,
+    checked_methods,
+    checked_numbers,
+    checked_real,
+)
 from sdeflow.errors import DataError
 from sdeflow.model import Model
 from sdeflow.noise import NoiseStream, resolve_seed
@@ -52,6 +60,9 @@ __all__ = [
     "bits_from",
     "bits_per_dim",
 ]
+
+
+_OF_SCHEME = (("sample",), "sdeflow.dequantisation.Uniform()")
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,10 @@ class Levels:
     high: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 2:
-            raise ValueError(f"levels must be an integer of at least 2, not {self.levels!r}.")
-        if not -math.inf < self.low < self.high < math.inf:
+        object.__setattr__(self, "levels", checked_count(self.levels, "levels", 2))
+        for name in ("low", "high"):
+            checked_real(getattr(self, name), name, "finite, with low < high", math.isfinite)
+        if not self.low < self.high:
             raise ValueError(f"low and high must be finite and low < high, not low={self.low!r}, high={self.high!r}.")
 
     def state(self, position: Tensor) -> Tensor:
@@ -361,6 +373,7 @@ def bits_from(
     Raises:
         DataError: for a log_p of another shape.
     """
+    checked_flag(importance, "importance")
     log_w = drawn.log_weight(log_p)
     draws, d = len(log_w), math.prod(drawn.x.shape[2:])
     share = torch.softmax(log_w, dim=0)
@@ -374,6 +387,9 @@ def bits_from(
         stderr = heavy_tails(draws) * stderr
     variance = stderr.square()
     if log_p_stderr is not None:
+        log_p_stderr = checked_numbers(log_p_stderr, "log_p_stderr").to(log_w.device)
+        if log_p_stderr.shape not in ((), log_w.shape):
+            raise DataError(f"log_p_stderr is of shape {tuple(log_p_stderr.shape)}, log_p of {tuple(log_w.shape)}.")
         weight = share if importance else torch.full_like(share, 1.0 / draws)
         # The error of log p is already part of the spread of several draws; of one it is all that is known.
         own = (weight * log_p_stderr.to(torch.float64)).square().sum(0)
@@ -413,7 +429,8 @@ def bits_per_dim(
     Raises:
         DataError, ValueError: as :meth:`Uniform.sample`.
     """
-    scheme = Uniform() if dequantise is None else dequantise
+    checked_flag(importance, "importance")
+    scheme = Uniform() if dequantise is None else checked_methods(dequantise, "dequantise", *_OF_SCHEME)
     drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=seed, draws=draws, dtype=dtype)
     results = [log_prob(x) for x in drawn.x]
     values = torch.stack([result if isinstance(result, Tensor) else result.value for result in results])
@@ -441,8 +458,7 @@ def _begin(
     """The grid of levels, the images and the stream of draws, all checked."""
     grid = Levels(levels, low, high)
     images = grid.checked(images)
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a positive integer, not {draws!r}.")
+    checked_count(draws, "draws")
     return grid, images, NoiseStream(resolve_seed(seed), "dequantise", first_row)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
 from sdeflow.brownian import BrownianPath
-from sdeflow.checks import checked_dtype
+from sdeflow.checks import checked_count, checked_dtype
 from sdeflow.errors import DataError
 from sdeflow.gradients import is_meant
 from sdeflow.latents import spherical
@@ -344,8 +344,7 @@ class FlowODE(_Bound):
             DataError: for states of different shapes.
             ValueError: for a prior that is not Gaussian, and for fewer points.
         """
-        if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-            raise ValueError(f"points must be an integer of at least 2, not {points!r}.")
+        points = checked_count(points, "points", 2)
         x_a, x_b = self.model.states(x_a, "x_a"), self.model.states(x_b, "x_b")
         if x_a.shape != x_b.shape:
             raise DataError(f"x_a is {tuple(x_a.shape)} and x_b {tuple(x_b.shape)}: they must be of one shape.")

@@ -17,6 +17,7 @@ from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation import is_smooth
 from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.moments import moments_of
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.pearson import exact_form
 
 __all__ = ["explain"]
@@ -57,7 +58,8 @@ def _affine_way(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> tuple[str, s
         integrand = b / moments.alpha
     else:
         integrand = declaration.g**2 / moments.alpha**2
-    return "quadrature", f"the kernel is Gaussian, but no rule integrates {sp.powsimp(integrand)}"
+    shown = patiently(sp.powsimp, integrand, otherwise=integrand)
+    return "quadrature", f"the kernel is Gaussian, but no rule integrates {shown}"
 
 
 def _other_way(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis
-from sdeflow.checks import checked_dtype, checked_numbers, checked_state
+from sdeflow.checks import OF_BASIS, checked_dtype, checked_methods, checked_numbers, checked_point
 from sdeflow.errors import DataError
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream
@@ -28,7 +28,7 @@ class Gaussian:
     def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:
         self.mean = checked_numbers(mean, "mean")
         self.root = std if isinstance(std, Linear) else Linear(checked_numbers(std, "std"))
-        self.basis = basis
+        self.basis = checked_methods(basis, "basis", *OF_BASIS)
         if not bool(torch.isfinite(self.mean).all()) or not bool((self.std > 0).all() & torch.isfinite(self.std).all()):
             raise DataError(f"a Gaussian needs a finite mean and a positive, finite std, not {mean} and {std}.")
 
@@ -53,20 +53,20 @@ class Gaussian:
 
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + root noise: a sample of this law from one of N(0, 1), (batch, *event)."""
-        noise = checked_state(noise, "noise", 1)
+        noise = checked_point(noise, "noise")
         x = self._level(noise) + self._moved(noise.device)(noise)
         return x if self.basis is None else self.basis.inverse(x)
 
     def whitened(self, x: Tensor) -> Tensor:
         """root⁻¹ (x - mean), the inverse of :meth:`coloured`; standard normal for samples of this law."""
-        x = checked_state(x, sides=1)
+        x = checked_point(x)
         self.require_event(tuple(x.shape[1:]))
         x = x if self.basis is None else self.basis.forward(x)
         return self._moved(x.device).inverse(x - self._level(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
-        x = checked_state(x, sides=1)
+        x = checked_point(x)
         event = tuple(x.shape[1:])
         z, log_det = self.whitened(x.to(torch.float64)), self._moved(x.device).log_det(event)
         d = math.prod(event)
@@ -75,9 +75,12 @@ class Gaussian:
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""
         if self.root.coupled:
-            relative = (other.root.inverse @ self.root).values
-            shift = other.root.inverse(self._level(self.mean[None]) - other._level(self.mean[None]))
-            k = relative.shape[-1]
+            inverse = other.root.inverse
+            relative = (inverse @ self.root).values
+            k, sides = relative.shape[-1], max(self.mean.ndim, other.mean.ndim) - 1
+            like = relative.new_zeros(1, k, *(1,) * sides)
+            apart = like[0] + self._level(like) - other._level(like)
+            shift = inverse.values @ apart.movedim(0, -1)[..., None]
             trace, log_det = relative.square().sum((-1, -2)), torch.linalg.slogdet(relative)[1]
             return float((0.5 * (trace - k) - log_det).mean() / k + 0.5 * shift.square().mean())
         ratio = (self.std / other.std).square()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice
 from sdeflow.errors import ScoreError
 from sdeflow.model import Model
 from sdeflow.scores import evaluating
@@ -22,10 +23,9 @@ def is_meant(gradient: str | None, x: Tensor) -> bool:
     Raises:
         ValueError: for a gradient of another name.
     """
-    if gradient == "adjoint":
+    if isinstance(gradient, str) and gradient == "adjoint":
         raise ValueError('gradient="adjoint" is log_prob\'s; a solve goes by gradient="backprop".')
-    if gradient not in (None, "backprop"):
-        raise ValueError(f'gradient must be "backprop" or None, not {gradient!r}.')
+    checked_choice(gradient, "gradient", ("backprop", None))
     return gradient is not None or (x.requires_grad and torch.is_grad_enabled())
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 from sdeflow.basis import Basis
 from sdeflow.checks import (
     checked_finite,
+    checked_flag,
     checked_noise,
     checked_numbers,
+    checked_point,
     checked_range,
     checked_start,
-    checked_state,
     checked_time,
 )
 from sdeflow.coefficients import Coefficients
@@ -48,14 +49,17 @@ from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, 
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Kernel", "Path", "broadcast_to_event", "inside_ends"]
+__all__ = ["FORGOTTEN", "Kernel", "Path", "broadcast_to_event", "inside_ends"]
 
 _NEXT, _LEAST = (
     4.0,
     1e-300,
 )  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
 
+FORGOTTEN = -math.log(1e12)
+"""The half-log-SNR below which x_0 is forgotten, as far as solvers can tell."""
 _FRESH = 1e-4  # of the variance at t, the share that must have come since s for a difference to keep its digits
+_WEAK = 0.1  # noise, relative to the strongest
 _DEFINED = "the kernel is defined for t in [0, T]"
 
 
@@ -128,6 +132,14 @@ class Kernel:
         """d/dt of :meth:`half_log_snr`, elementwise -g² / (2 sigma²); never positive. Shaped as t."""
         return self.numbers.half_log_snr_rate(self._times(t))
 
+    def bounded_log_snr(self, t: Tensor | float) -> Tensor:
+        """:meth:`half_log_snr` as solvers take it: at least ``FORGOTTEN``, but where it is a mean over coordinates.
+
+        Over a long horizon it falls by thousands, and alpha below the range of float64, while nothing is left to do.
+        """
+        level = self.half_log_snr(t)
+        return level if self.coupled or self.values.shape else level.clamp_min(FORGOTTEN)
+
     def time_of(self, half_log_snr: Tensor | float) -> Tensor:
         """The time in [cutoff, T] at which :meth:`half_log_snr` takes the given value, float64.
 
@@ -154,8 +166,8 @@ class Kernel:
         """Whether half_log_snr of a coupled state falls by a tenth at least while t grows e-fold; True elementwise.
 
         Where the state turns more than it decays, it nearly stands still, and is no good measure of a solver's steps.
-        Where there is no noise at all, and before it has grown to P0, it stands still too, but so does what solvers
-        make polynomials of.
+        Where there is little noise, and before it has grown to P0, it stands still too, but so does what solvers make
+        polynomials of.
         """
         if not self.coupled:
             return True
@@ -164,7 +176,7 @@ class Kernel:
             noise = self.sde_coefficients(times)[2].flatten(1).abs().amax(1)
             falls = self.half_log_snr_rate(times) * times < -0.1
             begins = self.half_log_snr(times) > self.half_log_snr(self.cutoff) - 0.5 * math.log(2.0)
-            return bool((falls | begins | (noise < 1e-6 * noise.max())).all())
+            return bool((falls | begins | (noise < _WEAK * noise.max())).all())
 
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""
@@ -195,7 +207,7 @@ class Kernel:
         )
 
     @cached_property
-    def _shown(self) -> Moments:
+    def shown(self) -> Moments:
         """The moments for display: SymPy's integrals where it finds them in 2 s and they agree with quadrature."""
         if self.coupled:
             return self._coupled_moments
@@ -254,12 +266,12 @@ class Kernel:
     @property
     def alpha(self) -> sp.Expr:
         """alpha(t): the mean is alpha x_0 + offset. The matrix Φ(t) of a coupled state."""
-        return self._shown.alpha
+        return self.shown.alpha
 
     @property
     def offset(self) -> sp.Expr:
         """The part of the mean that does not depend on x_0."""
-        return self._shown.offset
+        return self.shown.offset
 
     @property
     def mean(self) -> sp.Expr:
@@ -272,7 +284,7 @@ class Kernel:
     @property
     def var(self) -> sp.Expr:
         """sigma(t)², the covariance matrix of a coupled state."""
-        return self._shown.var
+        return self.shown.var
 
     @property
     def std(self) -> sp.Expr:
@@ -289,12 +301,12 @@ class Kernel:
         """
         if self.coupled:
             return sp.log(information(self.alpha, self.var, self.numbers.data[0]))
-        return 2 * self._shown.log_alpha - sp.log(self.var)
+        return 2 * self.shown.log_alpha - sp.log(self.var)
 
     @property
     def rules(self) -> tuple[str, ...]:
         """The rule behind each moment: of alpha, offset and variance."""
-        return self._shown.rules
+        return self.shown.rules
 
     def __repr__(self) -> str:
         names = [symbol.name for symbol in self.declaration.state]
@@ -336,7 +348,7 @@ class Kernel:
             raise ScheduleError(
                 f"a transition runs from s to t with 0 <= s <= t <= T = {self.T:g}, not from {s} to {t}."
             )
-        if s == 0.0 and not (exactly and any(self.declaration.initial_variances)):
+        if s == 0.0 and not (checked_flag(exactly, "exactly") and any(self.declaration.initial_variances)):
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
             return self._coupled_transition(x, s, t)
@@ -495,7 +507,8 @@ class Kernel:
 
     def lift(self, data: Tensor, seed: int | torch.Generator | None = None, noisy: bool = True) -> Tensor:
         """States (batch, k, *event) from data (batch, *event), the auxiliary components drawn from P0 (or zero)."""
-        data = checked_state(data, "data")
+        checked_flag(noisy, "noisy")
+        data = checked_point(data, "data", 2)
         if not self.coupled or not self.declaration.auxiliary:
             return data
         if len(self.numbers.data) != 1:
@@ -534,7 +547,7 @@ class Kernel:
     # ---------------------------------------------------------------- helpers of the above
 
     def _state(self, x: Tensor, name: str = "x_0") -> Tensor:
-        x = checked_state(x, name, 1)
+        x = checked_point(x, name)
         if self.coupled or self.values.shape:
             self.require_event(tuple(x.shape[1:]))
         return x

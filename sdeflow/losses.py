@@ -64,7 +64,7 @@ def denoising_score_matching(
     x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     x_t = score.kernel.sample(x_0, t, noise=noise)
-    data_std = overall_std(score.data_std) if weighting == "edm" else 1.0
+    data_std = overall_std(score.data_std) if isinstance(weighting, str) and weighting == "edm" else 1.0
     return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t, data_std)
 
 
@@ -141,7 +141,7 @@ def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tenso
     Raises:
         ValueError: for an unknown name.
     """
-    if weighting == "score":
+    if isinstance(weighting, str) and weighting == "score":
         return error.square().flatten(1).mean(1)
     error = kernel.to_basis(error)
     return (error * metric(kernel, weighting, error, t, data_std)(error)).flatten(1).mean(1)

@@ -11,7 +11,7 @@ import sympy as sp
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_dtype, checked_shape, checked_states
+from sdeflow.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.gaussian import Gaussian
@@ -21,6 +21,7 @@ from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_sc
 from sdeflow.solvers import Clock, make_clock
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.declaration import stratonovich_correction
+from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
 from sdeflow.thresholding import Thresholded
@@ -67,7 +68,7 @@ class Model:
         self.state = self.declaration.state
         self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
-        self._prior = prior
+        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}
@@ -174,9 +175,9 @@ class Model:
             return self.function_of_state(equation.drifts, with_score=True)
         scores = score_symbols(self.state)
         standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
-        rows = [drift.subs(standing) for drift in equation.drifts]
-        A = [sp.diff(row, component) for row in rows for component in self.state]
-        C = [sp.diff(row, standing[score]) for row in rows for score in scores]
+        rows = [drift.xreplace(standing) for drift in equation.drifts]
+        A = [derivative(row, component) for row in rows for component in self.state]
+        C = [derivative(row, standing[score]) for row in rows for score in scores]
         numbers = compile_expressions((*A, *C), (t,), self.values, self.T)
         if self.declaration.coupled or self.values.shape:
             return self._linear_drift(numbers)
@@ -425,7 +426,8 @@ class Model:
         if self.kernel is not None:
             self.kernel.require_event(shape[1:])
         like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
-        return self.prior_for(like).sample(shape, seed=seed, dtype=dtype, device=device)
+        prior = checked_methods(self.prior_for(like), "prior", ("sample",), "sdeflow.Gaussian(mean, std)")
+        return prior.sample(shape, seed=seed, dtype=dtype, device=device)
 
 
 def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | None:

@@ -20,6 +20,7 @@ from sdeflow.errors import DeclarationError
 
 __all__ = ["Values"]
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUMBERS = 10_000  # that the kernel's table of one coordinate holds, at least
 
 
@@ -111,12 +112,17 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
 def _checked(value: object, symbol: sp.Symbol) -> float | Tensor:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or not value.numel() or not bool(torch.isfinite(value).all()):
-            raise DeclarationError(f"the parameter {symbol} must be a finite floating tensor, not {value}.")
+            raise DeclarationError(
+                f"the parameter {symbol} must be a finite floating tensor, not {value}"
+                f"{f'; write {symbol}.double()' if value.dtype in _WHOLE else ''}."
+            )
         return value
     if isinstance(value, sp.Expr) and value.is_number and value.is_real:
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise DeclarationError(f"the parameter {symbol} must be a finite real number or a tensor, not {value!r}.")
+        several = hasattr(value, "__array__") or isinstance(value, list | tuple)
+        hint = f"; write torch.as_tensor({symbol}, dtype=torch.float64) for an array or a list" if several else ""
+        raise DeclarationError(f"the parameter {symbol} must be a finite real number or a tensor, not {value!r}{hint}.")
     return float(value)
 
 

@@ -24,13 +24,14 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_noise, checked_start, checked_state
+from sdeflow.checks import checked_noise, checked_point, checked_start
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.kernel import Kernel, inside_ends
 from sdeflow.noise import NoiseStream
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.moments import square_root
 from sdeflow.symbolic.pearson import Pearson, classify, decay, spread
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
@@ -220,10 +221,10 @@ class PearsonKernel(ABC):
     @property
     def std(self) -> sp.Expr:
         """The square root of :attr:`var`."""
-        return sp.sqrt(self.var)
+        return square_root(self.var, {})
 
     def _shown(self, moment: sp.Expr) -> sp.Expr:
-        return moment.subs({decay: self.inner.alpha, spread: self.inner.var}, simultaneous=True)
+        return moment.xreplace({decay: self.inner.alpha, spread: self.inner.var})
 
     # ---------------------------------------------------------------- the kernel as a distribution
 
@@ -234,7 +235,7 @@ class PearsonKernel(ABC):
             x_0: (batch, *event), in the domain, its ends included.
             t: a number or (batch,), in [0, T].
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         self._standard_start(x_0, *self._form(x_0)[:2])
         x = x_0.to(torch.float64)
         alpha, var = (part.expand_as(x) for part in self._alpha_var(x_0, t))
@@ -255,7 +256,7 @@ class PearsonKernel(ABC):
             noise: standard normal numbers z shaped as x_0, instead of a seed: x_t is then the quantile of x_t at
                 Φ(z) (in u, where x falls with u).
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         if noise is not None:
             return self._sampled(x_0, t, 0.0, None, checked_noise(noise, x_0))
         return self._sampled(x_0, t, 0.0, NoiseStream(seed, "kernel"), None)
@@ -317,7 +318,7 @@ class PearsonKernel(ABC):
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
-        x_t = checked_state(x_t, "x_t", 1)
+        x_t = checked_point(x_t, "x_t")
         _, scale, law = self._standard(x_t, x_0, t)
         self._require_noise(law.var)
         inside = self._inside(law.u)
@@ -327,7 +328,7 @@ class PearsonKernel(ABC):
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
-        x_t = checked_state(x_t, "x_t", 1)
+        x_t = checked_point(x_t, "x_t")
         _, scale, law = self._standard(x_t, x_0, t)
         self._require_noise(law.var)
         inside = self._inside(law.u)

@@ -151,7 +151,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
         u = program.run(problem, u if solver.basis is None else solver.basis.forward(u), record)
         problem.finish(u.flatten(1))
         calls = problem.nfe
-        lam = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
+        lam = kernel.bounded_log_snr(torch.as_tensor(times)).detach().numpy()
         differences = _differences(lam, torch.stack(record).double(), order)
         centres = np.array([lam[i : i + order + 1].mean() for i in range(len(differences))])
         transfer = program.steps.transfer

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from sdeflow.checks import checked_count
 from sdeflow.errors import TooLargeError
 from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
 from sdeflow.solvers.clock import steps_of
@@ -116,10 +117,8 @@ def make_plan(
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
         TooLargeError: for more than :data:`MAX_CALLS` calls without ``max_calls``.
     """
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps must be a positive integer, not {steps!r}.")
-    if max_calls is not None and (isinstance(max_calls, bool) or not isinstance(max_calls, int) or max_calls < 1):
-        raise ValueError(f"max_calls must be a positive integer, not {max_calls!r}.")
+    steps = None if steps is None else checked_count(steps, "steps")
+    max_calls = None if max_calls is None else checked_count(max_calls, "max_calls")
     equation = "sde" if kind == "sde" else "ode"
     tolerances = rtol is not None or atol is not None
     clock: str | None = None

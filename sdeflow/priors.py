@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sdeflow.batches import checked_data
 from sdeflow.boltzmann import BoltzmannLaw
-from sdeflow.checks import checked_dtype, checked_shape, checked_state
+from sdeflow.checks import checked_count, checked_dtype, checked_point, checked_shape
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DataError, NonFiniteStateError, PriorMismatchWarning, warn
 from sdeflow.gaussian import Gaussian
@@ -340,7 +340,7 @@ class StationaryLaw:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event); -inf outside the interval."""
-        x = checked_state(x).to(torch.float64)
+        x = checked_point(x, sides=2).to(torch.float64)
         inside = (x > self.low) & (x < self.high)
         safe = torch.where(inside, x, torch.full_like(x, float(self._table.x[_NODES // 2])))
         u, _ = self._interval.line(safe)
@@ -472,8 +472,7 @@ def fit_prior(
         NonFiniteStateError: where a path explodes.
     """
     for name, value, least in (("n", n, 50), ("components", components, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")
+        checked_count(value, name, least)
     noise = NoiseStream(seed, "fit prior")
     data = checked_data(data)
     rows = (noise.uniform((n,), torch.float64) * len(data)).long().clamp_max(len(data) - 1)
@@ -532,7 +531,7 @@ class FittedPrior:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
-        x = checked_state(x)
+        x = checked_point(x, sides=2)
         self._require_event(tuple(x.shape[1:]))
         u = (self._grouped(x.double().cpu()) - self._mean) / self._scale
         log_p = torch.logsumexp(_log_joint(u, self._weights, self._centres, self._roots), dim=2)

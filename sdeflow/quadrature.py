@@ -34,6 +34,7 @@ from sdeflow.chebyshev import (
     fit_values,
     geometric_edges,
     nodes_of,
+    require_time,
     running_integral,
 )
 from sdeflow.errors import ScheduleError
@@ -115,6 +116,7 @@ def panel_edges(
         edges = np.union1d(edges[(near > 1e-6 * edges) | (edges == 0.0) | (edges == T)], breaks)
     edges = PiecewiseChebyshev.fit(coefficients, edges, bound=bound, name="a coefficient of the SDE").edges
     while True:
+        require_time("the drift")
         nodes, width = nodes_of(edges), np.diff(edges)
         values = torch.as_tensor(coefficients(nodes.reshape(-1)).reshape(-1, *nodes.shape))
         if components is None:
@@ -173,6 +175,7 @@ def with_resolved_roots(
     table = integrate(edges)
     candidates = edges[:-1] >= first
     while True:
+        require_time("the noise")
         unresolved = candidates & _has_unresolved_root(table)
         if not unresolved.any():
             return edges, table

@@ -24,7 +24,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_dtype, checked_noise, checked_start, checked_state
+from sdeflow.checks import checked_dtype, checked_noise, checked_point, checked_start
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.gaussian import Gaussian, normal_log_density
@@ -33,6 +33,7 @@ from sdeflow.noise import NoiseStream, kernel_noise
 from sdeflow.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
+from sdeflow.symbolic.moments import square_root
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x as state_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
@@ -139,14 +140,14 @@ class ReducibleKernel:
     @property
     def std(self) -> sp.Expr | None:
         """The square root of :attr:`var`."""
-        return None if self.var is None else sp.sqrt(self.var)
+        return None if self.var is None else square_root(self.var, {})
 
     def _shown(self, moment: sp.Expr | None) -> sp.Expr | None:
         if moment is None:
             return None
-        start = self.reduction.map.to_line.subs({state_symbol: data_symbol, time_symbol: 0})
+        start = self.reduction.map.to_line.xreplace({state_symbol: data_symbol, time_symbol: sp.Integer(0)})
         line = self.inner.alpha * start + self.inner.offset
-        return moment.subs({line_mean: line, line_var: self.inner.var}, simultaneous=True)
+        return moment.xreplace({line_mean: line, line_var: self.inner.var})
 
     # ---------------------------------------------------------------- the change of state
 
@@ -156,13 +157,13 @@ class ReducibleKernel:
         Raises:
             DataError: for a state outside the domain.
         """
-        x = checked_state(x, sides=0)
+        x = checked_point(x, sides=0)
         time = self._times(x, t)
         return self._located(self._require_inside(x, time), time)[0].to(x.dtype)
 
     def restore(self, y: Tensor, t: Tensor | float) -> Tensor:
         """x = X(y, t), shaped and typed as y (batch, *event)."""
-        y = checked_state(y, "y", 1)
+        y = checked_point(y, "y")
         return self._to_state(y.to(torch.float64), self._times(y, t)).to(y.dtype)
 
     def restore_inside(self, y: Tensor, t: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -202,13 +203,13 @@ class ReducibleKernel:
             x_0: (batch, *event).
             t: a number or (batch,), in [0, T].
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         start = self._times(x_0, 0.0)
         return self.inner.moments(self._located(self._require_inside(x_0, start), start)[0], t)
 
     def moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """The true mean and standard deviation of x_t given x_0, each (batch, *event), in the dtype of x_0."""
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         mean, second = self.pushed_moments(*self.line_moments(x_0, t), t)
         return mean.to(x_0.dtype), second.to(x_0.dtype)
 
@@ -236,7 +237,7 @@ class ReducibleKernel:
             seed: seeds the noise; None draws from the global generator.
             noise: the standard normal noise itself, shaped as x_0, instead of a seed.
         """
-        x_0 = checked_state(x_0, "x_0", 1)
+        x_0 = checked_point(x_0, "x_0")
         mean, std = self.line_moments(x_0, t)
         noise = kernel_noise(x_0, seed) if noise is None else checked_noise(noise, x_0)
         return self._drawn(mean + std * noise, self._times(x_0, t), x_0.dtype)
@@ -257,7 +258,7 @@ class ReducibleKernel:
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
-        x_t = checked_state(x_t, "x_t", 1)
+        x_t = checked_point(x_t, "x_t")
         return self.pushed_log_prob(x_t, *self._noisy_moments(checked_start(x_0, x_t), t), t)
 
     def pushed_log_prob(self, x: Tensor, mean: Tensor, std: Tensor, t: Tensor | float) -> Tensor:
@@ -279,7 +280,7 @@ class ReducibleKernel:
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
-        x_t = checked_state(x_t, "x_t", 1)
+        x_t = checked_point(x_t, "x_t")
         mean, std = self._noisy_moments(checked_start(x_0, x_t), t)
         time = self._times(x_t, t)
         line, inside = self._located(x_t.to(torch.float64), time)
@@ -340,7 +341,7 @@ class PushForward:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64; -inf outside the domain."""
-        x = checked_state(x)
+        x = checked_point(x, sides=2)
         self.law.require_event(tuple(x.shape[1:]))
         return self.kernel.pushed_log_prob(x, self.law.mean.to(x.device), self.law.std.to(x.device), self.t)
 

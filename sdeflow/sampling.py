@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.brownian import BrownianPath, BrownianRows
+from sdeflow.checks import checked_count, checked_flag
 from sdeflow.errors import SolverError
 from sdeflow.gradients import require_graph, require_reach
 from sdeflow.model import Model
@@ -64,23 +64,17 @@ class Options:
     gradient: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "max_calls", "chunk"):  # NumPy's integers are integers
-            value = getattr(self, name)
-            if isinstance(value, np.integer):
-                object.__setattr__(self, name, int(value))
+        for name in ("steps", "max_calls", "chunk"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_count(getattr(self, name), name))
         object.__setattr__(self, "grid", as_grid(self.grid))
         for name in ("trajectory", "denoise", "return_denoised"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+            object.__setattr__(self, name, checked_flag(getattr(self, name), name))
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable as callback(step, t, x), not {self.callback!r}.")
-        whole = isinstance(self.chunk, int) and not isinstance(self.chunk, bool)
-        if self.chunk is not None and (not whole or self.chunk < 1):
-            raise ValueError(f"chunk must be a positive number of samples, not {self.chunk!r}.")
         if not (self.noise is None or isinstance(self.noise, BrownianPath)):
             raise TypeError(f"noise must be a sdeflow.BrownianPath, not {self.noise!r}; seed= is for the rest.")
-        if not (self.progress is None or isinstance(self.progress, bool)):
-            raise TypeError(f"progress must be True, False or None, not {self.progress!r}.")
+        object.__setattr__(self, "progress", checked_flag(self.progress, "progress", optional=True))
 
     @property
     def observed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from sdeflow.basis import Basis, CentreOfMassFree
 from sdeflow.bridge import Bridge, ReducibleBridge
 from sdeflow.certificate import Certificate, certify
+from sdeflow.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.compile import compile_expressions
 from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
@@ -37,7 +39,7 @@ from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
 from sdeflow.symbolic.path import declare_path, is_table
-from sdeflow.symbolic.patience import budget, rehearsed, small
+from sdeflow.symbolic.patience import budget, deadline, rehearsed, small
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["SDE"]
 
 _SECONDS = 0.8  # of SymPy's work on what is not small: in a declaration, and in the search for another exact kernel
+_LONGEST = 2.4  # of all work on a declaration, after which panels are halved no further
 _SHORT = 120  # characters of text that is read without a rehearsal
 _SHORT_TREES = 4000  # the same of stored expressions
 
@@ -105,12 +108,13 @@ class SDE:
         state: Sequence[str] | None = None,
         basis: Basis | None = None,
     ) -> None:
-        resolved = parameter_symbols(params or {}, f, g)
-        with budget(_SECONDS):
+        resolved = parameter_symbols(params, f, g)
+        with _limits():
             arguments = (f, g, T, cutoff, resolved, P0, calculus, state)
             self._set_up(_manageable(declare, *arguments), Values(resolved), prior, basis)
 
     def _set_up(self, declaration: Declaration, values: Values, prior: Prior | None, basis: Basis | None) -> None:
+        checked_methods(basis, "basis", *OF_BASIS)
         if isinstance(basis, CentreOfMassFree):
             raise DeclarationError(
                 f"{basis} changes the shape of a state, which basis= may not: declare the SDE of its coordinates, and "
@@ -121,7 +125,7 @@ class SDE:
                 f"a basis needs an affine SDE, coefficient by coefficient, and here {declaration.obstacle}."
             )
         self.declaration, self.values, self.basis = declaration, values, basis
-        self._prior = prior
+        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
         self._score: AnyScore = None
         if self.declaration.affine is not None:
             self.kernel  # noqa: B018  derived now, so that what is wrong with a schedule is said here
@@ -150,7 +154,9 @@ class SDE:
             sde = SDE.from_kernel(alphas)                      # cutoff = 1 / n; moments are the table's at its times
 
         Args:
-            alpha: of t; or a table of falling values: (times, values), rows of (time, value), or values alone.
+            alpha: of t: an expression, text, a function such as ``lambda t: sp.cos(t)`` that is called once with the
+                symbol, or ``sdeflow.schedule(function)(t)`` for one of numbers; or a table of falling values: (times,
+                values), rows of (time, value), or values alone.
             sigma: of t; None is √(1 - alpha²), variance preserving.
             T: the horizon; by default the last time of a table, else 1.
             cutoff: as of :class:`SDE`; of a table that starts at alpha < 1, its first time.
@@ -160,9 +166,9 @@ class SDE:
             DeclarationError: for a path that depends on x or does not start at alpha = 1.
             ScheduleError: for one whose signal-to-noise ratio rises somewhere, for then g² < 0.
         """
-        resolved = parameter_symbols(params or {}, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
+        resolved = parameter_symbols(params, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
         sde = object.__new__(cls)
-        with budget(_SECONDS):
+        with _limits():
             declaration = _manageable(declare_path, alpha, sigma, T, cutoff, resolved)
             sde._set_up(declaration, Values(resolved), None, basis)
         return sde
@@ -208,7 +214,7 @@ class SDE:
             UnsafeExpressionError: for data that holds anything but allowed nodes.
         """
         sde = object.__new__(cls)
-        with budget(_SECONDS):
+        with _limits():
             trees = [data.get(key) for key in ("f", "g", "path")] if isinstance(data, Mapping) else []
             if len(repr(trees)) > _SHORT_TREES and not rehearsed(_SECONDS, from_dict, data):
                 raise UnsafeExpressionError("SymPy needs too long to build the expressions of this declaration.")
@@ -284,7 +290,7 @@ class SDE:
         declaration = self.declaration
         if declaration.affine is not None or declaration.coupled or declaration.P0 > 0 or self.basis is not None:
             return None
-        with budget(_SECONDS):
+        with _limits():
             try:
                 return ReducibleKernel(declaration, self.values)
             except NotAffineError:
@@ -374,11 +380,15 @@ class SDE:
 
     def reverse(self, score: AnyScore = None, prior: Prior | None = None) -> ReverseSDE:
         """The reverse-time SDE; without a score, the equation itself."""
-        return ReverseSDE(self, self._score if score is None else score, prior or self._prior)
+        return ReverseSDE(self, *self._bound(score, prior))
 
     def flow_ode(self, score: AnyScore = None, prior: Prior | None = None) -> FlowODE:
         """The probability-flow ODE; without a score, the equation itself."""
-        return FlowODE(self, self._score if score is None else score, prior or self._prior)
+        return FlowODE(self, *self._bound(score, prior))
+
+    def _bound(self, score: AnyScore, prior: Prior | None) -> tuple[AnyScore, Prior | None]:
+        """What was given, or else what this SDE carries."""
+        return self._score if score is None else score, self._prior if prior is None else prior
 
     def verify(self) -> Certificate:
         """Which identities the derived objects satisfy, symbolically or to which residual: :mod:`sdeflow.certificate`.
@@ -428,6 +438,13 @@ class SDE:
                 raise ScheduleError(
                     f"{name} = {expr} is not finite and real at t = {float(times[bad][0]):.4g}, for any x tried."
                 )
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """The processor time of a declaration, and of SymPy's part in it."""
+    with budget(_SECONDS), deadline(_LONGEST):
+        yield
 
 
 def _manageable(make: Callable[..., Declaration], *arguments: object) -> Declaration:

@@ -49,9 +49,9 @@ from sdeflow.basis import Basis
 from sdeflow.batches import mixed_seed
 from sdeflow.boundary import Boundary
 from sdeflow.brownian import BrownianPath, BrownianRows
-from sdeflow.checks import checked_dtype, checked_numbers, checked_state, checked_states
+from sdeflow.checks import checked_count, checked_dtype, checked_flag, checked_numbers, checked_point, checked_states
 from sdeflow.compile import Compiled, compile_expressions
-from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError
+from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError, TooLargeError
 from sdeflow.gradients import is_meant, require_graph
 from sdeflow.kernel import broadcast_to_event
 from sdeflow.linear import Linear
@@ -62,7 +62,9 @@ from sdeflow.plan import Plan, make_plan
 from sdeflow.sampling import require_follower
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, resolve
+from sdeflow.symbolic.coupled import rank
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.weightings import Weighting, of_times, require_weighting
@@ -70,6 +72,7 @@ from sdeflow.weightings import Weighting, of_times, require_weighting
 __all__ = ["LocalLaw", "SimulatedPairs", "simulate", "start"]
 
 _STEPS = 500
+_MOST_STEPS = 1_000_000
 _SMALL = 0.25  # |J h| below which the series converges to rounding in _TERMS terms
 _TERMS = 12
 _SINGULAR = 1e-6  # of a pivot, relative to the component's standard deviation
@@ -146,7 +149,8 @@ def simulate(
     if noise is not None:
         _require_path(noise, seed, plan.solver, model.declaration.coupled)
     path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
-    hidden = None if progress is None else not progress
+    shown = checked_flag(progress, "progress", optional=True)
+    hidden = None if shown is None else not shown
     found, now = [], 0.0
     with (
         torch.enable_grad() if graph else torch.no_grad(),
@@ -282,7 +286,7 @@ def _plan(
     dtype: torch.dtype,
 ) -> Plan:  # fmt: skip
     """As :func:`sdeflow.plan.make_plan`, with steps by default; the kernel's own solvers run backwards alone."""
-    chosen = resolve(solver or "euler", "sde")
+    chosen = resolve("euler" if solver is None else solver, "sde")
     if steps is None and rtol is None and atol is None and not chosen.adaptive:
         steps = _STEPS
     return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype, with_kernel=False)
@@ -321,7 +325,7 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     Raises:
         DataError: for data that is no state, where it cannot be made one.
     """
-    state, k = checked_state(data, "data"), len(declaration.state)
+    state, k = checked_point(data, "data", 2), len(declaration.state)
     auxiliary = declaration.auxiliary
     if auxiliary:
         own = [i for i in range(k) if i not in auxiliary]
@@ -351,17 +355,21 @@ class SimulatedPairs:
     Raises:
         ScheduleError: for gap = 1 where g gᵀ is singular, for then a step has no density.
         ValueError: for a gap or steps that make no sense.
+        TooLargeError: for more than a million steps.
     """
 
     def __init__(self, sde: DeclaredSDE, weighting: Weighting, gap: int, steps: int) -> None:
         require_weighting(weighting, gaussian=False)
         self.model = Model(sde, None, None)
         for name, value in (("gap", gap), ("simulation_steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}.")
+            checked_count(value, name)
         if gap > steps:
             raise ValueError(f"gap = {gap} exceeds simulation_steps = {steps}.")
-        if gap == 1 and self.model.declaration.gram.rank() < len(self.model.state):
+        if steps > _MOST_STEPS:
+            raise TooLargeError(
+                f"simulation_steps = {steps:,} are simulated for each batch; at most {_MOST_STEPS:,} are allowed."
+            )
+        if gap == 1 and rank(self.model.declaration.gram) < len(self.model.state):
             raise ScheduleError(
                 "g gᵀ is singular, so one step of Euler-Maruyama has no density: take gap >= 2, over which the noise "
                 "spreads to every component."
@@ -416,8 +424,9 @@ class LocalLaw:
         self._additive = not declaration.state_dependent_noise
         self._entries = [divmod(i, self.motions) for i, entry in enumerate(g) if entry != 0]
         pairs = [(i, j) for i in range(self.k) for j in range(self.k)]
-        slopes = [_regular(sp.diff(row, component)) for row in f for component in state]
-        curvatures = [_regular(sum(gram[i, j] * sp.diff(row, state[i], state[j]) for i, j in pairs)) for row in f]
+        first = [[derivative(row, component) for component in state] for row in f]
+        slopes = [_regular(slope) for row in first for slope in row]
+        curvatures = [_regular(sum(gram[i, j] * derivative(row[i], state[j]) for i, j in pairs)) for row in first]
         euler, local, spread = (*f, *(e for e in g if e != 0)), (*f, *slopes, *curvatures), tuple(gram)
         self._euler, self._local, self._gram = (
             compile_expressions(e, (time_symbol, *state), model.values, model.T) for e in (euler, local, spread)

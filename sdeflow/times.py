@@ -24,7 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdeflow.errors import WeightingError
+from sdeflow.checks import checked_choice, checked_numbers
+from sdeflow.errors import DataError, WeightingError
 from sdeflow.noise import NoiseStream
 from sdeflow.weightings import EDM_MEAN, EDM_STD
 
@@ -43,9 +44,7 @@ def require_times(times: Times, gaussian: bool) -> None:
     """Raises a ValueError for what is no law of times, or none of an SDE without a Gaussian kernel."""
     if callable(times):
         return
-    if times not in NAMES:
-        listed = ", ".join(f'"{name}"' for name in NAMES)
-        raise ValueError(f"times must be {listed} or a density of t, not {times!r}.")
+    checked_choice(times, "times", NAMES, "a density of t")
     if not gaussian and times != "t":
         raise ValueError(
             f'times="{times}" needs a Gaussian kernel, which this SDE has not; use times="t" or a density.'
@@ -168,7 +167,7 @@ class WeightedTimes:
         """The law that ``times`` names."""
         ends, middles, widths = edges[[0, -1]], 0.5 * (edges[1:] + edges[:-1]), edges.diff()
         if callable(self._times):
-            density = torch.as_tensor(self._times(middles), dtype=torch.float64).expand_as(middles)
+            density = _values(self._times, middles)
             if not bool((torch.isfinite(density) & (density >= 0)).all()) or not float(density.sum()) > 0:
                 raise WeightingError("times(t) must be a density: finite, not negative, and positive somewhere.")
             return TimeLaw(edges, density * widths)
@@ -183,6 +182,17 @@ class WeightedTimes:
         levels = torch.linspace(*levels.tolist(), _CELLS + 1, dtype=torch.float64)
         masses = _normal_masses((-levels - EDM_MEAN) / EDM_STD)
         return TimeLaw(levels, masses / masses.sum().clamp_min(1e-300) + _FLOOR / _CELLS, self._schedule)
+
+
+def _values(density: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The values of a density at times (n,)."""
+    try:
+        values = checked_numbers(density(t), "times(t)")
+    except DataError as error:
+        raise WeightingError(str(error)) from error
+    if values.ndim and values.shape != t.shape:
+        raise WeightingError(f"times(t) returned shape {tuple(values.shape)} for times of shape {tuple(t.shape)}.")
+    return values.expand_as(t)
 
 
 def _normal_masses(z: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice, checked_count, checked_finite, checked_flag
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.noise import NoiseStream, resolve_seed
 
@@ -412,9 +413,10 @@ class Hutchinson(Trace):
     distinct: bool = True
 
     def __post_init__(self) -> None:
-        _require_count("probes", self.probes, 1)
-        if self.probe not in ("rademacher", "gaussian"):
-            raise ValueError(f'probe must be "rademacher" or "gaussian", not {self.probe!r}.')
+        checked_count(self.probes, "probes", 1)
+        checked_choice(self.probe, "probe", ("rademacher", "gaussian"))
+        checked_flag(self.fresh, "fresh")
+        checked_flag(self.distinct, "distinct")
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _Hutchinson(setting, self)
@@ -488,8 +490,7 @@ class Given(Trace):
         if not isinstance(v, Tensor) or not v.is_floating_point() or v.ndim < 2 or not len(v):
             given = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise DataError(f"probes are a floating tensor (m, *event) or (m, batch, *event), m >= 1, not {given}.")
-        if not bool(torch.isfinite(v).all()):
-            raise DataError("these probes are not finite.")
+        checked_finite(v, "the probes' tensor")
 
     def require(self, shape: tuple[int, ...]) -> None:
         """A DataError unless the probes are those of states of ``shape`` (batch, *event)."""
@@ -541,7 +542,7 @@ class HutchPP(Trace):
     probes: int = 6
 
     def __post_init__(self) -> None:
-        _require_count("probes", self.probes, 3)
+        checked_count(self.probes, "probes", 3)
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _HutchPP(setting, self.probes)
@@ -593,7 +594,7 @@ class Hadamard(Trace):
     probes: int = 4
 
     def __post_init__(self) -> None:
-        _require_count("probes", self.probes, 1)
+        checked_count(self.probes, "probes", 1)
 
     def _integral(self, setting: Integral._Setting) -> Integral:
         return _Hadamard(setting, self.probes)
@@ -732,7 +733,7 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
     Returns:
         The pooled estimate, (samples,); its ``products`` are those of the sample that took most.
     """
-    _require_count("rounds", rounds, 1)
+    checked_count(rounds, "rounds", 1)
     if not target > 0:
         raise ValueError(f"target must be a positive standard error in nats, not {target!r}.")
     rows = torch.arange(samples)
@@ -915,8 +916,3 @@ def _fitted(scale: Tensor, products: Tensor, weights: Tensor) -> Tensor:
         better = gain > best
         best, length = torch.where(better, gain, best), torch.where(better, torch.full_like(length, candidate), length)
     return outer / torch.cosh((distance / length[:, None, None]).clamp_max(50.0))
-
-
-def _require_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from sdeflow.batches import Batches, mixed_seed
 from sdeflow.checkpoint import latest_checkpoint, run_lock, write_checkpoint
+from sdeflow.checks import checked_choice, checked_count, checked_flag, checked_numbers, checked_real, checked_within
 from sdeflow.errors import (
     CheckpointError,
     CheckpointMismatch,
@@ -41,7 +42,7 @@ from sdeflow.errors import (
 from sdeflow.linear import Linear
 from sdeflow.losses import KernelPairs, Pairs, denoising_score_matching, score_error
 from sdeflow.model import Model
-from sdeflow.noise import NoiseStream
+from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.simulation import SimulatedPairs, start
@@ -154,7 +155,7 @@ def fit(
     rate = _learning_rate(schedule, steps)
     if accelerator is None:
         accelerator = _make_accelerator(score, mixed_precision)
-    folder = _folder(out)
+    folder, seed = _folder(out), resolve_seed(seed)
     lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
     devices = [] if accelerator.device.type == "cpu" else None
     with torch.random.fork_rng(devices), lock:
@@ -180,7 +181,8 @@ def fit(
         done = run.restore(steps) if resume else run.require_new_folder()
         result = Fit(steps=done)
         score.train()
-        hidden = (None if progress is None else not progress) if accelerator.is_local_main_process else True
+        shown = checked_flag(progress, "progress", optional=True)
+        hidden = (None if shown is None else not shown) if accelerator.is_local_main_process else True
         drawn = _drawn(objective, batches, batch_size, times_drawn, seed, done, accelerator)
         with tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden) as bar:
             for step in range(done, steps):
@@ -448,6 +450,7 @@ def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
     on_cpu = next(score.parameters()).device.type == "cpu"
     if alone:
         AcceleratorState._reset_state()  # it would hold this process to the first fit's precision for ever
+    checked_choice(mixed_precision, "mixed_precision", ("no", "fp8", "fp16", "bf16", None))
     return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
 
 
@@ -520,11 +523,10 @@ def _check_options(
             "the network was made inside torch.inference_mode(), where nothing can be trained: make it outside."
         )
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}.")
-    for name, value, allowed in (("lr", lr, lr > 0), ("ema", ema, 0 <= ema < 1), ("clip", clip, clip > 0)):
-        if not allowed or not math.isfinite(value):
-            raise ValueError(f"{name} = {value!r} makes no sense.")
+        checked_count(value, name)
+    checked_within(lr, "lr", 0.0, math.inf)
+    checked_within(clip, "clip", 0.0, math.inf)
+    checked_real(ema, "ema", "at least 0 and below 1", lambda number: 0 <= number < 1)
 
 
 _BEST_TIMES = {"likelihood": "log_snr", "score": "t", "edm": "edm"}
@@ -553,11 +555,11 @@ def _folder(out: str | Path | None) -> Path | None:
 
 def _learning_rate(schedule: Callable[[float], float] | str, steps: int) -> Callable[[int], float]:
     shapes = {"cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)), "constant": lambda done: 1.0}
-    if not callable(schedule) and schedule not in shapes:
-        raise ValueError(f'schedule must be "cosine", "constant" or a function of the fraction done, not {schedule!r}.')
+    if not callable(schedule):
+        checked_choice(schedule, "schedule", shapes, "a function of the fraction done")
     shape = schedule if callable(schedule) else shapes[schedule]
     warm_up = max(1.0, 0.02 * steps)
-    return lambda step: min(1.0, (step + 1) / warm_up) * shape(step / steps)
+    return lambda step: min(1.0, (step + 1) / warm_up) * float(checked_numbers(shape(step / steps), "schedule(done)"))
 
 
 def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

@@ -33,7 +33,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdeflow.errors import WeightingError
+from sdeflow.checks import checked_choice, checked_numbers
+from sdeflow.errors import DataError, WeightingError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 
@@ -51,10 +52,9 @@ _MOST_SNR = 5.0  # min-SNR's gamma
 def require_weighting(weighting: Weighting, gaussian: bool = True) -> None:
     """Raises a ValueError for what is no weighting, or none of an SDE without a Gaussian kernel."""
     names = NAMES if gaussian else OF_ANY_KERNEL
-    if weighting not in names and not callable(weighting):
-        listed = ", ".join(f'"{name}"' for name in names)
-        what = "" if gaussian or weighting not in NAMES else ", for this SDE has no Gaussian kernel"
-        raise ValueError(f"weighting must be {listed} or a function of t, not {weighting!r}{what}.")
+    if not callable(weighting):
+        other = "a function of t" if gaussian else "a function of t for an SDE without a Gaussian kernel"
+        checked_choice(weighting, "weighting", names, other)
 
 
 def share(weighting: Weighting) -> float:
@@ -100,7 +100,10 @@ def of_times(weighting: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     Raises:
         WeightingError: for values that are negative, not finite, or neither one number nor shaped as t.
     """
-    values = torch.as_tensor(weighting(t), dtype=torch.float64, device=t.device)
+    try:
+        values = checked_numbers(weighting(t), "weighting(t)").to(t.device)
+    except DataError as error:
+        raise WeightingError(str(error)) from error
     if values.ndim and values.shape != t.shape:
         raise WeightingError(
             f"weighting(t) returned shape {tuple(values.shape)} for times of shape {tuple(t.shape)}: it must return a "

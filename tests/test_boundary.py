@@ -74,14 +74,18 @@ def test_truncation_evolves_the_state_and_clamps_the_coefficients():
     assert bool((state < 0).any())
 
 
-def test_a_reflected_path_is_mirrored_after_each_step():
-    start = torch.full((200, 1), 0.01, dtype=torch.float64)
-    shown = CIR.simulate(start, [0.05, 0.1], steps=2, seed=3, boundary="reflect")
-    noise, state = sdeflow.noise.NoiseStream(3, "simulation"), start
+@pytest.mark.parametrize(("end", "side"), [(0, 1), (2, 1), (-1, 1), (0, -1), (3, -1)])
+def test_a_reflected_path_is_mirrored_after_each_step(end, side):
+    """At ends below the state and above it, wherever they lie: the distance from the end is that of the first case."""
+    distance = side * (x - end)
+    sde = SDE(side * 2 * (R(1, 25) - distance), sp.sqrt(distance))
+    state = torch.full((200, 1), 0.01, dtype=torch.float64)
+    shown = sde.simulate(end + side * state, [0.05, 0.1], steps=2, seed=3, boundary="reflect")
+    noise = sdeflow.noise.NoiseStream(3, "simulation")
     for ours in shown:
-        dw = noise.normal((200, 1), torch.float64) * math.sqrt(0.05)
+        dw = side * noise.normal((200, 1), torch.float64) * math.sqrt(0.05)
         state = (state + 2 * (0.04 - state) * 0.05 + state.sqrt() * dw).abs()
-        torch.testing.assert_close(ours, state, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(side * (ours - end), state, rtol=1e-9, atol=1e-12)
 
 
 def test_an_absorbed_path_stays():
@@ -108,6 +112,15 @@ def test_both_ends_of_an_interval(boundary):
     assert abs(float(states.std()) / std - 1) < 0.05
 
 
+def test_ends_of_a_quadratic():
+    """dx = -x dt + sqrt(1 - x²) dw lives on [-1, 1], and E x² = (1 - e^{-3 t}) / 3 from 0."""
+    start = torch.zeros(2000, 1, dtype=torch.float64)
+    states = SDE(-x, sp.sqrt(1 - x**2)).simulate(start, [1.0], steps=100, seed=0, boundary="reflect")[0]
+    truth, error = (1 - math.exp(-3)) / 3, float((states**2).std()) / math.sqrt(2000)
+    assert bool((states.abs() <= 1).all())
+    assert abs(float((states**2).mean()) - truth) < 3.5 * error + 0.01
+
+
 def test_ends_that_move_and_ends_below_which_the_state_lies():
     falling = SDE(-x, sp.sqrt(1 + t / 2 - x))
     states = falling.simulate(torch.full((500, 1), 0.9), [0.5, 1.0], steps=20, seed=0, boundary="reflect")
@@ -131,7 +144,7 @@ def test_refusals():
     start = torch.full((2, 1), 0.5)
     for sde, options, error, match in (
         (SDE(-x, 1), {"boundary": "reflect"}, DeclarationError, "real everywhere"),
-        (CIR, {"boundary": "bounce"}, ValueError, "truncate, reflect, absorb"),
+        (CIR, {"boundary": "bounce"}, ValueError, '"truncate", "reflect", "absorb"'),
         (CIR, {"boundary": "truncate", "solver": "milstein"}, ValueError, 'solver="euler"'),
         (CIR, {"solver": "exact", "steps": 5}, ValueError, "takes no steps"),
         (SDE(x - x**3, sp.sqrt(x)), {"solver": "exact"}, NotAffineError, "kernel"),

@@ -125,6 +125,16 @@ def test_data_without_a_density_are_told_by_the_truncation():
     assert float(found.truncation) > 1.4
 
 
+def test_the_density_of_the_data_counts_the_volume_of_the_mean_path():
+    """Under a strong drift the cutoff lies at alpha = 0.9: of normal data the rest is of third order in the noise."""
+    sde = SDE(-5 * x, 1, T=1.0, cutoff=0.02)
+    flow = sde.flow_ode(GaussianMixture(sde, torch.zeros(1, 2), torch.ones(1)))
+    points = torch.tensor([[0.0, 0.0], [1.0, -0.5], [-1.5, 1.0]], dtype=torch.float64)
+    found = flow.log_prob(points, steps=20, at="data")
+    truth = torch.distributions.Normal(0.0, 1.0).log_prob(points).sum(1)
+    assert float((found - truth).abs().max()) < 1e-4
+
+
 def test_the_blur_of_the_initial_noise_is_told_and_taken_off():
     """P0 of VE is noise too: at t = 0 the density is that of data plus N(0, 0.05²)."""
     sde = catalog.VE(sigma_min=0.05)

@@ -60,7 +60,7 @@ EVERY = {**CATALOGUE, **AWKWARD, **{f"coupled {name}": make for name, make in CO
 def integrals_stay(monkeypatch):
     """Formulas keep their integral signs, which SymPy tries for two seconds to take off."""
     monkeypatch.setattr(sdeflow.kernel, "integrate_within", lambda *args: None)
-    monkeypatch.setattr("sdeflow.certificate.bridge._SECONDS", 20.0)  # however busy the machine is
+    monkeypatch.setattr("sdeflow.symbolic.conditioned._SECONDS", 20.0)  # however slow the machine is
 
 
 @functools.cache
@@ -392,8 +392,33 @@ def test_each_mutation_stands_in_its_file():
     import mutations
 
     assert not mutations.misplaced()
-    assert len(mutations.MUTATIONS) >= 60
+    assert len(mutations.MUTATIONS) >= 150
     assert len({mutation.name for mutation in mutations.MUTATIONS}) == len(mutations.MUTATIONS)
+    named = {name for mutation in mutations.MUTATIONS for name in mutation.sdes}
+    assert named <= mutations.sdes().keys()
+
+
+def test_the_summary_of_mutations_counts_what_is_found_alone(capsys):
+    import mutations
+
+    def verdict(who, where, hidden=""):
+        mutation = mutations.Mutation("a sign", "a.py", "+", "-", ("offset",), ("tests/test_a.py",), hidden)
+        return mutations.Verdict(mutation, who, where)
+
+    found = [verdict("verify", "offset: kernel.var"), verdict("tests", "tests/test_a.py::test_b")] * 10
+    assert mutations._summary([*found, verdict("", "", "Nobody sees it.")], [], 1.0) == 0
+    assert "found: 20 of 20 that a user sees (100.0 %; 10 by verify(), 10 by tests" in capsys.readouterr().out
+    assert mutations._summary([*found, verdict("", "")], [], 1.0) == 0
+    assert "20 of 21" in (text := capsys.readouterr().out) and "alive: a.py: a sign. A test is missing." in text
+    assert mutations._summary([*found, verdict("", ""), verdict("", "")], [], 1.0) == 1  # of 22, less than 95 %
+    for judge in ("tests/test_a.py::test_b", "offset"):  # what fails without a mistake
+        assert mutations._summary(found, [judge], 1.0) == 1
+        assert "found: 10 of 20" in capsys.readouterr().out
+    gone = mutations.Mutation("no text", "kernel.py", "this text is nowhere", "", ("offset",))
+    ((lost, _),) = mutations._verdicts([gone], jobs=1)
+    assert lost.who == "ERROR" and "stands 0 times in kernel.py" in lost.where
+    assert mutations._summary([*found, lost], [], 1.0) == 1
+    assert "not judged: kernel.py: no text" in capsys.readouterr().out
 
 
 def test_what_breaks_a_check_fails_it(monkeypatch):

@@ -78,6 +78,10 @@ def test_closed_forms_are_those_of_the_literature():
     P[1, 1] = (1 - decay**2 * (8 * t**2 - 4 * t + 1)) / 4
     assert sp.simplify(kernel.var - P) == sp.zeros(2)
     assert sp.simplify(kernel.std * kernel.std.T - P) == sp.zeros(2)
+    langevin = catalog.CriticallyDampedLangevin().declaration  # beta = 4, M = 1/4, gamma = 0.04 and so Γ = 1
+    assert langevin.drifts == (16 * v, -4 * x_ - 16 * v)
+    assert (langevin.gram - sp.diag(0, 8)).is_zero_matrix
+    assert (langevin.P0 - sp.diag(0, sp.Rational(1, 100))).is_zero_matrix
 
 
 @pytest.mark.parametrize("name", COUPLED)

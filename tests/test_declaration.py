@@ -16,6 +16,7 @@ AFFINE = {
         (sp.Piecewise((1, t < 1), (2, True)), sp.Piecewise((0, t < 1), (1, True))),
     ),
     "quotient": (x * (x + 1) / (x + 1), (1, 0)),
+    "brackets": (t * (3 - x), (-t, 3 * t)),
     "modulus of t": (sp.Abs(t - 1) * x, (sp.Abs(t - 1), 0)),
     "log of exp": (sp.log(sp.exp(x)), (1, 0)),
 }

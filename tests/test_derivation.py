@@ -89,9 +89,9 @@ def test_every_step_checks_and_every_form_is_well_formed(name, tmp_path):
 )
 def test_a_wrong_moment_fails_its_step(name, moment, title, monkeypatch):
     sde = case(name)
-    shown = sde.kernel._shown
+    shown = sde.kernel.shown
     wrong = replace(shown, **{moment: getattr(shown, moment) * (1 + t / 10**6)})
-    monkeypatch.setitem(sde.kernel.__dict__, "_shown", wrong)
+    monkeypatch.setitem(sde.kernel.__dict__, "shown", wrong)
     derivation = sde.derivation()
     failed = {step.title: step for step in derivation.steps if not step.holds}
     assert title in failed and failed[title].check.startswith("FAILED")

@@ -365,6 +365,50 @@ def test_a_transition_and_a_log_snr_refuse_what_is_out_of_order(kernel):
     assert float(kernel.time_of([float(kernel.half_log_snr(0.5))])) == pytest.approx(0.5, rel=1e-9)
 
 
+# ------------------------------------------------------------------ NaN, and parameters
+
+
+NAN = torch.tensor([[0.2, 0.7], [math.nan, 0.3], [0.9, 0.6]])
+OF_SCORES = re.compile("^(callable|network|thresholded|mixture|DCT|Orthogonal|MLP|denoising)")
+LAWS = [name for name in STATES if not OF_SCORES.search(name) or name == "mixture.log_prob"]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_nan_is_refused_where_data_enter(name):
+    """A law is not asked at NaN, nor a solve started from it. A score is a function that solvers call: see below."""
+    with pytest.raises(DataError, match=r"NaN|not finite"):
+        STATES[name](NAN)
+
+
+@pytest.mark.parametrize("name", ["callable", "network", "mixture", "thresholded"])
+def test_a_score_of_nan_is_nan_in_that_sample_alone(name):
+    found = STATES[name](NAN)
+    assert bool(found[1].isnan().any()) and bool(torch.isfinite(found[[0, 2]]).all())
+
+
+def test_parameters_that_are_arrays_say_what_to_write():
+    for bad in (np.array([1.0, 2.0]), np.array(1.0), [1.0, 2.0]):
+        with pytest.raises(DeclarationError, match=r"torch\.as_tensor\(k"):
+            SDE(-sp.Symbol("k") * x, 1, params={"k": bad})
+    with pytest.raises(DeclarationError, match=r"k\.double\(\)"):
+        SDE(-sp.Symbol("k") * x, 1, params={"k": torch.tensor([1, 2])})
+    assert repr(SDE(-x, 1, params=None)) == repr(SDE(-x, 1))
+
+
+def test_functions_of_t_alone_declare_a_path():
+    ours = SDE.from_kernel(lambda t: 1 - t, lambda t: t, T=0.9)
+    assert ours.declaration == SDE.from_kernel(1 - t, t, T=0.9).declaration
+    assert SDE.from_kernel(lambda s: sp.cos(s)).declaration == SDE.from_kernel(sp.cos(t)).declaration
+    with pytest.raises(DeclarationError, match=r"sp\.cos"):
+        SDE.from_kernel(lambda t: np.cos(t))
+
+
+def test_no_text_enters_a_matrix_of_the_recipe():
+    for bad in ([["1", 0], [0, 1]], "[[1, 0], [0, 1]]", [[1, 0]], [[1]] * 2, None):
+        with pytest.raises(DeclarationError, match="D must be a square matrix"):
+            catalog.from_recipe(bad, [[0, 1], [-1, 0]])
+
+
 # ------------------------------------------------------------------ x_0
 
 

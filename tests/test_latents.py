@@ -1,6 +1,7 @@
 """Latents: ways through them, their density, and what is lost on the way there and back; parts of large sets."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from problems import correlated, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
+from sdeflow.errors import PriorMismatchWarning
 from sdeflow.latents import spherical
 from sdeflow.scores import GaussianMixture
 
@@ -68,6 +70,44 @@ def test_log_prob_of_latents_is_the_priors():
     flow = sde.flow_ode(exact)
     z = flow.encode(exact.sample(5, seed=0, dtype=torch.float64))
     torch.testing.assert_close(flow.latent_log_prob(z), flow.model.prior_for(z).log_prob(z))
+
+
+def test_the_divergence_of_gaussians_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    mean, other = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    std, wide = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.5
+    found = sdeflow.Gaussian(mean, std).kl_per_dimension(sdeflow.Gaussian(other, wide))
+    laws = (torch.distributions.Normal(mean, std), torch.distributions.Normal(other, wide))
+    assert found == pytest.approx(float(torch.distributions.kl_divergence(*laws).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("event", [(), (1,), (3,), (2, 3)], ids=str)
+def test_the_divergence_of_coupled_gaussians_is_torchs(event):
+    """Of data of this event, and of a prior whose moments are one for all its sides."""
+    sde = catalog.CriticallyDampedLangevin()
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.rand(2, *event, generator=generator, dtype=torch.float64) for _ in range(2))
+    near, far = sde.kernel.marginal(mean, std, 0.5), sde.kernel.marginal(-0.4, 1.1, 0.5)
+    laws = (
+        torch.distributions.MultivariateNormal(
+            law.mean.reshape(2, *law.mean.shape[1:], *(1,) * (len(event) + 1 - law.mean.ndim)).movedim(0, -1),
+            scale_tril=law.root.values,
+        )
+        for law in (near, far)
+    )
+    expected = float(torch.distributions.kl_divergence(*laws).mean()) / 2
+    assert near.kl_per_dimension(far) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("event", [(1,), (3,), (4,)], ids=str)
+def test_a_prior_far_from_the_data_of_a_coupled_state_is_told(event):
+    sde = catalog.CriticallyDampedLangevin(T=0.1)
+    exact = GaussianMixture(sde, torch.zeros(1, *event), torch.ones(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sde.reverse(exact, prior=sde.prior_for(0.0, 1.0))
+    with pytest.warns(PriorMismatchWarning, match="per dimension"):
+        sde.reverse(exact, prior=sde.prior_for(5.0, 1.0))
 
 
 def test_the_round_trip_is_measured():

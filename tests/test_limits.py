@@ -13,8 +13,10 @@ import torch
 import sdeflow
 from sdeflow import SDE, checkpoint, t, x
 from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, TooLargeError
+from sdeflow.simulation import SimulatedPairs
+from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.derivative import derivative
-from sdeflow.symbolic.patience import budget, growth, patiently, small, within
+from sdeflow.symbolic.patience import budget, deadline, growth, patiently, small, within
 
 
 def processor_time():
@@ -168,6 +170,8 @@ def test_absurd_sizes_are_refused_before_work(tmp_path):
         lambda: sdeflow.schedule(np.linspace(0, 1, 2 * 10**6).reshape(2, -1)),
         lambda: SDE.from_kernel(np.linspace(0.99, 0.01, 10**6)),
         lambda: SDE(-many(t) * x, sp.Symbol("k"), params={"k": torch.ones(1).expand(10**4, 3, 10**4)}),
+        lambda: SDE(-x, sp.Piecewise((2, t < sp.Symbol("k")), (1, True)), params={"k": torch.linspace(0.1, 0.9, 3000)}),
+        lambda: SimulatedPairs(SDE(-(x**3), 1), "score", 2, 10**9),
     )
     before = processor_time()
     for absurd in refused:
@@ -224,3 +228,50 @@ def test_noise_that_begins_below_the_range_of_numbers_is_integrated_in_time():
     at = torch.tensor([0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
     exact = torch.exp(-1 / (at + 1e-3))
     assert float((kernel.numbers.table(at)[1] / exact - 1).abs().max()) < 1e-11
+
+
+def test_the_drift_of_a_bridge_is_written_in_time():
+    """Integrals up to a number are numbers, which SymPy evaluates to print a sum: the horizon is a symbol there."""
+    before = processor_time()
+    drift = SDE("-x*(1+t)**8", "(1+t+exp(t))**12", T=0.5).bridge(0.0).drift
+    assert str(drift) and processor_time() - before < 6.0
+    integral = SDE("-x*Heaviside(t)", "1+4**(44/7)", T=0.001).bridge(0.0).drift
+    assert str(integral) and (integral.has(horizon) or integral.has(sp.Function("h", real=True)))
+    assert processor_time() - before < 12.0
+
+
+def test_a_drift_too_long_to_write_stands_as_a_function():
+    sde = SDE("-x", "(1+t+t**2)**40")
+    h = sp.Function("h", real=True)(x, t)
+    assert named_drift(sde.declaration) == -x + sde.declaration.g**2 * h
+    with deadline(0.0):
+        assert sde.bridge(0.0).drift == named_drift(sde.declaration)
+        certificate = sde.verify()
+    assert not certificate.checks and "has run out" in certificate.unchecked[-1]
+
+
+def test_panels_that_take_too_long_are_refused():
+    with deadline(0.0), pytest.raises(ScheduleError, match="takes too long to resolve"):
+        SDE(-x, 2 + sp.sin(3 * t))
+
+
+def test_functions_of_one_number_at_a_time_are_certified_in_time():
+    """frac was evaluated by SymPy, one number after the other."""
+    before = processor_time()
+    assert SDE("-x", "sqrt(1+frac(4*t))").verify()
+    assert processor_time() - before < 10.0
+
+
+def test_numbers_beside_tensors_in_extremes_and_in_bounds():
+    q = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    for value in (0.5, q):
+        sde = SDE(-x, "Max(4, q, t)", params={"q": value})
+        assert bool((sde.kernel.numbers.of_sde(torch.tensor(0.5))[2] == 16.0).all())
+    with pytest.raises(ScheduleError, match="singular"):  # a constant slope has one bound, the others one each entry
+        SDE("-6*x + q/t**2", 1, params={"q": q})
+
+
+def test_a_law_at_its_end_is_no_false_alarm():
+    """Jacobi with A = B = 0.01: most of the law lies closer to 0 and to 1 than numbers can tell."""
+    certificate = SDE("1/2-x", "10*sqrt(x*(1-x))").verify()
+    assert certificate and any("closer to an end" in why for why in certificate.unchecked)

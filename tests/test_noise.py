@@ -49,6 +49,7 @@ def test_the_first_rows_do_not_depend_on_how_many_are_asked_for(draw, dtype):
     for event in ((1,), (3,), (5, 7), (257,)):
         full, later = (getattr(NoiseStream(3, "path", first), draw)((BLOCK + 9, *event), dtype) for first in (0, 700))
         assert torch.equal(full[700:], later[: BLOCK + 9 - 700])
+        assert torch.equal(full[BLOCK + 3 :], getattr(NoiseStream(3, "path", BLOCK + 3), draw)((6, *event), dtype))
         for n in (0, 1, 2, 17, 500, BLOCK, BLOCK + 1):
             assert torch.equal(getattr(NoiseStream(3, "path"), draw)((n, *event), dtype), full[:n])
 

@@ -3,10 +3,15 @@
 The table is compared with the signatures: a new option without an entry fails, and so does an entry without an option.
 """
 
+import ast
 import functools
+import importlib
 import inspect
+import math
+import re
 import warnings
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ import sdeflow
 from sdeflow import SDE, Gaussian, Kernel, Score, catalog, fit, x
 from sdeflow import t as time
 from sdeflow.basis import DCT
+from sdeflow.boltzmann import BoltzmannLaw
 from sdeflow.bounds import elbo, kl_bound
 from sdeflow.bridge import Bridge
 from sdeflow.dequantisation import TruncatedNormal, Uniform, Variational, bits_from
@@ -26,15 +32,18 @@ from sdeflow.dequantisation import bits_per_dim as bits_of_density
 from sdeflow.dynamics import FlowODE, ReverseSDE
 from sdeflow.likelihood import bits_per_dim, data_log_prob, log_prob
 from sdeflow.losses import denoising_score_matching
-from sdeflow.priors import fit_prior
+from sdeflow.pearson import PearsonKernel
+from sdeflow.priors import FittedPrior, StationaryLaw, fit_prior
+from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.scores import GaussianMixture
 from sdeflow.simulation import simulate
-from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin
+from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin, presets
 from sdeflow.thresholding import Thresholded
 from sdeflow.traces import Hadamard, Hutchinson, HutchPP
 
 k = sp.Symbol("k", positive=True)
 D = 2
+PACKAGE = Path(sdeflow.__file__).parent
 X = torch.tensor([[0.2, 0.7], [-0.5, 0.3], [0.9, -0.6]])
 EIGHT = torch.linspace(-1, 1, 8).reshape(1, 8)
 LABELS = torch.tensor([0, 1, 2])
@@ -223,6 +232,43 @@ def stochastic(**options):
 
 
 TORCHSDE = {"solver": Torchsde("euler", adaptive=True), "rtol": 1e-1, "atol": 1e-1}
+
+
+@functools.cache
+def fitted_prior():
+    return fit_prior(SDE(-(x**3), 1), X, n=60, steps=4, seed=0)
+
+
+@functools.cache
+def stationary_law():
+    return SDE(-(x**3), 1, T=3).flow_ode(lambda x, t: -x).model.prior_for(torch.ones(1, D))
+
+
+@functools.cache
+def pushed_prior():
+    return SDE(x, x / 2).flow_ode(lambda x, t: -(torch.log(x) + 1) / x).model.prior_for(torch.ones(1, D))
+
+
+@functools.cache
+def boltzmann_law():
+    q, v = sdeflow.state("q v")
+    sde = SDE([v, q - q**3 - 2 * v], [0, 2], T=20, P0=[0, 1])
+    return sde.flow_ode(lambda x, t: -x).model.prior_for(torch.ones(1, 2, 1))
+
+
+def drawn_of(law):
+    return lambda **o: law().sample((3, 2, 1) if law is boltzmann_law else (3, D), **{"seed": 0, **o})
+
+
+@functools.cache
+def geometric_kernel():
+    return SDE(x, x / 2).kernel
+
+
+@functools.cache
+def square_root_kernel():
+    return SDE(1 - x, sp.sqrt(x)).kernel
+
 
 # (the function whose signature it is, how it is called, its options: what to set, and what to change then, or a reason)
 TABLE = {
@@ -561,6 +607,35 @@ TABLE = {
             ("CriticallyDampedLangevin", (), {"beta": 2.0, "mass": 1.0, "gamma": 0.1, "T": 2.0, "friction": 3.0}),
         )
     },
+    **{
+        f"{kind.__name__}.sample": (kind.sample, drawn_of(law), {
+            "seed": ({}, {"seed": 1}), "dtype": ({}, {"dtype": torch.float64}), "device": DEVICE,
+        })
+        for kind, law in (
+            (FittedPrior, fitted_prior), (StationaryLaw, stationary_law), (PushForward, pushed_prior),
+            (BoltzmannLaw, boltzmann_law),
+        )
+    },
+    **{
+        f"{kind.__name__}.sample": (kind.sample, lambda kernel=kernel, **o: kernel().sample(
+            torch.ones(3, D), 0.5, **o), {
+            "seed": ({"seed": 0}, {"seed": 1}), "noise": ({"seed": 0}, {"noise": torch.zeros(3, D)}),
+        })
+        for kind, kernel in ((ReducibleKernel, geometric_kernel), (PearsonKernel, square_root_kernel))
+    },
+    **{
+        f"presets.{preset.__name__}": (preset, preset, {option: ({}, {option: value})})
+        for preset, option, value in (
+            (presets.ddim, "eta", 1.0), (presets.deis, "order", 2), (presets.dpmpp2s, "ratio", 0.4),
+            (presets.dpmpp3m, "published", True), (presets.dpmpp_sde, "eta", 0.5), (presets.er_sde, "order", 2),
+        )
+    },
+    "presets.unipc": (presets.unipc, presets.unipc, {
+        "order": ({}, {"order": 2}), "variant": ({}, {"variant": "bh1"}),
+    }),
+    "presets.sa_solver": (presets.sa_solver, presets.sa_solver, {
+        "predictor": ({}, {"predictor": 3}), "corrector": ({}, {"corrector": 3}), "tau": ({}, {"tau": 0.5}),
+    }),
     "catalog.from_recipe": (catalog.from_recipe, lambda **o: repr(catalog.from_recipe(
         **{"D": [[k, 0], [0, 1]], "Q": [[0, -1], [1, 0]], "params": {"k": 1.0}, **o}).declaration), {
         "S": ({}, {"S": [[2, 0], [0, 1]]}), "T": ({}, {"T": 2.0}), "P0": ({}, {"P0": [0, 1]}),
@@ -585,7 +660,8 @@ def test_the_table_holds_every_option(name):
 INTERNAL = {  # what users do not call, or what takes no option that changes a result of its own
     "Clock", "Problem", "Solver", "Readout", "GridScore", "DeclaredSDE", "Basis", "Dequantisation", "Estimate",
     "Integral", "Products", "Trace", "Given", "pool", "until", "Grid", "Bits", "Dequantised", "Fit",
-    "KernelPairs", "LogProb", "Spread", "score_error", "weighted_error",
+    "KernelPairs", "LogProb", "Spread", "score_error", "weighted_error", "BrownianRows", "pearson_kernel",
+    "stationary_law", "start",
 }  # fmt: skip
 
 
@@ -617,9 +693,68 @@ def test_the_table_holds_every_public_name():
     assert not missing
 
 
+# What takes **options, and whose options they are; None where they are no options.
+FORWARDED = {
+    "FlowODE.log_prob": "log_prob", "FlowODE.data_log_prob": "data_log_prob", "FlowODE.bits_per_dim": "bits_per_dim",
+    "FlowODE.interpolate": "FlowODE.encode", "FlowODE.round_trip_error": "FlowODE.encode", "ReverseSDE.elbo": "elbo",
+    "ReverseSDE.kl_bound": "kl_bound", "SDE.simulate": "simulate", "SDE.fit_prior": "fit_prior",
+    "data_log_prob": "log_prob", "bits_per_dim": "log_prob", "Exponential.along": "Exponential",
+    "SDE.with_params": None,
+}  # fmt: skip
+SAME = {  # methods whose options are those of another, which the table holds
+    "_Bridge.sample": "Bridge.sample", "_Bridge.paths": "Bridge.paths",
+    "FlowODE.__init__": "SDE.flow_ode", "ReverseSDE.__init__": "SDE.reverse",
+}  # fmt: skip
+# Modules of the reference whose parts are called by the library: what users hand in reaches them through the others.
+PARTS = {
+    "checks", "coefficients", "compile", "linear", "noise", "square_root", "jacobi", "noncentral", "ancestral",
+    "boundary", "storage", "pilot", "symbolic.declaration", "symbolic.arguments", "symbolic.grammar", "symbolic.tree",
+    "symbolic.equations", "likelihood.nodes", "likelihood.adjoint", "likelihood.budget", "solvers.weights",
+    "solvers.clock", "solvers.problem", "weightings", "times", "explanation", "derivation", "certificate", "errors",
+    "scores.function", "traces", "dequantisation", "likelihood",
+}  # fmt: skip
+
+
+def documented():
+    """The functions and methods of the reference's modules that users call, by their qualified names."""
+    reference = (Path(__file__).parent.parent / "docs" / "api.rst").read_text()
+    modules = re.findall(r"automodule:: sdeflow\.([\w.]+)", reference)
+    for module in (importlib.import_module(f"sdeflow.{name}") for name in modules if name not in PARTS):
+        for name in getattr(module, "__all__", ()):  # the networks' modules have none: sdeflow.nets is walked above
+            public = getattr(module, name)
+            if inspect.isfunction(public) and name not in INTERNAL:
+                yield public
+            elif inspect.isclass(public) and name not in INTERNAL and not issubclass(public, sp.Basic):
+                for base in public.__mro__:
+                    if base.__module__.startswith("sdeflow"):
+                        found = (getattr(member, "__func__", member) for member in vars(base).values())
+                        yield from (f for f in found if inspect.isfunction(f) and shown_to_users(f))
+
+
+def shown_to_users(function):
+    name = function.__name__
+    return name == "__init__" or not (name.startswith("_") or name in ("forward", "on_grid"))
+
+
+def test_the_table_holds_every_option_of_the_reference():
+    known = {getattr(f, "__init__", f) if inspect.isclass(f) else f for f, _, _ in TABLE.values()}
+    known |= {getattr(f, "__func__", f) for f, _, _ in TABLE.values()} | SKIPPED
+    missing = set()
+    for function in documented():
+        name = function.__qualname__
+        if options_of(function) and function not in known and SAME.get(name) not in TABLE:
+            missing.add(f"{function.__module__}.{name}: {sorted(options_of(function))}")
+        rest = [p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+        if rest and name not in FORWARDED:
+            missing.add(f"{function.__module__}.{name}: **{rest[0].name}")
+    assert not missing, "\n".join(sorted(missing))
+    assert {target for target in FORWARDED.values() if target} | set(SAME.values()) <= set(TABLE)
+
+
 # Methods of protocols and helpers, whose options are those of the function that they stand for.
 SKIPPED = {
-    Kernel.__init__, Score.on_grid, sdeflow.scores.GaussianMixture.forward, Uniform.sample, TruncatedNormal.sample,
+    Kernel.__init__, ReducibleKernel.__init__, PearsonKernel.__init__,
+    Score.on_grid, sdeflow.scores.GaussianMixture.forward, Uniform.sample, TruncatedNormal.sample,
     Variational.sample, sdeflow.likelihood.LogProb.__init__, nn.Module.__init__, sdeflow.scores.ScoreFunction.__init__,
 }  # fmt: skip
 
@@ -666,6 +801,35 @@ def test_every_option_changes_the_result(name, option):
     assert not isinstance(before, str), before
     assert equal(before, outcomes(given)), "the same call twice"
     assert not equal(before, outcomes({**given, **changed}))
+
+
+class Stranger:
+    """What is no value of any option."""
+
+
+STRANGERS = {"object": Stranger(), "array": np.array([[[[1j, math.nan]]]]), "nested": {"a": [Stranger()]}}
+ANY_VALUE = {"callback"}  # whatever it is, the runs above put a function of their own in its place
+
+
+@functools.cache
+def raised_lines(path):
+    """The lines of a file that belong to a raise statement."""
+    raises = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Raise)]
+    return {line for node in raises for line in range(node.lineno, node.end_lineno + 1)}
+
+
+@pytest.mark.parametrize(("name", "option"), CASES, ids=lambda value: value)
+def test_what_is_no_value_of_an_option_is_refused_in_our_words(name, option):
+    """By an error that is raised on purpose: not by an operator, an attribute or a library that stumbles over it."""
+    _, run, entries = TABLE[name]
+    for what, stranger in STRANGERS.items():
+        if option in ANY_VALUE:
+            continue
+        with pytest.raises((sdeflow.SdeflowError, TypeError, ValueError)) as caught:
+            run(**{**entries[option][0], option: stranger})
+        last = caught.traceback[-1]
+        assert Path(last.path).is_relative_to(PACKAGE), f"{what}: {caught.value!r}"
+        assert last.lineno + 1 in raised_lines(str(last.path)), f"{what}: {caught.value!r}"
 
 
 @pytest.mark.parametrize("changed", [{"gap": 2}, {"simulation_steps": 20}], ids=str)

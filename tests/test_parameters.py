@@ -204,6 +204,12 @@ def test_blurring_is_its_formula_in_each_frequency():
     # The mean of an image is a blurred image: a constant stays one, scaled.
     mean, _ = sde.kernel.moments(torch.ones(1, 1, 8, 8, dtype=torch.float64), at)
     assert torch.allclose(mean, torch.full_like(mean, math.cos(math.pi * at / 2)))
+    # A wave of 2 / 8 and 3 / 4 half turns per pixel loses exp(-(πn/N)² tau) by each side: the heat equation.
+    waves = (torch.cos(math.pi * n * (torch.arange(size) + 0.5).double() / size) for n, size in ((2, 8), (3, 4)))
+    image, tau = torch.outer(*waves), math.sin(math.pi * at / 2) ** 4 / 2
+    left = 0.999 * math.exp(-(math.pi**2) * (2**2 / 8**2 + 3**2 / 4**2) * tau) + 1e-3
+    mean, _ = catalog.Blurring((8, 4), blur=1.0).kernel.moments(image[None, None], at)
+    assert torch.allclose(mean[0, 0], math.cos(math.pi * at / 2) * left * image, rtol=1e-9)
 
 
 @pytest.mark.parametrize("basis", [DCT(2), Orthogonal(torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0])])

@@ -9,7 +9,7 @@ import torch
 import sdeflow.sampling
 from sdeflow import SDE, catalog, t, x
 from sdeflow.noise import NoiseStream
-from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq
+from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, make_clock
 
 double = torch.float64
 R = sp.Rational
@@ -58,11 +58,19 @@ ENDS = {
     "pauses per coordinate": lambda: each(
         lambda c: -x, lambda c: sp.Piecewise((2, t < c), (0, t < 0.6), (2, True)), 0.2, 0.4, P0=1e-3
     ),
+    "nearly without noise": lambda: SDE(-x, pieces((1, R(1, 4)), (R(1, 10**6), R(3, 4)), (2, None))),
+    "a pulse of the drift": lambda: SDE(-x * (1 + 100 * sp.exp(-(((t - 0.5) / 0.01) ** 2))), 1),
+    "T = 1e6": lambda: SDE(-x, 1, T=1e6),
+    "T = 1e6, an offset": lambda: SDE(5 - x, 1, T=1e6, P0=1e-4),
+    "stiff": lambda: SDE(-(10**6) * x, 1),
     "coupled": lambda: pair(2 * sp.sqrt(t), T=3),
     "coupled, a pause": lambda: pair(pieces((2, 1), (0, R(3, 2)), (2, None)), T=3),
+    "coupled, nearly a pause": lambda: pair(pieces((2, 1), (R(1, 10**4), R(3, 2)), (2, None)), T=3),
+    "coupled, jumps": lambda: pair(pieces((2, 1), (R(1, 2), R(3, 2)), (2, None)), T=3),
 }  # fmt: skip
 SHORT = [
-    "EDM with a floor", "per coordinate", "g(0) infinite", "a pause at T", "coupled, a pause",
+    "EDM with a floor", "per coordinate", "g(0) infinite", "a pause at T", "T = 1e6", "coupled, jumps",
+    "coupled, a pause",
 ]  # fmt: skip
 NAMES = list(ENDS) if LONG else SHORT
 
@@ -143,14 +151,64 @@ def error(gaussians, kind, monkeypatch, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_are_right_by_default(name, monkeypatch):
     gaussians = Gaussians(name)
-    bound = 0.05 if name == "coupled, a pause" else 0.02
-    assert error(gaussians, "sde", monkeypatch) < bound
-    assert error(gaussians, "ode", monkeypatch) < bound
-    assert error(gaussians, "ode", monkeypatch, steps=50) < bound
+    assert error(gaussians, "sde", monkeypatch) < 0.02
+    assert error(gaussians, "ode", monkeypatch) < 0.01
+    assert error(gaussians, "ode", monkeypatch, steps=50) < 0.02
+
+
+ADAPTIVE = ["nearly without noise", "a pause", "a lull", "a pulse of the drift", "T = 1e6", "pauses per coordinate",
+            "coupled, a pause"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ENDS) if LONG else ADAPTIVE)
+def test_adaptive_flows_reach_their_tolerance_and_in_few_calls(name):
+    gaussians, calls = Gaussians(name), []
+
+    def score(state, time):
+        calls.append(float(time[0]))
+        return gaussians.score(state, time)
+
+    sde, size = gaussians.sde, gaussians.law(gaussians.sde.cutoff)[1].diag().sqrt().reshape(gaussians.event)
+    flow, watched = (sde.flow_ode(s, prior=gaussians) for s in (gaussians.score, score))
+    z = gaussians.sample((8, *gaussians.event), 0, double, None)
+    found = watched.decode(z)
+    assert len(calls) < 200
+    assert sde.cutoff <= min(calls) <= max(calls) <= sde.T
+    assert float(((found - flow.decode(z, Exponential(3), steps=200)) / size).abs().max()) < 5e-4
+
+
+def test_trajectories_and_calls_of_adaptive_flows_pass_through_break_points():
+    gaussians = Gaussians("pauses per coordinate")
+    flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
+    z = gaussians.sample((2, 2), 0, double, None)
+    states, times = flow.decode(z, trajectory=True)
+    assert bool((times.diff() < 0).all())
+    for time in (0.2, 0.4, 0.6):
+        assert float((times - time).abs().min()) < 1e-9
+    torch.testing.assert_close(states[-1], flow.decode(z))
+    gaussians = Gaussians("a pause")
+    flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
+    states, times = flow.decode(z, trajectory=True)
+    torch.testing.assert_close(states[0], z)
+    middle = len(times) // 2
+    there = gaussians.law(float(times[middle]))[1].diag().sqrt()
+    assert float((flow.encode(states[-1]) - z).abs().max()) < 1e-3
+    assert bool((states[middle].abs() < 6 * there).all())
+
+
+def test_a_grid_of_many_scales_has_the_break_points_among_its_times():
+    for name, ends in (("coupled, a pause", (1.0, 1.5)), ("pauses per coordinate", (0.2, 0.4, 0.6))):
+        kernel = ENDS[name]().kernel
+        times = make_clock(None, kernel, kernel.cutoff, kernel.T).times(20)
+        assert len(times) == 21
+        assert (times[1:] > times[:-1]).all()
+        assert set(ends) <= set(times.tolist())
+        few = make_clock(None, kernel, kernel.cutoff, kernel.T).times(2)
+        assert len(few) == 3
 
 
 # Where steps are in t, 80 or 1000 units of it are no measure of what happens at the data; see docs/times.rst.
-LONG_HORIZONS = ("EDM with a floor", "T = 1000")
+LONG_HORIZONS = ("EDM with a floor", "T = 1000", "T = 1e6", "T = 1e6, an offset", "stiff")
 
 
 GRIDS = ("angle", "log_snr", "karras", "t")

@@ -194,7 +194,10 @@ def test_the_score_is_the_gradient_of_log_prob(name, time):
     assert score_error(kernel, CASES[name].start, time) < 1e-8
     states = kernel.sample(start, time, seed=4).requires_grad_()
     (gradient,) = torch.autograd.grad(kernel.log_prob(states, start, time).sum(), states)
-    torch.testing.assert_close(kernel.score(states, start, time), gradient, rtol=1e-10, atol=1e-10)
+    # Near an end the score is c / (x - end), c of order 1: rounding of x moves it by |x| eps score² / c.
+    rounding = 8 * torch.finfo(torch.float64).eps * states.detach().abs() * gradient.square()
+    error = (kernel.score(states, start, time) - gradient).abs()
+    assert bool((error <= 1e-10 * (1 + gradient.abs()) + rounding).all())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -656,7 +656,7 @@ REFUSED = {
     "callback": ({"callback": 3}, TypeError, r"callback must be callable as callback\(step, t, x\), not 3"),
     "progress": ({"progress": "yes"}, TypeError, "progress must be"),
     **{
-        f"chunk {bad!r}": ({"chunk": bad}, ValueError, "chunk must be a positive number of samples")
+        f"chunk {bad!r}": ({"chunk": bad}, ValueError, "chunk must be an integer of at least 1")
         for bad in (0, -1024, 1024.0, True, "1024")
     },
     **{

@@ -167,6 +167,17 @@ def test_gradients_of_densities_scores_moments_and_draws(name):
             assert abs(float(rate) - truth) < 2e-5 * (abs(truth) + float(found.detach().abs().sum()))
 
 
+def test_draws_far_from_the_end_are_a_shifted_square_and_a_chi_square_of_one_dimension_less():
+    """c = (Z + √l)² + chi²(delta - 1): beside the square, whose width is 4,000, the second part is hard to see."""
+    a, level, width, time, n = 1.2, 0.4, 0.8, 0.5, 4000
+    scale, delta = width**2 * (1 - math.exp(-a * time)) / (4 * a), 4 * a * level / width**2
+    start = torch.full((n, 1), 4e5, dtype=torch.float64)
+    c = cir(kappa=a, theta=level, sigma=width).kernel.sample(start, time, seed=0) / scale
+    z = torch.special.ndtri(NoiseStream(0, "kernel").uniform((n, 1), torch.float64))
+    rest = c - (z + (start * math.exp(-a * time) / scale).sqrt()) ** 2
+    assert kstest(rest.flatten().numpy(), "chi2", args=(delta - 1,)).pvalue > 1e-3
+
+
 def test_tensors_hold_one_process_per_coordinate():
     rates, levels = tensor(0.5, 2.0, 1.0), tensor(0.7, 0.2, 0.1)
     kernel = cir(kappa=rates, theta=levels, sigma=0.8).kernel

@@ -63,6 +63,15 @@ def test_the_variances_of_hutchinson_are_the_formulas(probes):
     assert moments_agree(Hutchinson(probes, "gaussian"), lambda s: 2 * s.square().sum() / probes)
 
 
+@pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+def test_the_bar_of_hutchinson_is_the_formula(probe):
+    """Its square is unbiased for the variance, 2 ‖S‖² / 3 of three normal probes of a symmetric Jacobian."""
+    symmetric = matrix(9) + matrix(9).mT
+    found = along(Hutchinson(3, probe, distinct=False), symmetric[None], [1.0], batch=4000).stderr.square()
+    parts = symmetric.square().sum() - (symmetric.diagonal().square().sum() if probe == "rademacher" else 0.0)
+    assert abs(float(found.mean() - 2 * parts / 3)) < 5 * float(found.std()) / math.sqrt(4000)
+
+
 def test_the_variance_of_hadamard_columns_is_the_formula():
     """At one node, with the dimension padded from 12 to 16: (16 / 3 - 1) / 15 of a single column's.
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sdeflow.errors import WeightingError
 from sdeflow.losses import denoising_score_matching
 from sdeflow.noise import NoiseStream
 from sdeflow.times import WeightedTimes
-from sdeflow.weightings import mean_weight, share
+from sdeflow.weightings import mean_weight, metric, share
 
 R = sp.Rational
 STD = 0.7  # of the data, which "edm" knows
@@ -138,6 +139,16 @@ def test_every_pair_is_the_weightings_own_quadrature(name, weighting):
             assert abs(part - right) < 2e-3 * total + panel, (times, low, high)
 
 
+def test_errors_of_a_coupled_noise_count_in_the_likelihood_as_those_of_the_score():
+    """epsᵀ M eps is ‖gᵀ e‖² of the error e = sigma⁻ᵀ eps of the score, here twice the velocity's squared."""
+    kernel, state = SDES["coupled"].kernel, torch.zeros(5, 2, 1, dtype=torch.float64)
+    eps = torch.randn(5, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = torch.linspace(0.1, 1.0, 5, dtype=torch.float64)
+    found = (eps * metric(kernel, "likelihood", state, times)(eps)).flatten(1).sum(1)
+    error = kernel.path(state, times).sigma.T.inverse(eps)
+    torch.testing.assert_close(found, 2 * error[:, 1, 0].square())
+
+
 def test_the_laws_of_times_are_densities():
     """Each integrates to one, and its draws follow it."""
     kernel = catalog.SubVP().kernel
@@ -154,6 +165,19 @@ def test_the_laws_of_times_are_densities():
         for border in (0.02, 0.1, 0.4):
             below = float((drawn < border).double().mean())
             assert abs(below - mass[points < border].sum()) < 3e-3
+
+
+def test_the_levels_of_edm_are_its_normal_law():
+    """log(sigma / alpha) ~ N(-1.2, 1.2²) within the horizon, but for a thousandth of a uniform law."""
+    kernel = catalog.EDM().kernel
+    law = WeightedTimes("edm", kernel, lambda at: torch.ones_like(at), 1.0, gaussian=True)
+    levels = -kernel.half_log_snr(law.draw(20_000, NoiseStream(0, "test"))[0])
+    low, high = (-kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))).tolist()
+    normal = NormalDist(-1.2, 1.2)
+    whole = normal.cdf(high) - normal.cdf(low)
+    for level in (-4.0, -2.0, -1.2, 0.0, 1.5):
+        below = float((levels < level).double().mean())
+        assert abs(below - (normal.cdf(level) - normal.cdf(low)) / whole) < 1.5e-3
 
 
 def test_a_training_step_estimates_the_objective():

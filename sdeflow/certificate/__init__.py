@@ -26,8 +26,12 @@ from sdeflow.certificate import bridge, changes, density, draws, formulas, momen
 from sdeflow.certificate.report import Certificate, Check
 from sdeflow.certificate.subject import Subject
 from sdeflow.scores import DeclaredSDE
+from sdeflow.symbolic.evaluate import require_time
+from sdeflow.symbolic.patience import deadline
 
 __all__ = ["CHECKS", "Certificate", "Check", "certify"]
+
+_SECONDS = 8.0  # of processor time; what has begun then may take a little longer
 
 _EQUATIONS = (
     ("the drifts", transport.drifts),
@@ -70,17 +74,18 @@ CHECKS: dict[str, tuple[tuple[str, Callable[[Subject], None]], ...]] = {
 
 
 def certify(sde: DeclaredSDE) -> Certificate:
-    """Checks every identity that applies to ``sde``, in about a second.
+    """Checks every identity that applies to ``sde``, in about a second; what takes longer than ten is unchecked.
 
     Args:
         sde: an SDE; its ``kernel``, ``weighting``, ``prior`` and ``bridge`` are tested with its compiled equations.
     """
-    with torch.no_grad():
+    with torch.no_grad(), deadline(_SECONDS):
         subject = Subject(sde)
         if subject.kind in ("reducible", "pearson") and sde.values.shape:
             return _by_entries(sde, subject)
         for name, check in CHECKS[subject.kind]:
             with subject.allowing(name):
+                require_time()
                 check(subject)
     return Certificate(repr(sde), tuple(subject.checks), tuple(subject.unchecked))
 

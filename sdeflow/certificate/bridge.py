@@ -14,12 +14,11 @@ from sdeflow.certificate.draws import levels_are_uniform
 from sdeflow.certificate.formulas import reader_of
 from sdeflow.certificate.oracle import ratio, sizes
 from sdeflow.certificate.subject import Subject, product, transposed
+from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.evaluate import UnknownValue
-from sdeflow.symbolic.patience import within
 
 __all__ = ["bridge_drift", "bridge_moments", "bridge_paths"]
 
-_SECONDS = 2.0
 _LARGE = 6000  # operations of a drift that is read
 _PATHS = 20_000
 _MOST_NATS, _MOST_CONDITION = 200.0, 1e6  # of Φ_T, which the formula divides
@@ -92,17 +91,13 @@ def _rows(subject: Subject, states: torch.Tensor) -> Array:
     return subject.of_entries(u)[..., None]
 
 
-def _drift(subject: Subject) -> sp.Expr | sp.MatrixBase:
-    return subject.sde.bridge(0.0).drift
-
-
 def bridge_drift(subject: Subject) -> None:
     """The conditioned drift as it is shown."""
     if subject.coupled and subject.k > 2:
         raise UnknownValue("the drift of more than two components is a formula of many thousand terms.")
-    drift = within(_SECONDS, _drift, subject)
-    if drift is None:
-        raise UnknownValue(f"SymPy does not write it in {_SECONDS:g} s.")
+    drift = subject.sde.bridge(0.0).drift
+    if drift == named_drift(subject.declaration):
+        raise UnknownValue("SymPy takes too long to write it.")
     entries = list(drift) if isinstance(drift, sp.MatrixBase) else [drift]
     if sum(map(sp.count_ops, entries)) > _LARGE:
         raise UnknownValue("the formula is too long to be read.")
@@ -122,7 +117,11 @@ def bridge_drift(subject: Subject) -> None:
             expected = f + terms @ (y - m - phi @ x)
             size = abs(f) + abs(terms) @ (abs(y) + abs(m) + abs(phi) @ abs(x))
             reader = reader_of(subject, entry)
-            more = {**dict(zip(state, x.tolist(), strict=True)), **dict(zip(names, y.tolist(), strict=True))}
+            more = {
+                horizon: subject.T,
+                **dict(zip(state, x.tolist(), strict=True)),
+                **dict(zip(names, y.tolist(), strict=True)),
+            }
             found = reader.at(drift, at, more)
             subject.note(
                 "bridge.drift", "f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (x_T - m - Φ_Tt x)", ratio(found - expected, size), 1e-6, at

@@ -20,11 +20,24 @@ from sdeflow.certificate.subject import Subject, product, tensor, transposed
 from sdeflow.symbolic.evaluate import UnknownValue, evaluate
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["domain", "gaussian", "mass", "moment_equations", "noise_of", "require_quick", "start"]
+__all__ = [
+    "HIDDEN",
+    "domain",
+    "gaussian",
+    "mass",
+    "moment_equations",
+    "noise_of",
+    "require_quick",
+    "require_seen",
+    "start",
+]
 
 _TOLERANCE = 1e-9
 _PROBABILITY = 1e-7
 _SLOW, _SECONDS = 2e-3, 3.0  # of a density, and of all that are needed at once
+
+_INDISTINCT = 1e-13  # relative distance from an end
+HIDDEN = "too much of the law lies closer to an end of the domain than numbers can tell."
 
 Array = np.ndarray
 
@@ -219,11 +232,21 @@ def require_quick(subject: Subject, points: int) -> None:
         raise UnknownValue(f"a density takes {subject.cost[0]:.2g} s, and {points} are needed.")
 
 
+def require_seen(subject: Subject, x_0: torch.Tensor, at: float, level: float) -> None:
+    """Raises an UnknownValue where the states of noise ``level`` or -``level`` are an end of the domain to rounding."""
+    noise = torch.tensor([[-level], [level]], dtype=torch.float64)
+    states = subject.kernel.sample(x_0.expand(2, 1), at, noise=noise)
+    for end in domain(subject, at):  # near 0 there are numbers enough
+        if math.isfinite(end) and end != 0 and bool(((states - end).abs() <= _INDISTINCT * abs(end)).any()):
+            raise UnknownValue(HIDDEN)
+
+
 def mass(subject: Subject) -> None:
     """A kernel that is not Gaussian: its mass, mean and variance by trapezoids over the whole domain."""
     require_quick(subject, 400)
     kernel, x_0 = subject.kernel, torch.as_tensor(start(subject))
     for at in (0.25 * subject.T, subject.T):
+        require_seen(subject, x_0, at, 2.0)
         mean, std = (float(v) for v in kernel.moments(x_0, at))
         around = torch.tensor([[0.0], [-0.5], [0.5]], dtype=torch.float64)
         centre, before, after = kernel.sample(x_0.expand(3, 1), at, noise=around).flatten().tolist()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sdeflow.certificate.density import domain, require_quick, start
+from sdeflow.certificate.density import HIDDEN, domain, require_quick, require_seen, start
 from sdeflow.certificate.subject import Subject, product
 from sdeflow.errors import ScheduleError
 from sdeflow.symbolic.evaluate import UnknownValue
@@ -130,7 +130,7 @@ def integrated(
     if math.isfinite(high):
         right = np.concatenate([right[right < high], high - (high - middle) * near, *tiny[1]])
     if (drawn < left.min()).mean() + (drawn > right.max()).mean() > _UNSEEN and math.isfinite(max(low, -high)):
-        raise UnknownValue("too much of the law lies closer to an end of the domain than numbers can tell.")
+        raise UnknownValue(HIDDEN)
     edges = np.unique(np.clip(np.concatenate([[low, high], left, knots, right]), left.min(), right.max()))
     nodes, weights = np.polynomial.legendre.leggauss(8)
     half = 0.5 * np.diff(edges)
@@ -153,6 +153,7 @@ def jacobian(subject: Subject) -> None:
     x_0 = x_0.expand(len(z), 1)
     for at in (0.25 * subject.T, subject.T):
         try:
+            require_seen(subject, x_0[:1], at, 1.4)
             end = _end(subject, at)
             h = 0.05 if end is None else 0.025  # a law that gathers at its end bends there
             moved = {o: kernel.sample(x_0, at, noise=z + o * h) for o in (-4, -3, -2, -1, 0, 1, 2, 3, 4)}

@@ -73,6 +73,9 @@ def _compare(
     """Notes how far Φ, P and the offset are from the oracle's, on the scale of each entry."""
     departure = np.abs(law.phi - np.eye(subject.k)).max((-1, -2), keepdims=True)
     size = np.abs(law.phi) + (1e-3 * departure if subject.coupled else 0.0) + _SMALLEST
+    # What the oracle doubts is relative to the largest entry.
+    largest = np.abs(law.phi).max((-1, -2), keepdims=True)
+    size = size + largest * law.phi_doubt.reshape(-1, 1, 1, 1) / tolerance
     of_phi = ratio(phi - law.phi, size)
     doubt = law.phi_doubt + 1e-11 * np.abs(law.log_phi).max(1)  # of exp(log alpha) the digits of the logarithm
     subject.note(names[0], f"alpha' = F alpha, {since}", of_phi, tolerance, times, doubt=doubt)

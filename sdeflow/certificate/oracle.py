@@ -214,10 +214,10 @@ class Oracle:
         for _ in range(_LEVELS):
             middle = 0.5 * (low + high)
             left, right = self._maps(low, middle), self._maps(middle, high)
-            error = self._difference(whole, left, right)
+            error, growth = self._difference(whole, left, right)
             rounding = (error > 0.2 * before) & (error < 1e-7)
             again = ~((error <= _ACCURACY) | rounding | (high - low <= 4e-16 * high))
-            self._doubts.append((low[~again], error[~again] * _largest(whole.noise)[~again]))
+            self._doubts.append((low[~again], error[~again] * _largest(whole.noise)[~again], growth[~again]))
             done.append(middle)
             if not again.any():
                 break
@@ -256,8 +256,8 @@ class Oracle:
         noise = np.einsum("pj,npjab,npjbc,npjdc->npad", weights, left, Q, left, optimize=True)
         return Panels(low, high, total, push, noise, plain, rate)
 
-    def _difference(self, whole: Panels, left: Panels, right: Panels) -> Array:
-        """How far the maps of two halves, composed, are from those of the whole, relative to the maps, (p,).
+    def _difference(self, whole: Panels, left: Panels, right: Panels) -> tuple[Array, Array]:
+        """How far the maps of two halves, composed, are from those of the whole, and of Φ alone, (p,), relative
 
         Before ``first`` a share of the noise counts for what it adds to the sum.
         """
@@ -284,7 +284,7 @@ class Oracle:
                 least = np.where(early, _largest(size)[early].max(), 0.0)
                 size = np.maximum(size, least.reshape(1, -1, *(1,) * (size.ndim - 2)))
             errors.append(_largest(ratio(error, size)))
-        return np.max(errors, axis=0)
+        return np.max(errors, axis=0), errors[0]
 
     @cached_property
     def _of_panels(self) -> Panels:
@@ -328,12 +328,33 @@ class Oracle:
         return np.unique(np.concatenate(extra))
 
     def _composed(self, edges: Array, times: Array, start: Array) -> Law:
-        panels, k, e = self._maps_between(edges), self.k, self.entries
-        wanted = np.searchsorted(edges, times)
+        panels, wanted = self._maps_between(edges), np.searchsorted(edges, times)
+        found = (self._numbers if self.k == self.entries == 1 else self._matrices)(panels, start, set(wanted.tolist()))
+        phi, P, m, reach, log_phi = (np.stack(parts) for parts in zip(*(found[i] for i in wanted), strict=True))
+        return Law(phi, P, m, reach, log_phi, *self._doubt(panels, times, wanted, P, reach))
+
+    def _numbers(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
+        """The moments after ``keep`` panels of one component with one entry, in plain numbers: there may be thousands.
+
+        Φ, P, the offset, its size and log Φ, as :meth:`_matrices` gives them.
+        """
+        phi, P, m, reach, log_phi = 1.0, float(start[0, 0]), 0.0, 0.0, 0.0
+        found = {0: (phi, P, m, reach, log_phi)}
+        maps = panels.growth[0], np.exp(panels.growth[0]), panels.push[0, :, 0], panels.noise[0, :, 0, 0]
+        for i, (rate, step, push, noise) in enumerate(zip(*(v.tolist() for v in maps), strict=True), 1):
+            log_phi, phi, P = log_phi + rate, step * phi, step * P * step + noise
+            m, reach = step * m + push, step * reach + abs(push)
+            if i in keep:
+                found[i] = phi, P, m, reach, log_phi
+        shapes = (1, 1, 1), (1, 1, 1), (1, 1), (1, 1), (1,)
+        return {i: tuple(map(np.full, shapes, row)) for i, row in found.items()}
+
+    def _matrices(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
+        k, e = self.k, self.entries
         phi, P, log_phi = np.broadcast_to(np.eye(k), (e, k, k)), np.broadcast_to(start, (e, k, k)), np.zeros(e)
         m, reach = np.zeros((e, k)), np.zeros((e, k))
-        found, keep = {0: (phi, P, m, reach, log_phi)}, set(wanted.tolist())
-        for i in range(len(edges) - 1):
+        found = {0: (phi, P, m, reach, log_phi)}
+        for i in range(len(panels.low)):
             step = panels.growth[:, i]
             if k == 1:
                 log_phi, step = log_phi + step, np.exp(step)[:, None, None]
@@ -343,8 +364,7 @@ class Oracle:
             P = step @ P @ step.swapaxes(-1, -2) + panels.noise[:, i]
             if i + 1 in keep:
                 found[i + 1] = (phi, P, m, reach, log_phi)
-        phi, P, m, reach, log_phi = (np.stack(parts) for parts in zip(*(found[i] for i in wanted), strict=True))
-        return Law(phi, P, m, reach, log_phi, *self._doubt(panels, times, wanted, P, reach))
+        return found
 
     def _doubt(self, panels: Panels, times: Array, wanted: Array, P: Array, reach: Array) -> tuple[Array, Array, Array]:
         """How far Φ, P and the offset may be off, relative, (n,).
@@ -353,10 +373,10 @@ class Oracle:
         not to be told. To that what the last halving changed.
         """
         most = np.maximum.accumulate(np.concatenate([np.zeros((3, 1)), panels.rate], 1), 1)[:, wanted] * 2e-15
-        low, doubts = (np.concatenate(parts) for parts in zip(*self._doubts, strict=True))
-        doubt = np.array([doubts[low < at].sum() for at in times])
+        low, doubts, growth = (np.concatenate(parts) for parts in zip(*self._doubts, strict=True))
+        doubt, of_phi = (np.array([part[low < at].sum() for at in times]) for part in (doubts, growth))
         size, shift = (np.abs(v).reshape(len(times), -1).max(1) + 1e-300 for v in (P, reach))
-        return most[0], 2 * most[0] + (most[2] + 10 * doubt) / size, most[0] + most[1] / shift
+        return most[0] + of_phi, 2 * most[0] + (most[2] + 10 * doubt) / size, most[0] + most[1] / shift
 
     def rule(self, low: float, high: float) -> tuple[Array, Array]:
         """Gauss's nodes and weights for integrals over [low, high] that end in a moment at ``high``."""

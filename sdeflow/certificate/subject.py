@@ -21,6 +21,7 @@ from sdeflow.model import Model
 from sdeflow.reducible import ReducibleKernel
 from sdeflow.scores import DeclaredSDE
 from sdeflow.symbolic.evaluate import Declared, UnknownValue
+from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
 
 __all__ = ["Subject", "product", "tensor", "transposed"]
@@ -84,6 +85,9 @@ class Subject:
         except UnknownValue as error:
             self.unchecked.append(f"{name}: {error}")
         except Exception as error:  # whatever a wrong object stumbles on is a failure of that object
+            if time_left() <= 0:  # it may have been refused for want of time
+                self.unchecked.append(f"{name}: {error}")
+                return
             what = str(error) if isinstance(error, SdeflowError) else f"{type(error).__name__}: {error}"
             self.checks.append(Check(name, f"can be computed: {what}", "numeric", math.inf, 0.0))
 

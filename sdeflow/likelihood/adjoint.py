@@ -84,7 +84,7 @@ class _Hamiltonian:
         self.solve, self.weight, self.parameters = solve, weight, parameters
         self.integrand = Integrand(model, times, u, solve.carrier.dtype)
         self.rest = self.integrand.rest()
-        self.lam = kernel.half_log_snr(self.integrand.times).numpy()
+        self.lam = kernel.bounded_log_snr(self.integrand.times).numpy()
         self.rate = kernel.half_log_snr_rate(self.integrand.times).tolist()
         self.shares = quadrature_weights(self.lam).tolist()
         self.gradients = [torch.zeros_like(parameter) for parameter in parameters]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_images
+from sdeflow.checks import checked_count, checked_flag, checked_images, checked_methods
 from sdeflow.dequantisation import Dequantisation, Uniform, bits_from
 from sdeflow.likelihood.measure import of_data, of_states, warn_if_noisy
 from sdeflow.likelihood.options import Options
@@ -65,8 +65,9 @@ def bits_per_dim(
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
     scheme = Uniform() if dequantise is None else dequantise
-    if isinstance(scheme, type) or not hasattr(scheme, "sample"):
-        raise TypeError(f"dequantise must be an object of sdeflow.dequantisation, such as Uniform(), not {scheme!r}.")
+    checked_methods(scheme, "dequantise", ("sample",), "sdeflow.dequantisation.Uniform()")
+    importance = checked_flag(importance, "importance", optional=True)
+    draws, samples = checked_count(draws, "draws"), checked_count(samples, "samples")
     part = {"first_row": asked.first_row} if asked.first_row else {}
     drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=asked.seed, draws=draws, dtype=dtype, **part)
     x = drawn.x.transpose(0, 1).flatten(0, 1)  # the draws of an image in a row

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdeflow.checks import checked_count
 from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
@@ -272,8 +273,7 @@ def data_log_prob(
     """
     if not model.declaration.auxiliary:
         return log_prob(model, equation, x, seed=seed, full=full, **options)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a positive integer, not {samples!r}.")
+    samples = checked_count(samples, "samples")
     x = model.states(x)
     asked = Options(seed=resolve_seed(seed), full=full, **options)
     found = of_data(model, equation, x, samples, asked)

@@ -173,7 +173,7 @@ class Integrand:
             self._of_output, self._of_state = Linear(of_output, kernel.coupled), Linear(of_state, kernel.coupled)
             self._noise_to_score = path.sigma.T.inverse.scaled(-1.0)
             rate = kernel.half_log_snr_rate(self.times)
-            weight = _weights_in_time(kernel.half_log_snr(self.times).numpy(), rate.numpy(), model.reference_scale())
+            weight = _weights_in_time(kernel.bounded_log_snr(self.times).numpy(), rate.numpy(), model.reference_scale())
             self.weight = (-weight).tolist()
             traces = self._linear.trace(tuple(like.shape[1:])).reshape(-1).expand(n)
             self.known = -float((weight * traces).sum())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice, checked_count, checked_flag, checked_real, checked_state
 from sdeflow.model import Model
 from sdeflow.noise import resolve_seed
 from sdeflow.plan import require_calls
@@ -20,6 +22,7 @@ __all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exa
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
 DEFAULT_PROBES = 16
+TRACES = ("exact", "hutchinson", "hadamard", "hutch++")
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,22 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", as_grid(self.grid))
-        if self.at not in ("cutoff", "data"):
-            raise ValueError(f'at must be "cutoff" or "data", not {self.at!r}.')
-        if self.gradient not in (None, "backprop", "adjoint"):
-            raise ValueError(f'gradient must be "backprop", "adjoint" or None, not {self.gradient!r}.')
-        _require_count("steps", self.steps, 1)
-        _require_count("max_calls", self.max_calls, 1)
-        _require_count("chunk", self.chunk, 1)
-        _require_count("first_row", self.first_row, 0)
+        checked_choice(self.at, "at", ("cutoff", "data"))
+        checked_choice(self.gradient, "gradient", ("backprop", "adjoint", None))
+        checked_choice(self.probe, "probe", ("rademacher", "gaussian", None))
+        checked_flag(self.full, "full")
+        checked_flag(self.progress, "progress", optional=True)
+        checked_real(self.warn_above, "warn_above", "a positive number of nats (inf never warns)", lambda v: v > 0)
+        for name in ("steps", "max_calls", "chunk"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_count(getattr(self, name), name))
+        object.__setattr__(self, "first_row", checked_count(self.first_row, "first_row", 0))
         atol = self.atol
-        if atol is not None and (
-            isinstance(atol, bool) or not isinstance(atol, int | float) or not 0 < atol < math.inf
-        ):
-            raise ValueError(f"atol must be a positive error in nats, not {atol!r}.")
+        if atol is not None:
+            checked_real(atol, "atol", "a positive error in nats", lambda v: 0 < v < math.inf)
+        for name in ("trace", "probes"):
+            if isinstance(getattr(self, name), np.ndarray | list | tuple):
+                object.__setattr__(self, name, checked_state(getattr(self, name), "the probes"))
         if isinstance(self.trace, Tensor) or isinstance(self.probes, Tensor):
             if self.trace is not None and self.probes is not None:
                 raise ValueError("give the probes alone, as trace= or as probes=.")
@@ -67,10 +73,12 @@ class Options:
             object.__setattr__(self, "probes", None)
         if self.solver is None and self.steps is not None and (atol is not None or self.rtol is not None):
             raise ValueError("give steps=, or atol= for an error of log p in nats, or rtol= and atol=; not both.")
-        if self.probes != "auto":
-            _require_count("probes", self.probes, 1, ', or "auto"')
-        if self.probe not in (None, "rademacher", "gaussian"):
-            raise ValueError(f'probe must be "rademacher" or "gaussian", not {self.probe!r}.')
+        if isinstance(self.probes, str):
+            checked_choice(self.probes, "probes", ("auto",), "a positive integer")
+        elif self.probes is not None:
+            object.__setattr__(self, "probes", checked_count(self.probes, "probes"))
+        if isinstance(self.trace, str) or not isinstance(self.trace, Trace | None):
+            checked_choice(self.trace, "trace", TRACES, "an object of sdeflow.traces, or a tensor of probes")
         if self.probe is not None and self.trace not in (None, "hutchinson"):
             raise ValueError(f"probe={self.probe!r} is of Hutchinson's trace, not of trace={self.trace!r}.")
 
@@ -131,8 +139,6 @@ def estimator(x: Tensor, options: Options) -> Trace:
         return Hadamard(probes // 2 if auto else probes)
     if trace == "hutch++":
         return HutchPP(probes)
-    if trace not in (None, "exact", "hutchinson"):
-        raise ValueError(f'trace must be "exact", "hutchinson", "hadamard" or "hutch++", not {trace!r}.')
     return Exact() if is_exact(x, options) else Hutchinson(probes, options.law)
 
 
@@ -141,8 +147,3 @@ def stands_still(model: Model) -> bool:
     ends = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
     with torch.no_grad():
         return not bool((model.kernel.half_log_snr_rate(ends) < 0).all())
-
-
-def _require_count(name: str, value: int | None, least: int, other: str = "") -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name} must be an integer of at least {least}{other}, not {value!r}.")

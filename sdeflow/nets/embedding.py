@@ -22,6 +22,7 @@ stands for "no label", as classifier-free guidance wants it (Ho and Salimans, ar
 """
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,10 @@ class TimeEmbedding(nn.Module):
         highest: float = 64.0,
     ) -> None:
         super().__init__()
-        if features < 1 or frequencies < 2:
-            raise ValueError(
-                f"TimeEmbedding(features={features}, frequencies={frequencies}): "
-                "give at least 1 feature and 2 frequencies"
-            )
-        if not 0 < lowest < highest:
+        require_sizes("TimeEmbedding", features=features, frequencies=frequencies)
+        if frequencies < 2:
+            raise ValueError(f"TimeEmbedding(frequencies={frequencies}): give at least 2 frequencies")
+        if not all(map(is_number, (lowest, highest))) or not 0 < lowest < highest:
             raise ValueError(
                 f"TimeEmbedding(lowest={lowest}, highest={highest}): give angular frequencies with 0 < lowest < highest"
             )
@@ -75,6 +74,29 @@ class TimeEmbedding(nn.Module):
         phase = t[:, None] * self.omega.to(t.dtype)
         waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer, NumPy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number, NumPy's too."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def require_sizes(what: str, **sizes: object) -> None:
+    """A ValueError for sizes of ``what`` that are not positive integers."""
+    for name, size in sizes.items():
+        if not is_whole(size) or not 0 < size < 2**31:
+            raise ValueError(f"{what}({name}={size!r}): give a positive integer below 2^31")
+
+
+def require_dropout(dropout: object) -> None:
+    """A ValueError for what is no probability below 1."""
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}: give a probability in [0, 1)")
 
 
 def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
@@ -112,7 +134,8 @@ class Conditioning(nn.Module):
 
     def __init__(self, features: int, classes: int = 0) -> None:
         super().__init__()
-        if classes < 0:
+        require_sizes("Conditioning", features=features)
+        if not is_whole(classes) or classes < 0:
             raise ValueError(f"classes={classes}: give the number of classes, or 0 for none")
         self.classes = classes
         self.time = TimeEmbedding(features)

@@ -14,7 +14,7 @@ up to a few hundred unordered coordinates; where neighbours matter (signals, ima
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import Conditioning, checked_input
+from .embedding import Conditioning, checked_input, require_dropout, require_sizes
 
 
 class Block(nn.Module):
@@ -69,11 +69,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
-        if min(features, width, depth, out_features) < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"MLP(features={features}, width={width}, depth={depth}, dropout={dropout}, "
-                f"out_features={out_features}): give positive sizes and a dropout in [0, 1)"
-            )
+        require_sizes("MLP", features=features, width=width, depth=depth, out_features=out_features)
+        require_dropout(dropout)
         self.features = features
         self.conditioning = Conditioning(width, classes)
         self.stem = nn.Linear(features, width)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .embedding import Conditioning, checked_input
+from .embedding import Conditioning, checked_input, is_whole, require_dropout, require_sizes
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLING = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -181,17 +181,20 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
+        if not is_whole(spatial_dims) or spatial_dims not in CONVOLUTION:
+            raise ValueError(f"spatial_dims={spatial_dims!r}: a UNet takes 1, 2 or 3")
+        require_sizes(
+            "UNet", channels=channels, width=width, blocks=blocks, out_channels=out_channels, head_width=head_width
+        )
+        for name, values in (("multipliers", multipliers), ("attention", attention)):
+            if not isinstance(values, list | tuple) or not all(map(is_whole, values)):
+                raise ValueError(f"UNet({name}={values!r}): give a tuple of integers")
         levels = len(multipliers)
-        if spatial_dims not in CONVOLUTION:
-            raise ValueError(f"spatial_dims={spatial_dims}: a UNet takes 1, 2 or 3")
-        if min(channels, width, blocks, out_channels, head_width, levels, *multipliers) < 1:
+        if not levels or min(multipliers) < 1:
             raise ValueError(
-                f"UNet({channels}, width={width}, multipliers={tuple(multipliers)}, "
-                f"blocks={blocks}, out_channels={out_channels}, head_width={head_width}): "
-                "give positive numbers, and at least one multiplier"
+                f"UNet(multipliers={tuple(multipliers)}): give positive numbers, and at least one multiplier"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: give a probability in [0, 1)")
+        require_dropout(dropout)
         if not all(-levels <= level < levels for level in attention):
             raise ValueError(
                 f"attention={tuple(attention)}: this UNet has {levels} levels, "

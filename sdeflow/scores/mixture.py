@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_count, checked_dtype, checked_finite, checked_numbers
+from sdeflow.checks import checked_count, checked_dtype, checked_finite, checked_flag, checked_numbers, checked_point
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.noise import NoiseStream
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction
@@ -41,6 +41,7 @@ class GaussianMixture(ScoreFunction):
         full: bool = False,
     ) -> None:
         super().__init__(sde)
+        checked_flag(full, "full")
         self._require_kernel("the exact score of a diffused mixture")
         means, covariances = (_numbers(v, name) for v, name in ((means, "means"), (covariances, "covariances")))
         if means.ndim < 2:
@@ -110,6 +111,7 @@ class GaussianMixture(ScoreFunction):
 
     def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """log p_t(x) in nats, (batch,) in float64; t = 0 is the data's own density."""
+        x = checked_point(x, sides=2)
         return torch.logsumexp(self._components(*self._entered(x, t, least=0.0))[0], dim=1)
 
     def sample(self, n: int, seed: int | torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_finite, checked_numbers
+from sdeflow.checks import checked_choice, checked_finite, checked_labels, checked_numbers
 from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
 from sdeflow.kernel import Path
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction, checked, network_time, network_times, on_states
 from sdeflow.scores.readout import GridScore, Readout
+from sdeflow.symbolic.coupled import rank
 
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
 
@@ -54,12 +55,11 @@ class Score(ScoreFunction):
         super().__init__(sde)
         if not callable(net):
             raise ScoreError(f"net must be callable as net(x, time), not {net!r}.")
-        if predicts not in PREDICTIONS:
-            raise ValueError(f"predicts must be one of {', '.join(PREDICTIONS)}, not {predicts!r}.")
+        checked_choice(predicts, "predicts", PREDICTIONS)
         if time is None:
             time = "t" if self.gaussian is None else "log_snr"
-        if not callable(time) and time not in ("log_snr", "t"):
-            raise ValueError(f'time must be "log_snr", "t" or a function of t, not {time!r}.')
+        if not callable(time):
+            checked_choice(time, "time", ("log_snr", "t"), "a function of t")
         if predicts != "score":
             self._require_kernel(f"predicts={predicts!r}")
         if time == "log_snr":
@@ -85,7 +85,7 @@ class Score(ScoreFunction):
             raise ValueError(f"data_std must be positive and finite, not {data_std}.")
         if self.declaration.coupled and predicts == "v":
             raise ValueError('predicts="v" is of elementwise SDEs; a coupled one takes the others.')
-        if predicts == "velocity" and self.declaration.gram.det() == 0:
+        if predicts == "velocity" and rank(self.declaration.gram) < len(self.declaration.state):
             raise ValueError('predicts="velocity": g gᵀ is singular, so the flow does not determine the score.')
 
     @property
@@ -237,6 +237,7 @@ class Score(ScoreFunction):
 
     def _called(self, x: Tensor, time: Tensor, y: Tensor | None, copy: bool) -> Tensor:
         """The network's output, checked. It sees components as channels, and a copy where others need ``x``."""
+        y = None if y is None else checked_labels(y, len(x))
         folded = x.flatten(1, 2) if self.declaration.coupled and x.ndim > 2 else x
         folded = folded.clone() if copy and folded.data_ptr() == x.data_ptr() else folded
         try:

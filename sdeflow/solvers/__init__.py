@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sdeflow.checks import checked_choice, checked_flag
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import presets
 from sdeflow.solvers.clock import Clock, Grid, make_clock
@@ -105,8 +106,8 @@ _NAMED: dict[str, dict[str, Solver]] = {
 
 def names_for(kind: str, with_kernel: bool = True) -> tuple[str, ...]:
     """The names that an equation of this kind, "sde" or "ode", accepts; those of an SDE without a Gaussian kernel."""
-    if kind not in _NAMED:
-        raise ValueError(f'kind must be "sde" or "ode", not {kind!r}.')
+    checked_choice(kind, "kind", _NAMED)
+    checked_flag(with_kernel, "with_kernel")
     return tuple(name for name, solver in _NAMED[kind].items() if with_kernel or not solver.needs_kernel)
 
 

@@ -6,7 +6,7 @@ A method's steps are uniform in its own variable, so that variable matters as mu
     dx/du = drift(x, t(u)) dt/du,    and for noise  diffusion · √(dt/du).
 
     "angle"    phi = atan2(sigma, alpha c), c the data's scale: spreads the work evenly (the default)
-    "log_snr"  -log(alpha / sigma) (the default of SDEs of many scales: coupled ones, and schedules per coordinate)
+    "log_snr"  -log(alpha / sigma), compressed beyond 10^4 c (the default of coupled SDEs and schedules per coordinate)
     "karras"   (sigma / alpha)^{1/7}, which sets its steps close together at the data (arXiv:2206.00364)
     "t"        t itself
     a tensor   times from cutoff to T: steps in t between exactly these
@@ -20,7 +20,11 @@ u is a mixture, which never stands still,
     u ∝ w + ¼ t + ¼ log(1 + (t - cutoff) / τ),        each from 0 at the cutoff to 1 at T,
 
 τ the time in which sigma / alpha first grows by √2. Methods that know the kernel need times alone, and no dt/du. They
-cross a pause exactly, and visit the times at which w itself is uniform.
+cross a pause exactly, and visit the times at which w itself is uniform. So do adaptive methods of one schedule for all
+coordinates, which carry the state relative to its scale; others begin anew at each break point of f and g.
+
+**Where f or g jumps**, the data's prediction is a smooth function of the log-SNR all the same, if that is one for all
+coordinates. Where it is a mean (coupled states, schedules per coordinate) the break points are times of the grid.
 """
 
 from __future__ import annotations
@@ -28,13 +32,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.chebyshev import PiecewiseChebyshev
-from sdeflow.errors import ScheduleError
+from sdeflow.checks import checked_numbers, checked_real
+from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
@@ -46,8 +52,11 @@ _LEAST_PANEL = 1e-12  # of the panels of u
 _STEEPEST = 150.0  # of dt/du relative to the horizon; that of the catalogue is at most 117 (EDM's angle)
 _MISSED = 1e-6  # of the horizon
 _MOST_NODES = 6_000
+_BESIDE = 1e-13  # of the horizon, from a break point
 _INSIDE = 1e-10  # of t, relative to T
 _OF_TIME = 0.25  # of t, and of its logarithm, in the mixture
+_FAR = math.log(1e4)  # of sigma / alpha relative to the data's scale: from here on "log_snr" is compressed
+_MOST_RESTARTS = 32  # break points at which adaptive methods begin anew
 _KNOTS = 1025  # of each of its parts
 
 Grid = str | Tensor | Sequence[float] | np.ndarray | None
@@ -65,6 +74,9 @@ class Clock:
         given: times that were named one by one, rising, (n,): steps are taken in t between exactly these.
         first: the least u at which the equation is asked; above 0 where f or g is infinite at the cutoff, while
             drift · dt/du has a limit.
+        breaks: times inside at which f or g is not smooth, rising.
+        stops: such times, and u there as ``levels`` has it, which are times of every grid with enough steps.
+        normalised: u -> t and ζ ζ'/(c² + ζ²), for methods that carry u / √(alpha² c² + sigma²); None without.
     """
 
     def __init__(
@@ -75,9 +87,13 @@ class Clock:
         levels: Callable[[np.ndarray], np.ndarray] | None = None,
         given: np.ndarray | None = None,
         first: float = 0.0,
+        breaks: np.ndarray | None = None,
+        stops: tuple[np.ndarray, np.ndarray] | None = None,
+        normalised: Curve | None = None,
     ) -> None:
         self.cutoff, self.T, self.given, self._first = cutoff, T, given, first
         self._curve, self._levels = curve, levels
+        self._breaks, self._stops, self.normalised = breaks, stops, normalised
 
     def __call__(self, u: float) -> tuple[float, float]:
         """t, never outside [cutoff, T], and dt/du."""
@@ -96,9 +112,39 @@ class Clock:
         if self.given is not None and len(self.given) == steps + 1:
             return self.given
         u = np.linspace(0.0, 1.0, steps + 1)
+        stops = None if self._stops is None else _shared(self._stops[1], steps)
+        if stops is not None:
+            u, fixed = stops
         times = np.array([self(v)[0] for v in u]) if self._levels is None else self._levels(u)
         times[0] = self.cutoff if self._first else times[0]
+        if stops is not None:
+            times[fixed] = self._stops[0]
         return times
+
+    def since_stop(self, times: np.ndarray) -> np.ndarray:
+        """How many of ``times`` of a solve lie between each one and the stop before it, both included: a polynomial
+        through values on both sides of a stop would have a kink."""
+        count = np.arange(1, len(times) + 1)
+        if self._stops is None:
+            return count
+        at = np.isin(times, self._stops[0])
+        return count - np.maximum.accumulate(np.where(at, count - 1, 0))
+
+    @cached_property
+    def breaks(self) -> tuple[tuple[float, float], ...]:
+        """(u, t) of each break point, rising: none where they are too many to begin anew at each."""
+        times = np.zeros(0) if self._breaks is None else self._breaks
+        times = times[(times > self.cutoff) & (times < self.T)]
+        if len(times) > _MOST_RESTARTS:
+            return ()
+        found = []
+        for t in times.tolist():
+            low, high = self._first, 1.0
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                low, high = (middle, high) if self(middle)[0] < t else (low, middle)
+            found.append((high, t))
+        return tuple(found)
 
 
 def as_grid(grid: Grid) -> str | Tensor | None:
@@ -106,8 +152,8 @@ def as_grid(grid: Grid) -> str | Tensor | None:
     if grid is None or isinstance(grid, str | Tensor):
         return grid
     try:
-        return torch.as_tensor(grid, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return checked_numbers(grid, "grid")
+    except DataError as error:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.") from error
 
 
@@ -131,21 +177,47 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     """
     grid = as_grid(grid)
     if isinstance(grid, Tensor):
-        return _of_times(grid, cutoff, T)
+        return _of_times(grid, cutoff, T, None if kernel is None else _breaks(kernel))
     if grid is not None and grid not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
-        return Clock(cutoff, T)
+        return Clock(cutoff, T, breaks=None if kernel is None else _breaks(kernel))
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
-    many_scales = kernel.coupled or kernel.values.shape
+    checked_real(scale, "scale", "positive and finite", lambda number: 0.0 < number < math.inf)
+    many_scales = bool(kernel.coupled or kernel.values.shape)
     variable = _Variable(kernel, grid or ("log_snr" if many_scales else "angle"), scale)
     with torch.no_grad():
         curve = variable.curve()
-        if curve is not None:
-            return Clock(cutoff, T, curve, first=_first(kernel, curve))
-        curve = variable.mixture()
-        return Clock(cutoff, T, curve, variable.levels, first=_first(kernel, curve))
+        levels = variable.levels if curve is None else None
+        where = variable.normalised(curve)
+        curve = variable.mixture() if curve is None else curve
+        breaks = _breaks(kernel)
+        stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
+        normalised = None if many_scales else where
+        return Clock(cutoff, T, curve, levels, None, _first(kernel, curve), breaks, stops, normalised)
+
+
+def _breaks(kernel: Kernel) -> np.ndarray:
+    """The break points of f and g between the cutoff and T."""
+    breaks = np.asarray(kernel.numbers.breaks, dtype=np.float64)
+    return breaks[(breaks > kernel.cutoff) & (breaks < kernel.T)]
+
+
+def _shared(stops: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """u of ``steps`` steps, as even as can be, ``stops`` (n,) among them, and at which numbers; None for too few steps.
+
+    Between two stops that coincide, as the ends of a pause do, is one step.
+    """
+    ends = np.concatenate([[0.0], stops, [1.0]])
+    lengths = np.maximum.accumulate(ends)[1:] - np.maximum.accumulate(ends)[:-1]
+    if 2 * len(lengths) > steps:
+        return None
+    counts = np.ones(len(lengths), dtype=int)
+    for _ in range(steps - len(lengths)):
+        counts[np.argmax(lengths / counts)] += 1
+    pieces = [np.linspace(a, b, n + 1)[:-1] for a, b, n in zip(ends[:-1], ends[1:], counts, strict=True)]
+    return np.append(np.concatenate(pieces), 1.0), np.cumsum(counts)[:-1]
 
 
 def smooth_clock(times: Tensor, kernel: Kernel) -> Clock:
@@ -157,14 +229,14 @@ def smooth_clock(times: Tensor, kernel: Kernel) -> Clock:
     u = np.linspace(0.0, 1.0, len(points))
     curve = _Cubics.through(u, points)
     if _Variable(kernel, "log_snr", 1.0).curve() is not None:
-        return Clock(kernel.cutoff, kernel.T, curve, first=_first(kernel, curve))
+        return Clock(kernel.cutoff, kernel.T, curve, first=_first(kernel, curve), breaks=_breaks(kernel))
 
     def levels(u: np.ndarray) -> np.ndarray:
         return np.array([curve(v)[0] for v in u]).clip(kernel.cutoff, kernel.T)
 
     back = _Cubics.through(points, u)
     mixture = _mixture(kernel, lambda t: np.array([back(v) for v in t]).T, levels)
-    return Clock(kernel.cutoff, kernel.T, mixture, levels, first=_first(kernel, mixture))
+    return Clock(kernel.cutoff, kernel.T, mixture, levels, first=_first(kernel, mixture), breaks=_breaks(kernel))
 
 
 def _first(kernel: Kernel, curve: Curve) -> float:
@@ -176,18 +248,22 @@ def _first(kernel: Kernel, curve: Curve) -> float:
 
 
 class _Variable:
-    """w(zeta) of a named grid, zeta = sigma / alpha = e^{-half_log_snr}, from 0 at the cutoff to 1 at T."""
+    """w(v) of a named grid, v = log(sigma / alpha) = -half_log_snr, from 0 at the cutoff to 1 at T."""
 
     def __init__(self, kernel: Kernel, grid: str, scale: float) -> None:
-        self._kernel, self._name = kernel, grid
+        self._kernel, self._name, self._scale = kernel, grid, scale
+        c = math.log(scale)
+        far = math.inf if kernel.coupled or kernel.values.shape else c + _FAR
         self._forward, self._back = {
-            "angle": (lambda zeta: np.arctan2(zeta, scale), lambda w: (scale * np.tan(w), scale / np.cos(w) ** 2)),
-            "log_snr": (np.log, lambda w: (np.exp(w), np.exp(w))),
-            "karras": (lambda zeta: zeta ** (1 / _RHO), lambda w: (w**_RHO, _RHO * w ** (_RHO - 1))),
+            "angle": (lambda v: np.arctan(np.exp(v - c)), lambda w: (c + np.log(np.tan(w)), 2.0 / np.sin(2.0 * w))),
+            "log_snr": (lambda v: _compressed(v, far), lambda w: _expanded(w, far)),
+            "karras": (lambda v: np.exp(v / _RHO), lambda w: (_RHO * np.log(w), _RHO / w)),
         }[grid]
-        ends = kernel.half_log_snr(torch.tensor([kernel.cutoff, kernel.T], dtype=torch.float64))
-        self._first, last = self._forward(np.exp(-ends.detach().numpy()))
+        self._first, last = self._forward(self._at_time(np.array([kernel.cutoff, kernel.T])))
         self._length = last - self._first
+
+    def _at_time(self, t: np.ndarray) -> np.ndarray:
+        return -self._kernel.bounded_log_snr(torch.as_tensor(t)).detach().numpy()
 
     def levels(self, u: np.ndarray) -> np.ndarray:
         """The times at which w is u; the cutoff and T themselves at its ends."""
@@ -199,9 +275,9 @@ class _Variable:
         horizon = self._kernel.T - self._kernel.cutoff
 
         def function(u: np.ndarray) -> np.ndarray:
-            t, zeta, slope = self._at(u)
+            t, _, slope = self._at(u)
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                rate = slope / (-zeta * self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy())
+                rate = slope / -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
             if not (rate <= _STEEPEST * horizon).all():
                 raise ScheduleError("the log-SNR stands still.")
             return np.stack([t, rate])
@@ -213,33 +289,43 @@ class _Variable:
         jumped = abs(_integral(table, 1) / horizon - 1.0)  # of a pause that no u falls in, dt/du knows nothing
         return _Series(table) if jumped <= _MISSED else None
 
+    def normalised(self, curve: Curve | None) -> Curve:
+        """t, by ``curve`` where there is one, and ζ ζ'/(c² + ζ²) = v' / (1 + c²/ζ²), for u = w."""
+
+        def function(u: float) -> tuple[float, float]:
+            u = min(max(u, 0.0), 1.0)
+            v, slope = self._back(np.float64(self._first + self._length * u))
+            t = float(self.levels(np.array([u]))[0]) if curve is None else curve(u)[0]
+            t = min(max(t, self._kernel.cutoff), self._kernel.T)
+            return t, float(slope * self._length / (1.0 + self._scale**2 * np.exp(-2.0 * v)))
+
+        return function
+
     def _panels(self) -> np.ndarray:
         """Edges in u to start from: the break points of f and g among them, where dt/du jumps or has a kink."""
-        even, breaks = np.linspace(0.0, 1.0, 9), np.asarray(self._kernel.numbers.breaks, dtype=np.float64)
-        inside = breaks[(breaks > self._kernel.cutoff) & (breaks < self._kernel.T)]
+        even, inside = np.linspace(0.0, 1.0, 9), _breaks(self._kernel)
         if not len(inside):
             return even
-        zeta = np.exp(-self._kernel.half_log_snr(torch.as_tensor(inside)).detach().numpy())
-        edges = np.union1d(even, ((self._forward(zeta) - self._first) / self._length).clip(0.0, 1.0))
+        edges = np.union1d(even, ((self._forward(self._at_time(inside)) - self._first) / self._length).clip(0.0, 1.0))
         return edges[np.append(edges[1:] - edges[:-1] > _LEAST_PANEL, True)]
 
     def mixture(self) -> Curve:
         """t and dt/du of the mixture with t."""
+        return _mixture(self._kernel, self.of_time, self.levels)
 
-        def of_time(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            at = torch.as_tensor(t)
-            zeta = np.exp(-self._kernel.half_log_snr(at).detach().numpy())
-            w = self._forward(zeta)
-            rate = -zeta * self._kernel.half_log_snr_rate(at).detach().numpy() / self._back(w)[1]
-            return (w - self._first) / self._length, rate / self._length
-
-        return _mixture(self._kernel, of_time, self.levels)
+    def of_time(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """w and dw/dt; nothing moves once x_0 is forgotten."""
+        v = self._at_time(t)
+        w, rate = self._forward(v), -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
+        forgotten = self._kernel.half_log_snr(torch.as_tensor(t)).detach().numpy() < -v
+        rate = np.where(forgotten, 0.0, rate / self._back(w)[1])
+        return (w - self._first) / self._length, rate / self._length
 
     def _at(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """t, zeta, and dzeta/du where w is u."""
-        zeta, slope = self._back(self._first + self._length * u)
-        t = self._kernel.time_of(torch.as_tensor(-np.log(zeta))).detach().numpy()
-        return t, zeta, slope * self._length
+        """t, v, and dv/du where w is u."""
+        v, slope = self._back(self._first + self._length * u)
+        t = self._kernel.time_of(torch.as_tensor(-v)).detach().numpy()
+        return t, v, slope * self._length
 
 
 def _mixture(
@@ -265,18 +351,23 @@ def _mixture(
         rate = rate + _OF_TIME * (1.0 / horizon + 1.0 / ((onset + passed) * most))
         return u / (1.0 + 2.0 * _OF_TIME), rate / (1.0 + 2.0 * _OF_TIME)
 
-    knots = [cutoff + horizon * share, cutoff + onset * np.expm1(most * share), levels(share)]
+    breaks = _breaks(kernel)
+    knots = [cutoff + horizon * share, cutoff + onset * np.expm1(most * share), levels(share), breaks]
     t = np.unique(np.concatenate(knots).clip(cutoff, kernel.T))
-    u, rate = mixed(t)
+    u, _ = mixed(t)
     u, apart = np.unique(np.maximum.accumulate(u).clip(0.0, 1.0).round(10), return_index=True)
     apart[-1] = len(t) - 1
     u[0], u[-1] = 0.0, 1.0
-    cubics = _Cubics(u, t[apart], 1.0 / rate[apart])
-    return _refined(cubics, mixed, kernel.T) or cubics
+    t = t[apart]
+    beside = (mixed((t + side).clip(cutoff, kernel.T))[1] for side in (_BESIDE * horizon, -_BESIDE * horizon))
+    cubics = _Cubics(u, t, *(1.0 / rate for rate in beside))  # at break points the slopes of either side differ
+    edges = np.union1d(np.linspace(0.0, 1.0, 9), mixed(breaks)[0] if len(breaks) else []).clip(0.0, 1.0)
+    edges = edges[np.append(np.diff(edges) > _LEAST_PANEL, True)]
+    return _refined(cubics, mixed, edges, kernel.T) or cubics
 
 
 def _refined(
-    rough: _Cubics, of_time: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], T: float
+    rough: _Cubics, of_time: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], edges: np.ndarray, T: float
 ) -> _Series | None:
     """t and dt/du to rounding by Newton's steps from ``rough``, where few panels hold them; else None.
 
@@ -297,7 +388,7 @@ def _refined(
         return np.stack([t, 1.0 / rate])
 
     try:
-        return _Series(PiecewiseChebyshev.fit(function, np.linspace(0.0, 1.0, 9), name="the grid"))
+        return _Series(PiecewiseChebyshev.fit(function, edges, name="the grid"))
     except ScheduleError:
         return None
 
@@ -319,13 +410,12 @@ class _Series:
 
 
 class _Cubics:
-    """t and dt/du by the cubics with these values and slopes at u; slopes too large for a monotone one are cut."""
+    """t and dt/du by the cubics with these values, and slopes to the right and left, at u; slopes too large for a
+    monotone one are cut."""
 
-    def __init__(self, u: np.ndarray, t: np.ndarray, slope: np.ndarray) -> None:
+    def __init__(self, u: np.ndarray, t: np.ndarray, right: np.ndarray, left: np.ndarray) -> None:
         h, secant = np.diff(u), np.diff(t) / np.diff(u)
-        least = np.minimum(np.append(secant, secant[-1]), np.insert(secant, 0, secant[0]))
-        slope = np.clip(slope, 0.0, 3.0 * least)  # Fritsch and Carlson
-        first, last = slope[:-1], slope[1:]
+        first, last = (np.clip(slope, 0.0, 3.0 * secant) for slope in (right[:-1], left[1:]))  # Fritsch and Carlson
         pieces = (first + last - 2.0 * secant) / h**2, (3.0 * secant - 2.0 * first - last) / h, first, t[:-1]
         self._edges, self._pieces = u.tolist(), np.stack(pieces, axis=1).tolist()
 
@@ -334,12 +424,25 @@ class _Cubics:
         """With slopes found from the points."""
         from scipy.interpolate import PchipInterpolator  # half a second to import
 
-        return cls(u, t, np.diff(t)[[0, 0]] / np.diff(u) if len(u) == 2 else PchipInterpolator(u, t).derivative()(u))
+        slope = np.diff(t)[[0, 0]] / np.diff(u) if len(u) == 2 else PchipInterpolator(u, t).derivative()(u)
+        return cls(u, t, slope, slope)
 
     def __call__(self, u: float) -> tuple[float, float]:
         piece = min(max(bisect_right(self._edges, u) - 1, 0), len(self._pieces) - 1)
         v, (a, b, c, d) = u - self._edges[piece], self._pieces[piece]
         return ((a * v + b) * v + c) * v + d, (3.0 * a * v + 2.0 * b) * v + c
+
+
+def _compressed(v: np.ndarray, most: float) -> np.ndarray:
+    """v, and most + log(1 + v - most) beyond ``most``: where hardly anything is left of x_0, steps may be long."""
+    beyond = np.maximum(v - most, 0.0)
+    return np.minimum(v, most) + np.log1p(beyond)
+
+
+def _expanded(w: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of :func:`_compressed`, and its slope."""
+    beyond = np.maximum(w - most, 0.0)
+    return np.minimum(w, most) + np.expm1(beyond), np.exp(beyond)
 
 
 def _integral(table: PiecewiseChebyshev, row: int) -> float:
@@ -349,9 +452,9 @@ def _integral(table: PiecewiseChebyshev, row: int) -> float:
     return float(mass @ np.diff(table.edges))
 
 
-def _of_times(times: Tensor, cutoff: float, T: float) -> Clock:
+def _of_times(times: Tensor, cutoff: float, T: float, breaks: np.ndarray | None) -> Clock:
     points = _checked(times, cutoff, T)
-    return Clock(cutoff, T, _Cubics.through(np.linspace(0.0, 1.0, len(points)), points), given=points)
+    return Clock(cutoff, T, _Cubics.through(np.linspace(0.0, 1.0, len(points)), points), given=points, breaks=breaks)
 
 
 def _checked(times: Tensor, cutoff: float, T: float) -> np.ndarray:

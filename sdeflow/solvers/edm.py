@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_real
 from sdeflow.linear import Linear, multiplied, rows
 from sdeflow.solvers.problem import Problem
 
@@ -69,9 +70,11 @@ class StochasticHeun:
     default_grid = "karras"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.S_churn < math.inf or not 0.0 <= self.S_noise < math.inf:
-            raise ValueError(f"S_churn and S_noise must be finite and not negative: {self}.")
-        if not 0.0 <= self.S_min <= self.S_max:
+        for name in ("S_churn", "S_noise"):
+            checked_real(getattr(self, name), name, "finite and not negative", lambda number: 0.0 <= number < math.inf)
+        for name in ("S_min", "S_max"):
+            checked_real(getattr(self, name), name, "a noise level sigma / alpha >= 0", lambda number: number >= 0.0)
+        if not self.S_min <= self.S_max:
             raise ValueError(f"S_min and S_max are noise levels sigma / alpha, 0 <= S_min <= S_max: {self}.")
 
         if not self.S_churn and self.S_noise != 1.0:
@@ -115,7 +118,7 @@ class StochasticHeun:
         gamma = min(self.S_churn / len(begins), math.sqrt(2.0) - 1.0)
         if not gamma:
             return begins.numpy()
-        half_log_snr = problem.kernel.half_log_snr(begins).detach()
+        half_log_snr = problem.kernel.bounded_log_snr(begins).detach()
         zeta = torch.exp(-half_log_snr)
         raised = problem.kernel.time_of(half_log_snr - math.log1p(gamma))
         churned = (zeta >= self.S_min) & (zeta <= self.S_max)

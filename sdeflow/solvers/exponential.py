@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.basis import Basis, Orthogonal
-from sdeflow.checks import checked_states
+from sdeflow.checks import OF_BASIS, checked_finite, checked_methods, checked_numbers, checked_states
 from sdeflow.errors import DataError
 from sdeflow.kernel import Kernel
 from sdeflow.solvers.problem import Problem
@@ -101,13 +101,14 @@ class Exponential:
             raise ValueError('variance="posterior" is of order 1, with a number eta in [0, 1].')
         if self.rule == "half_step" and (self.prediction, self.variable) != ("data", "log_snr"):
             raise ValueError('rule="half_step" is of prediction="data" and variable="log_snr".')
+        checked_methods(self.basis, "basis", *OF_BASIS)
         if self.basis is not None and self.scale is None:
             raise ValueError("basis is of scale=, one for each of its coordinates; without one it changes nothing.")
         if self.scale is not None:
-            scale = torch.as_tensor(self.scale)
+            scale = checked_finite(checked_numbers(self.scale, "scale"), "scale")
             if self.prediction != "reference":
                 raise ValueError('scale is of prediction="reference".')
-            if scale.is_complex() or not bool(torch.isfinite(scale).all()) or not bool((scale >= 0).all()):
+            if not bool(torch.isfinite(scale).all()) or not bool((scale >= 0).all()):
                 raise ValueError(f"scale must be finite and not negative, not {self.scale!r}.")
 
     def __eq__(self, other: object) -> bool:
@@ -197,7 +198,7 @@ class Exponential:
             raise ValueError(
                 'start="graded" divides the first step: name its times in grid= too, or take start="ramp".'
             )
-        first, second = problem.kernel.half_log_snr(torch.as_tensor(times[:2])).tolist()
+        first, second = problem.kernel.bounded_log_snr(torch.as_tensor(times[:2])).tolist()
         between = problem.kernel.time_of(torch.as_tensor(first + (second - first) * extra)).numpy()
         return np.concatenate([times[:1], between, times[1:]])
 
@@ -223,7 +224,7 @@ class Exponential:
         def make() -> Steps:
             eta, orders = self._eta(kernel, times), 1 + max(self.order, self.past)
             transfer = derive(kernel, times[:-1], times[1:], self.prediction, scale, eta, orders, self.variable)
-            nodes = self._nodes(transfer, self._noise_in(kernel, times))
+            nodes = self._nodes(transfer, self._noise_in(kernel, times), problem.clock.since_stop(times))
             return Steps(transfer, nodes, RULES[self.rule], like, kernel.coupled)
 
         steps = kept(kernel, self._key(kernel, times, scale, like), make)
@@ -256,25 +257,27 @@ class Exponential:
             return 1.0
         if kernel.values.shape:
             raise ValueError('variance="posterior" is of one schedule for all coordinates; take variance="sde".')
-        h = np.diff(kernel.half_log_snr(torch.as_tensor(times)).numpy())
+        h = np.diff(kernel.bounded_log_snr(torch.as_tensor(times)).numpy())
         with np.errstate(divide="ignore"):
             kept = -0.5 * np.log1p(-(self.eta**2) * -np.expm1(-2.0 * h))  # e^{-2 eta² h} = 1 - eta_d² (1 - e^{-2h})
         return np.sqrt(kept / h)
 
     def _noise_in(self, kernel: Kernel, times: np.ndarray) -> np.ndarray:
         """(1 + eta²) times the length of each step in the half-log-SNR, where noise is drawn; 0 for the flow."""
-        half_log_snr = kernel.half_log_snr(torch.as_tensor(times)).detach().numpy()
+        half_log_snr = kernel.bounded_log_snr(torch.as_tensor(times)).detach().numpy()
         eta = self.eta(half_log_snr[:-1]) if callable(self.eta) else self.eta
         return (1.0 + np.square(eta)) * np.abs(np.diff(half_log_snr)) * self.stochastic
 
-    def _nodes(self, transfer: Transfer, noise: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """The nodes θ of predictor and corrector at each step, the newest first."""
+    def _nodes(
+        self, transfer: Transfer, noise: np.ndarray, most: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """The nodes θ of predictor and corrector at each step, the newest first; ``most`` of the past at each."""
         n = len(transfer.start)
         nodes = []
         for step in range(n):
             first, width = transfer.start[step], transfer.stop[step] - transfer.start[step]
             back = (transfer.start[step::-1] - first) / width if width else np.zeros(1)
-            back = back[: self._usable(back, noise[step])]
+            back = back[: min(self._usable(back, noise[step]), most[step])]
             corrected = None
             if self.past and step < n - 1:  # the last step's corrector would take a call of its own
                 corrected = np.concatenate([[1.0], back[: self.past]])

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_real
 from sdeflow.errors import StepUnderflowError
 from sdeflow.linear import Linear
 from sdeflow.solvers.problem import Problem
@@ -80,8 +81,9 @@ class GottaGoFast:
     default_tolerances = (0.02, 0.0078)  # rtol and atol
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.safety < 1.0 or not 0.0 < self.exponent <= 1.0 or not 0.0 < self.first_step <= 1.0:
-            raise ValueError(f"safety must be in (0, 1), exponent and first_step in (0, 1]: {self}.")
+        checked_real(self.safety, "safety", "in (0, 1)", lambda number: 0.0 < number < 1.0)
+        checked_real(self.exponent, "exponent", "in (0, 1]", lambda number: 0.0 < number <= 1.0)
+        checked_real(self.first_step, "first_step", "in (0, 1]", lambda number: 0.0 < number <= 1.0)
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""

@@ -29,13 +29,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_state
+from sdeflow.checks import (
+    checked_choice,
+    checked_count,
+    checked_dtype,
+    checked_flag,
+    checked_numbers,
+    checked_real,
+    checked_shape,
+    checked_states,
+    checked_within,
+)
 from sdeflow.errors import NonFiniteStateError
 from sdeflow.kernel import Kernel
 from sdeflow.linear import Factor, Linear, multiplied, rows
@@ -113,18 +122,14 @@ class PredictorCorrector:
     default_grid = None
 
     def __post_init__(self) -> None:
-        if not callable(self.predictor) and self.predictor not in _PREDICTORS:
-            raise ValueError(
-                f"predictor must be one of {', '.join(_PREDICTORS)} or a function, not {self.predictor!r}."
-            )
-        if isinstance(self.corrector_steps, bool) or not isinstance(self.corrector_steps, int):
-            raise ValueError(f"corrector_steps must be an integer, not {self.corrector_steps!r}.")
-        if self.corrector_steps < 0 or (self.predictor == "none" and not self.corrector_steps):
+        if not callable(self.predictor):
+            checked_choice(self.predictor, "predictor", _PREDICTORS, "a function")
+        checked_count(self.corrector_steps, "corrector_steps", 0)
+        if self.predictor == "none" and not self.corrector_steps:
             raise ValueError(f"there is nothing to do with {self.corrector_steps} corrector steps and no predictor.")
-        if self.step not in ("snr", "kernel"):
-            raise ValueError(f'step must be "snr" or "kernel", not {self.step!r}.')
-        if not 0.0 < self.snr < 1.0:
-            raise ValueError(f"snr must be between 0 and 1, where Langevin dynamics turn unstable, not {self.snr!r}.")
+        checked_choice(self.step, "step", ("snr", "kernel"))
+        wanted = "between 0 and 1, where Langevin dynamics turn unstable"
+        checked_real(self.snr, "snr", wanted, lambda number: 0.0 < number < 1.0)
         if not self.corrector_steps and (self.snr, self.step) != (0.16, "kernel"):
             raise ValueError(f"snr and step are of the corrector: give corrector_steps > 0, or leave them out: {self}.")
 
@@ -218,12 +223,10 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
         At a small noise level it cannot find the weights of modes far apart, in any useful time; see
         :func:`annealed_langevin`. There is no Metropolis step: the law is right up to O(step).
     """
-    _require_count(steps, "steps", 0)
-    if not 0.0 < step < math.inf:
-        raise ValueError(f"step must be positive and finite, not {step!r}.")
-    x = checked_state(x)
-    if isinstance(t, bool) or not isinstance(t, Real) or not math.isfinite(t):
-        raise ValueError(f"t must be a finite number, not {t!r}.")
+    checked_count(steps, "steps", 0)
+    checked_within(step, "step", 0.0, math.inf)
+    x = checked_states(x)
+    checked_real(t, "t", "a finite number", math.isfinite)
     stream, width, dtype = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step), x.dtype
     time = t if isinstance(score, ScoreFunction) else network_time(torch.tensor(t, dtype=torch.float64), x)
     with torch.inference_mode(False), torch.no_grad(), evaluating(score):
@@ -283,7 +286,7 @@ class AnnealedLangevin:
     default_grid = "log_snr"
 
     def __post_init__(self) -> None:
-        _require_count(self.steps_per_scale, "steps_per_scale", 1)
+        checked_count(self.steps_per_scale, "steps_per_scale", 1)
         _require_eps(self.eps)
 
     @property
@@ -335,8 +338,9 @@ def annealed_langevin(
         ValueError: for scales or times that do not fall, or lie outside the SDE's.
         SolverError: where it went wrong.
     """
-    _require_count(steps_per_scale, "steps_per_scale", 1)
+    checked_count(steps_per_scale, "steps_per_scale", 1)
     _require_eps(eps)
+    checked_flag(denoise, "denoise")
     score, seed = _bound(score, sde), resolve_seed(seed)
     kernel = score.gaussian
     falling = _falling_times(kernel, scales, times)
@@ -368,7 +372,7 @@ def geometric_scales(sigma_max: float, sigma_min: float, n: int) -> Tensor:
 
     NCSNv2 takes sigma_max = the largest distance between two data points, and sigma_min = 0.01.
     """
-    _require_count(n, "n", 2)
+    checked_count(n, "n", 2)
     if not 0.0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"scales fall from sigma_max to a positive sigma_min; given {sigma_max!r} and {sigma_min!r}.")
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), n, dtype=torch.float64)
@@ -496,7 +500,8 @@ def _falling_times(
     """The times of the scales, within [cutoff, T]."""
     if (scales is None) == (times is None):
         raise ValueError("give either scales= (noise scales sigma / alpha) or times=.")
-    given = torch.as_tensor(scales if times is None else times, dtype=torch.float64).detach().cpu().reshape(-1)
+    name, values = ("scales", scales) if times is None else ("times", times)
+    given = checked_numbers(values, name).detach().cpu().reshape(-1)
     if len(given) < 2 or not bool((given[1:] < given[:-1]).all()) or not bool(torch.isfinite(given).all()):
         raise ValueError(f"{'scales' if times is None else 'times'} must be at least two falling numbers, not {given}.")
     if times is None:
@@ -524,12 +529,13 @@ def _start(
     device: torch.device | str | None,
 ) -> Tensor:
     """The Gaussian of the data's moments at t, or of noise alone where they are not known."""
-    kernel.require_event(tuple(shape[1:]))
+    shape, dtype = checked_shape(shape), checked_dtype(dtype)
+    kernel.require_event(shape[1:])
     held = next(score.parameters(), next(score.buffers(), None))
     device = device if device is not None else ("cpu" if held is None else held.device)
     moments = score.data_moments() or (torch.zeros(()), torch.zeros(()))
     mean, std = moments[0].expand(tuple(shape[1:])), moments[1]
-    return kernel.marginal(mean, std, t).sample(tuple(shape), seed, dtype or torch.get_default_dtype(), device)
+    return kernel.marginal(mean, std, t).sample(tuple(shape), seed, dtype, device)
 
 
 def _level(kernel: Kernel, like: Tensor, t: Tensor) -> Tensor | float:
@@ -549,11 +555,6 @@ def _square_norm(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _require_count(value: int, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")
-
-
 def _require_eps(eps: float | None) -> None:
-    if eps is not None and not 0.0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, not {eps!r}.")
+    if eps is not None:
+        checked_within(eps, "eps", 0.0, math.inf)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sdeflow.checks import checked_choice, checked_count, checked_flag
 from sdeflow.solvers.exponential import Exponential
 from sdeflow.solvers.singlestep import SingleStep
 
@@ -33,6 +34,7 @@ def dpmpp2m() -> Exponential:
 
 def dpmpp3m(published: bool = False) -> Exponential:
     """DPM-Solver++(3M). ``published`` as released, with half the second difference, which is of order 2."""
+    checked_flag(published, "published")
     return Exponential(3, "data", corrector=False, rule="half_curvature" if published else "exact")
 
 
@@ -56,8 +58,7 @@ def unipc(order: int = 3, variant: str = "bh2") -> Exponential:
 
     B(h) matters only in formulas with two nodes, where the paper's code sets rho = ½.
     """
-    if variant not in ("bh1", "bh2"):
-        raise ValueError(f'variant must be "bh1" or "bh2", not {variant!r}.')
+    checked_choice(variant, "variant", ("bh1", "bh2"))
     return Exponential(order, "data", corrector=True, rule="midpoint" if variant == "bh2" else "half_step")
 
 
@@ -71,7 +72,7 @@ def sa_solver(predictor: int = 2, corrector: int = 2, tau: float = 1.0) -> Expon
 
     ``corrector`` counts the values of the corrector with the new one, 0 for none.
     """
-    if corrector not in (0, 2, 3, 4, 5):
+    if checked_count(corrector, "corrector", 0) not in (0, 2, 3, 4, 5):
         raise ValueError(f"corrector must be 0 or 2 to 5 values, not {corrector!r}.")
     corrector = max(corrector, 1)
     return Exponential(predictor, "data", corrector=corrector - 1, eta=tau, rule="half_step")
@@ -83,7 +84,7 @@ def er_sde(order: int = 3) -> Exponential:
     phi stands for exp(-∫ (1 + eta²) dlambda), so that eta² = dlog phi / dlog zeta - 1; predictions are polynomials in
     zeta, and order 3 leaves out the correction of the first derivative, as published.
     """
-    if order not in (1, 2, 3):
+    if checked_count(order, "order") > 3:
         raise ValueError(f"order must be 1, 2 or 3, not {order!r}.")
     return Exponential(order, "data", corrector=False, eta=_er_sde_eta, variable="ratio", rule="uncentred")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from sdeflow.noise import NoiseStream
 from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
 
-__all__ = ["Problem"]
+__all__ = ["Normalised", "Problem"]
 
+_BESIDE = 1e-11  # of the clock's u: how far from a break point f and g are asked for, at most
 _CHECK_EVERY = 50
 _EXPLOSION = 1e12  # of a state, relative to 1 + the largest initial value
 
@@ -110,6 +112,7 @@ class Problem:
         self.failure: Exception | None = None
         self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
+        self._within: tuple[float, float] | None = None
 
     def start(
         self, y: Tensor, steps: int | None = None, end: float = 1.0, eager_checks: bool = False
@@ -122,7 +125,7 @@ class Problem:
         """
         given = steps is not None and self.clock.given is not None
         self._end = None if given else end if steps is None else float(steps)
-        self.eager_checks = eager_checks
+        self.eager_checks, self._within = eager_checks, None
         y = y.detach()
         if not bool(torch.isfinite(y).all()):
             rows = _rows(~torch.isfinite(y).all(1))
@@ -138,6 +141,30 @@ class Problem:
     def in_unit_steps(self) -> bool:
         """Whether steps are of length 1 in r, as they are where the times were not given."""
         return self._end is not None
+
+    def smooth_parts(self) -> list[tuple[float, float]]:
+        """The intervals of r in [0, 1] between break points of f and g, in each of which the drift is smooth."""
+        self._require_in_unit_steps()
+        at = [u for u, _ in self.clock.breaks]
+        ends = [0.0, *(1.0 - np.array(at[::-1]) if self.backward else at), 1.0]
+        return [(float(a), float(b)) for a, b in pairwise(ends) if a < b]
+
+    def keep_within(self, part: tuple[float, float]) -> None:
+        """Until the next call, times are those inside a smooth part: f, g and dt/du on its own side of its ends."""
+        first, last = sorted(1.0 - r for r in part) if self.backward else part
+        inside = min(_BESIDE, 0.25 * (last - first))
+        self._within = first + inside * (first > 0.0), last - inside * (last < 1.0)
+        self._last = None
+
+    def _require_in_unit_steps(self) -> None:
+        if self._end != 1.0:
+            raise ValueError("smooth parts are of a solve that chooses its steps between 0 and 1.")
+
+    def normalised(self) -> Normalised | None:
+        """The flow of the state relative to its scale, where the clock has it; see :class:`Normalised`."""
+        if self.kernel is None or self.clock.normalised is None or self.scale.ndim:
+            return None
+        return Normalised(self, self.clock.normalised)
 
     def to_rows(self, y: Tensor) -> Tensor:
         """States (batch, n), components first, as rows of components (batch · n / k, k)."""
@@ -188,7 +215,8 @@ class Problem:
         if self._end is None:
             return torch.tensor(abs(_number(r)), dtype=torch.float64), 1.0
         u = _number(r) / self._end
-        t, rate = self.clock(1.0 - u if self.backward else u)
+        u = 1.0 - u if self.backward else u
+        t, rate = self.clock(u if self._within is None else min(max(u, self._within[0]), self._within[1]))
         return torch.tensor(t, dtype=torch.float64), rate / self._end
 
     def drift(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
@@ -198,16 +226,21 @@ class Problem:
             return self._last[2]  # torchsde asks for the first drift twice
         rows, y = y, self.from_rows(y)
         t, rate = self.time(r)
+        value = self._asked(self._drift, y, t)
+        rate *= length
+        value = self.to_rows(value * (-rate if self.backward else rate))
+        self._last = (r, rows, value)
+        return value
+
+    def _asked(self, function: Coefficient, y: Tensor, t: Tensor) -> Tensor:
+        """A function of flattened states and t, as one call of the score."""
         self._require_budget(y, float(t))
         try:
-            value = self._drift(y, t)
+            value = function(y, t)
         except Exception as error:
             self.failure = error  # the user's own, which libraries' errors must not be taken for
             raise
         self._count(y, value, float(t))
-        rate *= length
-        value = self.to_rows(value * (-rate if self.backward else rate))
-        self._last = (r, rows, value)
         return value
 
     def diffusion(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
@@ -242,10 +275,9 @@ class Problem:
         self._count(u.flatten(1), value.flatten(1), last)
         return value
 
-    def denoise(self, u: Tensor, t: Tensor | float) -> Tensor:
-        """E[x_0 | u] of states (batch, *event); one call."""
-        alpha, sigma, _ = self.kernel.path(u, torch.as_tensor(t, dtype=torch.float64))
-        return alpha.inverse(u + sigma.gram(self.score(u, t)))
+    def flat_score(self, y: Tensor, t: Tensor) -> Tensor:
+        """∇ log p_t of flattened states (batch, n) at one time; one call."""
+        return self._asked(lambda y, t: self._score(y.reshape(-1, *self.event), t).flatten(1), y, t)
 
     def on_grid(self, times: Tensor, like: Tensor) -> GridScore:
         """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; see :meth:`called`."""
@@ -343,6 +375,44 @@ class Problem:
             f"{' ...' if len(rows) > 8 else ''}.{self.hint}",
             t=t, nfe=self.nfe, bad_rows=rows, partial=y.detach(),
         )  # fmt: skip
+
+
+class Normalised:
+    r"""The flow of one schedule for all coordinates, for y = u / S with S² = alpha² c² + sigma²:
+
+        dy/dr = -ζ ζ' / (c² + ζ²) (y + S s(S y, t)),      ζ = sigma / alpha.
+
+    Neither f nor g occurs, nor do their pauses, pulses and jumps, and the bracket is 0 for Gaussian data of scale c.
+
+    Args:
+        problem: an ODE, whose calls it counts.
+        curve: u -> t and ζ ζ' / (c² + ζ²).
+    """
+
+    def __init__(self, problem: Problem, curve: Callable[[float], tuple[float, float]]) -> None:
+        self._problem, self._curve = problem, curve
+
+    def size(self, r: float) -> float:
+        """S at r."""
+        return self._size(self.time(r))
+
+    def time(self, r: float) -> float:
+        """t at r."""
+        return self._time(r)[0]
+
+    def _time(self, r: float) -> tuple[float, float]:
+        return self._curve(1.0 - r if self._problem.backward else r)
+
+    def _size(self, t: float) -> float:
+        alpha, sigma, _ = self._problem.kernel.coefficients(torch.tensor(t, dtype=torch.float64))
+        return math.hypot(float(alpha) * float(self._problem.scale), float(sigma))
+
+    def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
+        """dy/dr; one call."""
+        t, rate = self._time(_number(r))
+        size = self._size(t)
+        score = self._problem.flat_score(y * size, torch.tensor(t, dtype=torch.float64))
+        return (y + size * score) * (rate if self._problem.backward else -rate)
 
 
 def _number(r: Tensor | float) -> float:

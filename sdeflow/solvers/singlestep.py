@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_real, checked_within
 from sdeflow.linear import Factor, add_multiple, multiplied, rows
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.program import predictions, shaped
@@ -62,12 +63,10 @@ class SingleStep:
             ("order", self.order, (1, 2, 3)), ("prediction", self.prediction, PREDICTIONS),
             ("rule", self.rule, ("exact", "midpoint")),
         ):  # fmt: skip
-            if isinstance(value, bool) or value not in allowed:
+            if type(value) is not type(allowed[0]) or value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}.")
-        if not isinstance(self.eta, int | float) or not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be a number >= 0, not {self.eta!r}.")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, not {self.ratio!r}.")
+        checked_real(self.eta, "eta", "a number >= 0", lambda number: 0 <= number < math.inf)
+        checked_within(self.ratio, "ratio", 0, 1)
         if self.order != 2 and (self.rule, self.ratio) != ("exact", 0.5):
             raise ValueError(f'rule="midpoint" and ratio are of order 2, and mean nothing to order {self.order}.')
 
@@ -110,7 +109,7 @@ class _Plan:
         kernel, n = problem.kernel, len(times) - 1
         fractions, self.uses = _STAGES[solver.order]
         self.fractions = (solver.ratio,) if solver.order == 2 else fractions
-        lam = kernel.half_log_snr(torch.as_tensor(times)).detach()
+        lam = kernel.bounded_log_snr(torch.as_tensor(times)).detach()
         points = [times[:-1]]
         for r in self.fractions:
             stage = kernel.time_of(lam[:-1] + r * (lam[1:] - lam[:-1])).numpy()  # within, even where the noise pauses

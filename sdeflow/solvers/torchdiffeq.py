@@ -1,5 +1,9 @@
 """torchdiffeq's methods for the probability flow, with its traps closed.
 
+Adaptive methods assume that the equation is smooth. Where one schedule holds for all coordinates, they carry the state
+relative to its scale, as a function of sigma / alpha alone, in which f and g do not occur; their tolerances are then
+those of the state at the end. Otherwise they begin anew at each break point of f and g.
+
 Adaptive methods of torchdiffeq step past the end and interpolate back, and guess a first step that can
 leave the horizon altogether: ``step_t`` and the problem's clock prevent both. Their error norm is the
 largest over samples, so that a sample's accuracy does not depend on its batch. Fixed methods take the
@@ -12,18 +16,22 @@ Chen 2018; https://github.com/rtqichen/torchdiffeq
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sdeflow.checks import checked_choice
 from sdeflow.errors import SolverError, StepUnderflowError
-from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.problem import Normalised, Problem
 
 __all__ = ["Torchdiffeq"]
 
+_FIRST, _LONGEST = 0.02, 0.125  # steps of the whole way, where it is relative to the state's scale
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+_SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class Torchdiffeq:
     methods = _ADAPTIVE + _FIXED
 
     def __post_init__(self) -> None:
-        if self.method not in self.methods:
-            raise ValueError(f"torchdiffeq's methods are {', '.join(self.methods)}, not {self.method!r}.")
+        checked_choice(self.method, "method", self.methods)
+        checked_choice(self.scipy, "scipy", _SCIPY)
         if self.scipy != "RK45" and self.method != "scipy_solver":
             raise ValueError(f'scipy={self.scipy!r} is of method="scipy_solver", not of {self.method!r}.')
 
@@ -76,33 +84,53 @@ class Torchdiffeq:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
+        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive)
+        flow = problem.normalised() if self.adaptive else None
+        observed = None if problem.on_step is None else _Observed(problem, points[0], flow)
+        if not self.adaptive:
+            return problem.finish(self._integrated(problem, observed, flow, y, points, rtol, atol))
+        if flow is not None:
+            first, last = flow.size(points[0]), flow.size(points[-1])
+            y = self._integrated(problem, observed, flow, y / first, points, rtol, atol / last)
+            return problem.finish(y * last)
+        for part in problem.smooth_parts():
+            problem.keep_within(part)
+            y = self._integrated(problem, observed, flow, y, part, rtol, atol)
+        return problem.finish(y)
+
+    def _integrated(
+        self, problem: Problem, observed: _Observed | None, flow: Normalised | None, y: Tensor,
+        points: Sequence[float], rtol: float, atol: float,
+    ) -> Tensor:  # fmt: skip
+        """The state at the last of ``points``, between which a fixed method steps."""
         from torchdiffeq import odeint
 
-        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive)
         grid = torch.tensor(points, dtype=torch.float64, device=y.device)
         ts = grid[[0, -1]]
         if self.method == "scipy_solver":
             options: dict = {"solver": self.scipy}
         elif self.adaptive:
             options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
+            if flow is not None:  # which is 0 where the data is Gaussian, or forgotten: that says nothing of the rest
+                options.update(first_step=_FIRST, max_step=_LONGEST)
         else:
             options = {"grid_constructor": lambda func, y0, t: grid}
-        drift = problem.drift if problem.on_step is None else _Observed(problem, float(ts[0]))
+        drift = observed or (problem.drift if flow is None else flow.drift)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Functional iteration did not converge")
                 warnings.filterwarnings("ignore", message="The following arguments have no")  # SciPy, of min_step
                 out = odeint(drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
         except (UserWarning, AssertionError) as error:
-            if error is problem.failure or (isinstance(drift, _Observed) and drift.failure is error):
+            if error is problem.failure or (observed is not None and observed.failure is error):
                 raise  # the score's or an observer's own
             raise self._failure(problem, error) from error
         if len(out) != 2:
             t = problem.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
-        if problem.on_step is not None:
-            drift.step_ended(float(ts[-1]), out[-1])
-        return problem.finish(out[-1])
+        if observed is not None:
+            observed.step_ended(float(ts[-1]), out[-1])
+        return out[-1]
 
     def _failure(self, problem: Problem, error: Exception) -> SolverError:
         """torchdiffeq's warnings and assertions as what they mean."""
@@ -124,12 +152,12 @@ class _Observed:
     its start.
     """
 
-    def __init__(self, problem: Problem, start: float) -> None:
-        self._problem, self._r, self._steps = problem, start, 0
+    def __init__(self, problem: Problem, start: float, flow: Normalised | None) -> None:
+        self._problem, self._r, self._steps, self._flow = problem, start, 0, flow
         self.failure: Exception | None = None
 
     def __call__(self, r: Tensor, y: Tensor) -> Tensor:
-        return self._problem.drift(r, y)
+        return (self._flow or self._problem).drift(r, y)
 
     def callback_step(self, r: Tensor, y: Tensor, length: Tensor) -> None:
         """A step begins at r, from y."""
@@ -140,7 +168,9 @@ class _Observed:
         """Passes the state at r on."""
         self._r, self._steps = r, self._steps + 1
         try:
-            self._problem.observe(self._steps, float(self._problem.time(r)[0]), y)
+            y = y if self._flow is None else y * self._flow.size(r)
+            time = self._problem.time(r)[0] if self._flow is None else self._flow.time(r)
+            self._problem.observe(self._steps, float(time), y)
         except Exception as error:
             self.failure = error
             raise

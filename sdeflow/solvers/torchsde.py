@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.brownian import BrownianRows
+from sdeflow.checks import checked_choice, checked_count, checked_flag
 from sdeflow.errors import StepUnderflowError
 from sdeflow.solvers.problem import Problem
 
@@ -61,11 +62,9 @@ class Torchsde:
     methods = _ITO + _STRATONOVICH
 
     def __post_init__(self) -> None:
-        if self.method not in self.methods:
-            raise ValueError(f"torchsde's methods are {', '.join(self.methods)}, not {self.method!r}.")
-        count = self.initial_steps
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"initial_steps must be a positive integer, not {count!r}.")
+        checked_choice(self.method, "method", self.methods)
+        checked_flag(self.adaptive, "adaptive")
+        count = checked_count(self.initial_steps, "initial_steps")
         if count != 100 and not self.adaptive:
             raise ValueError(f"initial_steps={count} is of adaptive steps: give adaptive=True too, or leave it out.")
 

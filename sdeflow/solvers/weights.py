@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.kernel import Kernel
+from sdeflow.kernel import FORGOTTEN, Kernel
 
 __all__ = ["PREDICTIONS", "RULES", "VARIABLES", "Eta", "Rule", "Transfer", "derive", "weights"]
 
@@ -201,13 +201,15 @@ class _Panels:
         powers: θ^k, (n, orders, panels, nodes).
         spread: eta² at the nodes.
         eta: for each step, (n,), or None where it varies within.
+        forgotten: where the half-log-SNR at the step's start is bounded, (n,).
     """
 
     def __init__(
         self, kernel: Kernel, start: np.ndarray, stop: np.ndarray, eta: Eta, orders: int, variable: str
     ) -> None:
         self.start, self.stop = torch.as_tensor(start), torch.as_tensor(stop)
-        begin, end = (kernel.half_log_snr(t).detach().numpy() for t in (self.start, self.stop))
+        begin, end = (kernel.bounded_log_snr(t).detach().numpy() for t in (self.start, self.stop))
+        self.forgotten = torch.as_tensor(begin <= FORGOTTEN)
         self.eta = None if callable(eta) else torch.as_tensor(np.broadcast_to(np.float64(eta), begin.shape).copy())
         most = 1.0 + (_of_log_snr(eta, np.concatenate([begin, end])) if callable(eta) else np.asarray(eta)).max() ** 2
         points, mass, _ = _gauss_legendre(_NODES)
@@ -292,11 +294,16 @@ def _derive_elementwise(kernel: Kernel, panels: _Panels, prediction: str, scale:
     sides = len(kernel.values.shape)
     rho_of, slope_of = _SCALES[prediction]
     (alpha_0, sigma_0, _), (alpha_1, sigma_1, _) = (kernel.coefficients(t) for t in (panels.start, panels.stop))
+    if not sides:
+        alpha_0, alpha_1 = (
+            torch.maximum(a, s * math.exp(FORGOTTEN)) for a, s in ((alpha_0, sigma_0), (alpha_1, sigma_1))
+        )
     if sides:
         there, noise, _ = kernel.coefficients(panels.t)
         zeta = noise / there
         own = -0.5 * kernel.sde_coefficients(panels.t)[2] / noise.square()  # dlambda/dt of each coordinate
-        speed = own / _sided(kernel.half_log_snr_rate(panels.t), sides)
+        rate = _sided(kernel.half_log_snr_rate(panels.t), sides)
+        speed = torch.where(rate < 0, own / rate, 0.0)  # steps in a pause have no length
     else:
         zeta, speed = torch.exp(-panels.lam), torch.ones_like(panels.lam)
     c = scale.to(torch.float64).cpu()
@@ -318,9 +325,14 @@ def _derive_elementwise(kernel: Kernel, panels: _Panels, prediction: str, scale:
         variance = (measure * 2.0 * (one - 1.0) * zeta.square() * (2.0 * onward).exp()).sum((1, 2))
         noise = alpha_1 * variance.clamp_min(0.0).sqrt()
     slope_0 = slope_of(sigma_0 / alpha_0, c)
+    of_state, of_noise = rho_0 * slope_0 / sigma_0, -rho_0
+    if not sides:  # where x_0 is forgotten eps is u / sigma, and what differs from it is rounding
+        forgotten = _padded(panels.forgotten, 1, extra)
+        of_state = torch.where(forgotten, rho_0 * (slope_0 - 1.0) / sigma_0, of_state)
+        of_noise = torch.where(forgotten, 0.0, of_noise)
     return Transfer(
         panels.first, panels.last, alpha_1 * (measure * one).sum((1, 2)), alpha_1 / alpha_0 * whole.exp(), moments,
-        noise, rho_0 * slope_0 / sigma_0, -rho_0, torch.stack([alpha_0, alpha_1]),
+        noise, of_state, of_noise, torch.stack([alpha_0, alpha_1]),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import sympy as sp
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["applied"]
+__all__ = ["applied", "takes_one"]
 
 _TIMES = ("t", "time")
 _STATES = ("x", "y", "z", "state")  # what a state is called elsewhere
@@ -70,6 +70,15 @@ def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> o
         raise DeclarationError(
             f"{name} is a function that could not be called with ({wanted}): {said}{_hint(said)}"
         ) from error
+
+
+def takes_one(function: Callable) -> bool:
+    """Whether a function takes a single argument; False where that cannot be told."""
+    try:
+        inspect.signature(function).bind(t)
+        return len(_argument_names(function) or ()) == 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> tuple[sp.Symbol, ...]:

@@ -20,7 +20,7 @@ from sdeflow.symbolic.moments import Moments, constant_ratio, rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["derive_coupled", "information", "stationary_covariance", "symbolic_cholesky"]
+__all__ = ["derive_coupled", "information", "rank", "stationary_covariance", "symbolic_cholesky"]
 
 _SECONDS = 2.0  # a coupled state's formulas are for display
 
@@ -68,6 +68,15 @@ def _stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp
         return None
     solution = dict(zip(symbols, matrix.LUsolve(right), strict=True))
     return sp.ImmutableMatrix(S.subs(solution).applyfunc(sp.cancel))
+
+
+def rank(matrix: sp.ImmutableMatrix) -> int:
+    """The rank of a matrix; the full one where SymPy takes too long to tell."""
+    return patiently(_rank, matrix, otherwise=min(matrix.shape))
+
+
+def _rank(matrix: sp.ImmutableMatrix) -> int:
+    return matrix.rank()
 
 
 def symbolic_cholesky(covariance: sp.ImmutableMatrix) -> sp.ImmutableMatrix:

@@ -207,7 +207,7 @@ def declare(
         drift, diffusion = (coefficient_of(v, n, components, parameters) for v, n in ((f, "f"), (g, "g")))
     if all(entry == 0 for entry in (diffusion if coupled else (diffusion,))):
         raise ScheduleError("g is identically 0: the equation has no noise, so no kernel, score or reverse SDE.")
-    if calculus not in ("ito", "stratonovich"):
+    if not isinstance(calculus, str) or calculus not in ("ito", "stratonovich"):
         raise DeclarationError(f'calculus must be "ito" or "stratonovich", not {calculus!r}.')
     if calculus == "stratonovich":
         correction = stratonovich_correction(diffusion if coupled else sp.ImmutableMatrix([[diffusion]]), components)
@@ -231,13 +231,17 @@ def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbo
     )  # fmt: skip
 
 
-def parameter_symbols(params: Mapping[sp.Symbol | str, object], *coefficients: object) -> dict[sp.Symbol, object]:
+def parameter_symbols(
+    params: Mapping[sp.Symbol | str, object] | None, *coefficients: object
+) -> dict[sp.Symbol, object]:
     """``params`` with each key the very Symbol that f or g holds (a name stands for the symbol so called).
 
     Raises:
         UnsafeExpressionError: for a name that is not a plain identifier.
         DeclarationError: for a key that is neither a Symbol nor a name, and for x and t.
     """
+    if params is None:
+        return {}
     if not isinstance(params, Mapping):
         raise DeclarationError(f"params must be a dict of Symbols or names to values, not {params!r}.")
     used = {symbol.name: symbol for e in _expressions(coefficients) for symbol in e.free_symbols}

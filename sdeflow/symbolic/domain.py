@@ -11,6 +11,7 @@ import sympy as sp
 
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.patience import patiently
 
 __all__ = ["ends_of"]
 
@@ -21,6 +22,21 @@ def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
     Raises:
         DeclarationError: where the domain mixes components, or is no interval that is found.
     """
+    found = patiently(_told, declaration, otherwise="SymPy takes too long to find where f and g are real.")
+    if isinstance(found, str):
+        raise DeclarationError(found)
+    return found
+
+
+def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str:
+    """The ends, or why there are none."""
+    try:
+        return _ends(declaration)
+    except DeclarationError as error:
+        return str(error)
+
+
+def _ends(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
     state, found = declaration.state, [{} for _ in declaration.state]
     coefficients = (*declaration.drifts, *declaration.diffusions)
     for expr in coefficients:

@@ -18,10 +18,11 @@ from sympy.logic.boolalg import BooleanAtom
 
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Declared", "UnknownValue", "by_sympy", "evaluate", "number_at"]
+__all__ = ["Declared", "UnknownValue", "by_sympy", "evaluate", "number_at", "require_time"]
 
 DIFFERENCES = tuple(
     (sign * o, sign * w) for o, w in ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280)) for sign in (1, -1)
@@ -50,7 +51,8 @@ _PLAIN: dict[type, Callable[..., np.ndarray]] = {
     sp.asinh: np.arcsinh, sp.acosh: np.arccosh, sp.atanh: np.arctanh, sp.atan2: np.arctan2,
     sp.sech: lambda u: 1.0 / np.cosh(u), sp.csch: lambda u: 1.0 / np.sinh(u), sp.coth: lambda u: 1.0 / np.tanh(u),
     sp.sec: lambda u: 1.0 / np.cos(u), sp.csc: lambda u: 1.0 / np.sin(u), sp.cot: lambda u: 1.0 / np.tan(u),
-    sp.floor: np.floor, sp.ceiling: np.ceil,
+    sp.floor: np.floor, sp.ceiling: np.ceil, sp.frac: lambda u: u - np.floor(u),
+    sp.Heaviside: np.heaviside,
 }  # fmt: skip
 
 _SPECIAL: dict[str, Callable[..., float]] = {
@@ -64,11 +66,18 @@ def evaluate(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> np.ndarray:
     """``expr`` at the given values of its symbols, which broadcast, in float64; NaN where it is not real.
 
     Raises:
-        UnknownValue: for a function that is neither NumPy's, mpmath's nor SymPy's to evaluate.
+        UnknownValue: for a function that is neither NumPy's, mpmath's nor SymPy's to evaluate; and after a deadline.
     """
+    require_time()
     shape = np.broadcast_shapes(*(np.shape(value) for value in at.values()))
     with np.errstate(all="ignore"):
         return np.broadcast_to(np.asarray(_walk(expr, at), dtype=np.float64), shape)
+
+
+def require_time() -> None:
+    """Raises an UnknownValue after the deadline of what is being computed."""
+    if time_left() <= 0:
+        raise UnknownValue("the processor time allowed for all of this has run out.")
 
 
 def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
@@ -96,6 +105,7 @@ def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
 
 def _one(expr: sp.Basic, numbers: tuple[float, ...]) -> float:
     """A special function of numbers."""
+    require_time()
     name = expr.func.__name__
     function = _SPECIAL.get(name) or getattr(mpmath.fp, name, None)
     try:
@@ -168,6 +178,7 @@ def by_sympy(
 
 def number_at(expr: sp.Expr, numbers: dict[sp.Symbol, float], at: float) -> float:
     """``expr`` in 30 digits by SymPy; by NumPy where it holds a function known by its values alone."""
+    require_time()
     point = {**numbers, time_symbol: float(at)}
     if expr.has(Schedule):
         return float(evaluate(expr, point))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x
 
 __all__ = ["Langevin", "find_langevin"]
@@ -43,9 +44,13 @@ class Langevin(NamedTuple):
 
 def find_langevin(declaration: Declaration) -> Langevin | None:
     """The parts of a declaration of two components that is underdamped Langevin dynamics, else None."""
-    state = declaration.state
-    if len(state) != 2 or any(e.has(t) for e in (*declaration.drifts, *declaration.diffusions)):
+    if len(declaration.state) != 2 or any(e.has(t) for e in (*declaration.drifts, *declaration.diffusions)):
         return None
+    return patiently(_found, declaration)
+
+
+def _found(declaration: Declaration) -> Langevin | None:
+    state = declaration.state
     gram = declaration.gram
     for position, velocity in ((0, 1), (1, 0)):
         q, v = state[position], state[velocity]

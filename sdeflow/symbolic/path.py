@@ -17,6 +17,7 @@ import numpy as np
 import sympy as sp
 
 from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.symbolic.arguments import applied, takes_one
 from sdeflow.symbolic.declaration import Coefficient, Declaration, coefficient_of, declare
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.exact import value_at
@@ -65,8 +66,11 @@ def declare_path(
             )
         alpha, T, cutoff = _of_table(alpha, T, cutoff)
     T = 1.0 if T is None else T
-    alpha = coefficient_of(alpha, "alpha", (x,), parameters)
-    sigma = sp.sqrt(1 - alpha**2) if sigma is None else coefficient_of(sigma, "sigma", (x,), parameters)
+    alpha = coefficient_of(_of_time(alpha, "alpha"), "alpha", (x,), parameters)
+    if sigma is None:
+        sigma = sp.sqrt(1 - alpha**2)
+    else:
+        sigma = coefficient_of(_of_time(sigma, "sigma"), "sigma", (x,), parameters)
     if alpha.has(x) or sigma.has(x):
         raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
     found = patiently(_path_coefficients, alpha, sigma)
@@ -87,6 +91,12 @@ def declare_path(
         raise DeclarationError(f"sigma(0) = {initial} must be a real number; parameters may not change it.")
     declaration = declare(rate * x, sp.sqrt(gram), T, cutoff, parameters, P0=float(initial) ** 2)
     return replace(declaration, path=(alpha, sigma))
+
+
+def _of_time(value: object, name: str) -> object:
+    """What a function of t alone, as ``lambda t: 1 - t``, returns; all else as it is."""
+    function = callable(value) and not isinstance(value, sp.Basic | type)
+    return applied(value, name, ()) if function and takes_one(value) else value
 
 
 def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.Expr, float, float | None]:

@@ -17,6 +17,7 @@ import gc
 import math
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ from typing import TypeVar
 
 import sympy as sp
 
-__all__ = ["budget", "growth", "patiently", "rehearsed", "small", "within"]
+__all__ = ["budget", "deadline", "growth", "patiently", "rehearsed", "small", "time_left", "within"]
 
 Result = TypeVar("Result")
 
@@ -37,6 +38,7 @@ _HUGE = 1e9
 _COMPARING = (sp.Max, sp.Min, sp.Piecewise, sp.Mod)
 
 _left: ContextVar[list[float] | None] = ContextVar("left", default=None)
+_end: ContextVar[float] = ContextVar("end", default=math.inf)
 
 
 @contextlib.contextmanager
@@ -49,6 +51,29 @@ def budget(seconds: float) -> Iterator[None]:
     finally:
         if token is not None:
             _left.reset(token)
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """What stands inside is to be done in ``seconds`` of processor time, forks included, as :func:`time_left` tells.
+
+    Forks end with it; what runs here must ask. Within another deadline the earlier of the two holds.
+    """
+    token = _end.set(min(_end.get(), _used() + seconds))
+    try:
+        yield
+    finally:
+        _end.reset(token)
+
+
+def time_left() -> float:
+    """Seconds until the :func:`deadline`; infinite where there is none."""
+    return math.inf if _end.get() == math.inf else _end.get() - _used()
+
+
+def _used() -> float:
+    """The processor time of this thread, whose others may be many, and of the children that have ended."""
+    return time.thread_time() + sum(os.times()[2:4])
 
 
 def patiently(
@@ -75,7 +100,7 @@ def patiently(
 def within(seconds: float, function: Callable[..., Result], *arguments: object) -> Result | None:
     """``function(*arguments)`` in a process of its own; None where it takes longer, fails, or returns what is huge."""
     left = _left.get()
-    seconds = seconds if left is None else min(seconds, left[0])
+    seconds = min(seconds, time_left(), math.inf if left is None else left[0])
     if seconds < 0.01 or not hasattr(os, "fork"):
         return None
     receiver, sender = Pipe(duplex=False)
@@ -142,11 +167,14 @@ def _ended(child: int) -> float:
 def small(*values: object) -> bool:
     """Whether the expressions in ``values`` have so few terms, even multiplied out, that SymPy is done at once.
 
-    A matrix of more than two rows and columns is not: its inverse alone may take SymPy minutes.
+    A matrix of more than two rows and columns is not: its inverse alone may take SymPy minutes. Nor is an integral,
+    which SymPy evaluates numerically wherever it asks for a sign.
     """
     if any(isinstance(value, sp.MatrixBase) and min(value.shape) > 2 for value in values):
         return False
     expressions = list(_expressions(values))
+    if any(e.has(sp.Integral) for e in expressions):
+        return False
     return sum(growth(e) for e in expressions) + _degree(expressions) <= _LARGEST_HERE
 
 

@@ -104,7 +104,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
         >>> SDE(f=-beta(t) * x / 2, g=sp.sqrt(beta(t)))
         SDE(dx = [-x*beta(t)/2] dt + sqrt(beta(t)) dw on [0, 1])
     """
-    name = name or f"schedule{next(_unnamed)}"
+    name = f"schedule{next(_unnamed)}" if name is None else name
     require_plain(name)
     if callable(source):
         members = {"values": staticmethod(_vectorised(source, name)), "source": staticmethod(source)}

@@ -64,6 +64,8 @@ def state(names: str | Sequence[str]) -> tuple[StateSymbol, ...]:
         UnsafeExpressionError: for a name that is not a plain identifier.
         DeclarationError: for no names, a repeated one, and ``t``.
     """
+    if not isinstance(names, str | list | tuple):
+        raise DeclarationError(f'a state is declared by its components\' names, as "x v" or ("x", "v"), not {names!r}.')
     names = tuple(names.replace(",", " ").split()) if isinstance(names, str) else tuple(names)
     for name in names:
         require_plain(name)

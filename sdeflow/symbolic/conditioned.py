@@ -1,0 +1,78 @@
+r"""The drift of an SDE conditioned on its end x_T = y (Doob's h-transform), as SymPy writes it.
+
+    f + g gᵀ h,      h = ∇_x log p(x_T = y | x_t = x).
+
+Where SymPy would take too long over it, h stands as a function h(x, t), one for each component. Where the moments are
+integrals, the horizon is the symbol T: an integral up to a number is a number, which SymPy computes to print a sum.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.lamperti import Map
+from sdeflow.symbolic.moments import Moments
+from sdeflow.symbolic.patience import patiently
+from sdeflow.symbolic.symbols import t, x
+
+__all__ = ["bridge_drift", "horizon", "named_drift", "reducible_bridge_drift"]
+
+_SECONDS = 2.0
+
+horizon = sp.Symbol("T", positive=True)
+
+
+def bridge_drift(declaration: Declaration, moments: Moments) -> sp.Expr | sp.ImmutableMatrix:
+    """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), with y the symbols x_T (v_T, ...).
+
+    Args:
+        declaration: an affine one.
+        moments: those of its kernel.
+    """
+    parts = declaration, moments.alpha, moments.offset, moments.var
+    return patiently(_linear, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
+
+
+def reducible_bridge_drift(declaration: Declaration, change: Map, moments: Moments) -> sp.Expr:
+    """The same of an SDE that the map ``change`` makes affine, with these moments of the new state."""
+    parts = declaration, change, moments.alpha, moments.offset, moments.var
+    return patiently(_reducible, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
+
+
+def named_drift(declaration: Declaration) -> sp.Expr | sp.ImmutableMatrix:
+    """f + g gᵀ h, where h stands for what is not written."""
+    state = declaration.state
+    names = [f"h_{component.name}" for component in state] if declaration.coupled else ["h"]
+    h = sp.Matrix([sp.Function(name, real=True)(*state, t) for name in names])
+    drift = sp.Matrix(declaration.drifts) + declaration.gram * h
+    return sp.ImmutableMatrix(drift) if declaration.coupled else drift[0]
+
+
+def _end(declaration: Declaration, moments: tuple) -> sp.Expr:
+    """The horizon as it stands in a formula."""
+    return horizon if any(e.has(sp.Integral) for e in moments) else sp.nsimplify(declaration.T, rational=True)
+
+
+def _linear(declaration: Declaration, *moments: sp.Expr | sp.MatrixBase) -> sp.Expr | sp.ImmutableMatrix:
+    phi, m, P = (e if declaration.coupled else sp.ImmutableMatrix([[e]]) for e in moments)
+    T = _end(declaration, moments)
+    phi_T, m_T, P_T = (e.subs(t, T) for e in (phi, m, P))
+    across = phi_T * phi.adjugate() / phi.det()
+    rest = P_T - across * P * across.T
+    inverse = rest.adjugate() / rest.det()
+    y = sp.Matrix([sp.Symbol(f"{component.name}_T", real=True) for component in declaration.state])
+    surprise = y - m_T - across * (sp.Matrix(declaration.state) - m)
+    drift = sp.Matrix(declaration.drifts) + declaration.gram * across.T * inverse * surprise
+    return sp.ImmutableMatrix(drift) if declaration.coupled else drift[0]
+
+
+def _reducible(declaration: Declaration, change: Map, alpha: sp.Expr, offset: sp.Expr, var: sp.Expr) -> sp.Expr:
+    T = _end(declaration, (alpha, offset, var))
+    across = alpha.subs(t, T) / alpha
+    mean = offset.subs(t, T) + across * (change.to_line - offset)
+    rest = var.subs(t, T) - across**2 * var
+    end = change.to_line.subs({x: sp.Symbol("x_T", real=True), t: T})
+    if change.fold:
+        end = end * sp.tanh(end * mean / rest)
+    return declaration.f + declaration.g**2 * sp.diff(change.to_line, x) * across * (end - mean) / rest
