@@ -1,6 +1,6 @@
 """Random declarations of the whole grammar: each declared or refused within 3 s of processor time, its numbers finite.
 
-``SDEFLOW_EXPRESSIONS=2000`` draws as many, to greater depth; the default is a few tens.
+``SDEFLOW_EXPRESSIONS=2000`` draws as many, to greater depth; the default is a dozen.
 """
 
 import os
@@ -14,7 +14,7 @@ from test_limits import processor_time
 
 from sdeflow.errors import SdeflowError
 
-COUNT = int(os.environ.get("SDEFLOW_EXPRESSIONS", "24"))
+COUNT = int(os.environ.get("SDEFLOW_EXPRESSIONS", "12"))
 FIRST = int(os.environ.get("SDEFLOW_FIRST_EXPRESSION", "0"))
 DEEPEST = 3 if COUNT <= 24 else 6
 LIMIT = 3.0

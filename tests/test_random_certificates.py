@@ -16,7 +16,7 @@ from test_limits import processor_time
 from sdeflow import SDE, t, x
 from sdeflow.errors import ScheduleError
 
-COUNT = int(os.environ.get("SDEFLOW_CERTIFICATES", "5"))
+COUNT = int(os.environ.get("SDEFLOW_CERTIFICATES", "2"))
 FIRST = int(os.environ.get("SDEFLOW_FIRST_CERTIFICATE", "0"))
 LIMIT = 10.0
 
