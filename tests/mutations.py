@@ -390,7 +390,7 @@ MUTATIONS = (
        "return G.detach(), -M(by_u)", (), ("tests/test_gradients.py", "-k", "coupled_state")),
     _m("order of a pilot grid", "pilot.py", "size ** (1.0 / (order + 1))", "size ** (1.0 / order)", (),
        ("tests/test_exponential.py", "-k", "pilot_grid_reaches")),
-    _m("grids that agree by chance", "likelihood/exponential.py", "torch.fmax(change, last / _FINER ** (order + 2))",
+    _m("grids that agree by chance", "likelihood/exponential.py", "torch.fmax(change, by_chance)",
        "change", (), ("tests/test_density.py", "-k", "two_equal_values")),
     _m("width of a bin", "dequantisation.py", "return d * math.log(self.width)", "return math.log(self.width)", (),
        ("tests/test_dequantisation.py", "-k", "two_dimensions")),
