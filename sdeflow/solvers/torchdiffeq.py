@@ -28,7 +28,7 @@ from sdeflow.solvers.problem import Normalised, Problem
 
 __all__ = ["Torchdiffeq"]
 
-_FIRST, _LONGEST = 0.02, 0.125  # steps of the whole way, where it is relative to the state's scale
+_FIRST, _LONGEST = 0.02, 0.25  # steps of the whole way, where it is relative to the state's scale
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
