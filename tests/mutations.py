@@ -429,7 +429,7 @@ MUTATIONS = (
     _m("root mean square of a round trip", "dynamics.py", "flatten(1).square().mean(1).sqrt()",
        "flatten(1).square().sum(1).sqrt()", (), ("tests/test_latents.py", "-k", "round")),
     _m("derivative on a panel", "chebyshev.py", "axis=-1) * (2.0 / width)[:, None]",
-       "axis=-1) * (1.0 / width)[:, None]", (), ("tests/test_bounds.py", "-k", "density or calibrated")),
+       "axis=-1) * (1.0 / width)[:, None]", (), ("tests/test_narrow_features.py", "-k", "derivative_of_a_fit")),
     _m("constant cosine", "basis.py", "matrix[0] /= math.sqrt(2.0)", "matrix[0] /= 2.0", (),
        ("tests/test_parameters.py", "-k", "cosine")),
     _m("frequencies of a basis", "basis.py", "dtype=torch.float64) / size) ** 2", "dtype=torch.float64)) ** 2", (),

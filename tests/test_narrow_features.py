@@ -16,6 +16,7 @@ from declarations import coupled, elementwise, integrate
 import sdeflow
 from sdeflow import SDE, t, x
 from sdeflow.breakpoints import break_points
+from sdeflow.chebyshev import PiecewiseChebyshev
 from sdeflow.errors import ScheduleError
 from sdeflow.symbolic.enclosure import Enclosure
 
@@ -346,3 +347,10 @@ def test_rounding_is_bounded():
     points = np.linspace(0.1, 0.9, 50)
     values, error = Enclosure([expr], {})(points, np.zeros_like(points), analytic=False)
     assert (abs(values[0] - points) <= error[0]).all() and error.max() < 1e-6
+
+
+def test_the_derivative_of_a_fit_is_the_derivative():
+    """Panel by panel, on panels of different widths."""
+    curve = PiecewiseChebyshev.fit(lambda points: np.sin(points)[None], np.array([0.0, 0.3, 1.0, 3.0]))
+    points = torch.linspace(0.05, 2.95, 40, dtype=torch.float64)
+    torch.testing.assert_close(curve.derivative()(points)[0], points.cos(), rtol=0, atol=1e-9)
