@@ -241,6 +241,7 @@ def _off_by(
     falls = (found.defect / coarse).nan_to_num(_FINER**-order).clamp(_FINER**-order, _LEAST_FALL)
     change = _DOUBTS * falls / (1.0 - falls) * (found.value - before).abs()
     by_chance = torch.fmin(falls * last, max(_OF_DEFECT[0] / steps, _OF_DEFECT[1]) * found.defect)
+    by_chance = torch.where(last > 4.0 * coarse, falls * last, by_chance)  # an error that no defect explains
     return torch.fmax(change, by_chance).maximum(torch.finfo(dtype).eps * found.value.abs())
 
 
