@@ -272,7 +272,7 @@ def test_two_grids_that_agree_by_chance_are_not_believed(name):
 
 
 def test_two_equal_values_after_a_great_change_have_an_error(monkeypatch):
-    """Values 0, ½, ½, ½, ... of finer and finer grids: the first pair promises no such agreement of the second."""
+    """Values 0, ½, ½, ½, ... of finer and finer grids whose defects are halved: these promise no such agreement."""
     sde = catalog.VP()
     exact = ring(sde)
     points = at_cutoff(sde, exact, 1)
@@ -280,7 +280,8 @@ def test_two_equal_values_after_a_great_change_have_an_error(monkeypatch):
 
     def scripted(*args):
         seen.append(0.5 if seen else 0.0)
-        return right(*args)._replace(value=torch.full((1,), seen[-1], dtype=torch.float64))
+        value, defect = torch.tensor([[seen[-1]], [0.5 ** len(seen)]], dtype=torch.float64)
+        return right(*args)._replace(value=value, defect=defect)
 
     monkeypatch.setattr(exponential, "_alone", scripted)
     found = sde.flow_ode(exact).log_prob(points, atol=0.01, full=True)
