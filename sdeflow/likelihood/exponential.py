@@ -37,6 +37,7 @@ _ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
 _SAFETY = 3.0  # of that the error of a finer grid falls as its defect does
 _LEAST_FALL = 0.75  # of a defect on the next grid: with less, two grids tell little
 _OF_DEFECT = 2.7, 0.04  # over the steps, and no less: this part of its defect is what a grid is off by, measured
+_UNRESOLVED = 15.0  # times its defect is what a grid is off by only where it does not resolve the flow
 _DOUBTS = 2.0  # times what the fall of the defects leaves of the difference between two grids
 _OF_TOLERANCES = 0.5  # of the difference of two solves by dopri5 is what the finer may be off by
 _LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a solve is said to be long
@@ -238,10 +239,13 @@ def _off_by(
         order: of the solver, the fastest that a defect is taken to fall with.
         dtype: in which the score was called.
     """
-    falls = (found.defect / coarse).nan_to_num(_FINER**-order).clamp(_FINER**-order, _LEAST_FALL)
+    fell = (found.defect / coarse).nan_to_num(_FINER**-order)
+    falls = fell.clamp(_FINER**-order, _LEAST_FALL)
     change = _DOUBTS * falls / (1.0 - falls) * (found.value - before).abs()
     by_chance = torch.fmin(falls * last, max(_OF_DEFECT[0] / steps, _OF_DEFECT[1]) * found.defect)
-    by_chance = torch.where(last > 4.0 * coarse, falls * last, by_chance)  # an error that no defect explains
+    # Defects that fall far faster than the order says, or are far below what was off, are of an unresolved grid.
+    unresolved = (fell < 0.5 * _FINER**-order) | (last > _UNRESOLVED * coarse)
+    by_chance = torch.where(unresolved, falls * last, by_chance)
     return torch.fmax(change, by_chance).maximum(torch.finfo(dtype).eps * found.value.abs())
 
 
