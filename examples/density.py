@@ -41,7 +41,7 @@ def main() -> None:
     score = sdeflow.Score(sdeflow.nets.MLP(2), sde, predicts="edm")
     started = time.perf_counter()
     sdeflow.fit(
-        score, truth.sample(args.data, seed=1), args.steps, batch_size=256, weighting="score", lr=1e-3, seed=args.seed,
+        score, truth.sample(args.data, seed=1), args.steps, batch_size=256, lr=1e-3, seed=args.seed,
         out=out / f"model-{args.steps}", resume=True, checkpoint_every=args.steps, progress=args.progress,
     )  # fmt: skip
     trained = time.perf_counter() - started
