@@ -190,7 +190,10 @@ def _cutoff(kernel: Kernel) -> Step:
     """Where training and solvers start."""
     at = equals(Notation("t (cutoff)", r"t_{\mathrm{cutoff}}"), sp.Float(kernel.cutoff, 6))
     if kernel.declaration.cutoff is not None:
-        return Step("The cutoff", "The first time that training and solvers visit was declared.", (at,), "declared")
+        text = (
+            "The first time that training and solvers visit is that of the declaration: cutoff=, or the table's first."
+        )
+        return Step("The cutoff", text, (at,), "declared")
     if all(kernel.declaration.initial_variances):
         text = "The kernel has variance P0 > 0 at t = 0, so that training and solvers start there."
         return Step("The cutoff", text, (at,))

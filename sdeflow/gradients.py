@@ -6,6 +6,8 @@ is an error: no solve returns a result whose gradient is silently missing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -52,9 +54,12 @@ def require_reach(model: Model, x: Tensor) -> None:
         raise ScoreError("no gradient flows through the score to the state (a detach or no_grad inside?).")
 
 
-def require_graph(x: Tensor) -> None:
-    """A ValueError where a gradient was asked for and nothing requires grad."""
-    if len(x) and not x.requires_grad:
+def require_graph(x: Tensor, sources: Iterable[Tensor] | None = None) -> None:
+    """A ValueError where a gradient was asked for and neither the result x nor one of its ``sources`` requires grad.
+
+    A solver that differentiates by itself, as Milstein's, returns a graph that leads to nothing of the user's.
+    """
+    if len(x) and not (x.requires_grad and (sources is None or any(source.requires_grad for source in sources))):
         raise ValueError(
             'gradient="backprop": neither the state nor a parameter that this solve reaches requires grad.'
         )

@@ -148,7 +148,8 @@ class SDE:
         ``SDE.from_kernel(alpha=1 - t, sigma=t, T=0.999)``. sigma(0)² becomes P0.
 
         A table of alpha, such as DDPM's (arXiv:2006.11239), may start at alpha < 1: it is continued to the data at
-        t = 0 linearly in -log alpha², and the cutoff is its first entry. Of n values alone, i is at (i + 1) T / n::
+        t = 0 linearly in -log alpha², and the cutoff is its first entry. Of n values alone, i is at (i + 1) T / n (at
+        i T / (n - 1) where the first is 1)::
 
             alphas = torch.cumprod(1 - betas, 0).sqrt()        # √ᾱ
             sde = SDE.from_kernel(alphas)                      # cutoff = 1 / n; moments are the table's at its times

@@ -61,7 +61,7 @@ from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.plan import Plan, make_plan
 from sdeflow.sampling import require_follower
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, resolve
+from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, names_for, resolve
 from sdeflow.symbolic.coupled import rank
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivative import derivative
@@ -165,7 +165,7 @@ def simulate(
             now = time
         states = torch.stack(found).to(x.dtype)
     if graph:
-        require_graph(states)
+        require_graph(states, (x, *model.values.tensors.values()))
     return states
 
 
@@ -286,6 +286,12 @@ def _plan(
     dtype: torch.dtype,
 ) -> Plan:  # fmt: skip
     """As :func:`sdeflow.plan.make_plan`, with steps by default; the kernel's own solvers run backwards alone."""
+    names = names_for("sde", with_kernel=False)
+    if (isinstance(solver, str) and solver not in names) or getattr(solver, "needs_kernel", False):
+        raise ValueError(
+            f'solver={solver!r} does not simulate the forward SDE; those that do: {", ".join(names)}, and "exact" '
+            "where there is a kernel."
+        )
     chosen = resolve("euler" if solver is None else solver, "sde")
     if steps is None and rtol is None and atol is None and not chosen.adaptive:
         steps = _STEPS
@@ -296,7 +302,9 @@ def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:
     times = checked_numbers(ts, "ts").detach().cpu()
     allowed = times.ndim == 1 and len(times) and bool(((times >= 0) & (times <= T)).all())
     if not allowed or not bool((times.diff() > 0).all()):
-        raise ValueError(f"ts must be increasing times in [0, T] = [0, {T:g}], not {ts!r}.")
+        raise ValueError(
+            f"ts must be increasing times in [0, T] = [0, {T:g}], not {ts!r}; for later times declare a larger T."
+        )
     return times.tolist()
 
 

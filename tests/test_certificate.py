@@ -539,6 +539,8 @@ HARD = {
     "a break at the horizon": lambda: SDE(0, sp.sqrt(1 + sp.Mod(t, R(1, 100)))),
     "breaks on round times": lambda: SDE(0, sp.sqrt(1 + sp.floor(1 / (t + R(1, 100))))),
     "a pulse of arguments that overflow": lambda: SDE(-x + 10**4 * sp.sech((t - R(2, 5)) * 10**4), 1),
+    "a sawtooth that falls to zero at the horizon": lambda: SDE(-x * sp.Mod(-3 * t, 1), 1),
+    "constant elasticity of variance": lambda: SDE(x / 20, x ** R(3, 4) / 5),
     "decoupled scales": lambda: SDE(lambda a, v, t: [v, 10**4 - v], [R(1, 10**4), 10**3], state=("a", "v")),
 }  # fmt: skip
 

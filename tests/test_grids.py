@@ -318,5 +318,5 @@ def test_what_takes_no_given_times_says_so():
         sde.flow_ode(score, prior=sde.prior).decode(
             torch.zeros(1, 1), Exponential(4, start="graded"), grid=random_times(sde, 20, 0)
         )
-    with pytest.raises(ValueError, match="rise or fall"):
+    with pytest.raises(ValueError, match="rise or all fall"):
         reverse.sample((2, 1), "euler", grid=[0.001, 0.5, 0.2, 1.0])

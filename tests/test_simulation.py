@@ -615,3 +615,16 @@ def test_a_horizon_too_short_for_the_law_of_boltzmann_is_told():
     sde = SDE([VELOCITY, -VELOCITY - POSITION**3], [0, 1], T=0.2)
     with pytest.warns(errors.PriorMismatchWarning, match="law of Boltzmann"):
         sde.default_prior(sdeflow.scores.as_score(lambda x, t: -x, sde), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dopri5", sdeflow.solvers.Exponential(eta=1.0)])
+def test_a_solver_of_other_equations_is_refused_with_those_that_simulate(solver):
+    with pytest.raises(ValueError, match=r"does not simulate the forward SDE; those that do: euler.*exact"):
+        catalog.OU().simulate(torch.ones(2, 1), [1.0], solver=solver, steps=5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "milstein", "srk", "heun"])
+def test_a_gradient_that_leads_nowhere_is_refused(solver):
+    sde = SDE(-x + sp.sin(x), sp.sqrt(1 + x**2) / 5)
+    with pytest.raises(ValueError, match="neither the state nor a parameter"):
+        sde.simulate(torch.ones(2, 1), [1.0], solver, steps=3, gradient="backprop")

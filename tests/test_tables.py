@@ -147,3 +147,13 @@ def test_solves_end_at_the_cutoff_and_a_score_serves_every_later_one():
     )
     with pytest.raises(ValueError, match="cutoff asked for"):
         sdeflow.catalog.SubVP(cutoff=1e-6).flow_ode(score)
+
+
+def test_a_table_of_values_that_starts_with_the_data_begins_at_time_zero():
+    alphas = np.sqrt(ALPHA_BAR[::100])
+    sde = SDE.from_kernel(np.concatenate([[1.0], alphas]))
+    alpha, _ = moments(sde, np.arange(1, len(alphas) + 1) / len(alphas))
+    assert np.abs(alpha - alphas).max() < 1e-10
+    assert sde.verify()
+    with pytest.raises(ScheduleError, match="only t = 0 may have it"):
+        SDE.from_kernel(([0.1, 0.5, 1.0], [1.0, 0.5, 0.1]))

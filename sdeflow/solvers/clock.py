@@ -462,7 +462,9 @@ def _checked(times: Tensor, cutoff: float, T: float) -> np.ndarray:
     points = times.detach().cpu().to(torch.float64).numpy().reshape(-1)
     points = points[::-1].copy() if len(points) > 1 and points[0] > points[-1] else points.copy()
     if len(points) < 2 or not np.isfinite(points).all() or (np.diff(points) <= 0).any():
-        raise ValueError("a grid of times needs at least two different, finite times, which rise or fall.")
+        wrong = [] if len(points) < 2 else np.flatnonzero(~(np.diff(points) > 0))
+        where = f"; {points[wrong[0]]:g} is followed by {points[wrong[0] + 1]:g}" if len(wrong) else ""
+        raise ValueError(f"a grid of times needs at least two finite times which all rise or all fall{where}.")
     if abs(points[0] - cutoff) > 1e-6 * max(cutoff, 1e-3 * T) or abs(points[-1] - T) > 1e-6 * T:
         raise ValueError(
             f"a grid of times must run from cutoff = {cutoff:.8g} to T = {T:g}, "

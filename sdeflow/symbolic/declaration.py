@@ -107,7 +107,7 @@ class Declaration:
         if not self.state_dependent_noise:
             return ""
         return (
-            " A step may have left the states where f and g are real, as x < 0 for √x: take more steps, or the flow; "
+            " A step may have left the states where f and g are real, as x < 0 for √x: take more steps; "
             'simulate() takes boundary="truncate", "reflect" or "absorb", and solver="exact" where there is a kernel.'
         )
 

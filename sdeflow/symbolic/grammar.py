@@ -185,7 +185,8 @@ class _Parser:
         if "__" in name or keyword.iskeyword(name):
             self._refuse(f"{name[:40]!r} is not part of the grammar", token.position)
         known = ", ".join([*self._names, "pi", "E"])
-        self._refuse(f"unknown name {name[:40]!r}; known are {known}", token.position, DeclarationError)
+        message = f"unknown name {name[:40]!r}; known are {known}. A parameter needs params={{{name[:40]!r}: ...}}"
+        self._refuse(message, token.position, DeclarationError)
 
     def _call(self, token: _Token) -> dict:
         name = _ALIASES.get(token.text, token.text)

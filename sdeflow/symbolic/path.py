@@ -47,7 +47,8 @@ def declare_path(
     r"""The SDE whose kernel is N(alpha(t) x_0, sigma(t)²).
 
     Args:
-        alpha: of t; or a table: (times, values), rows of (time, value), or values at T/n, 2T/n, ..., T.
+        alpha: of t; or a table: (times, values), rows of (time, value), or values at T/n, 2T/n, ..., T (at
+            0, T/(n - 1), ..., T where the first is 1).
         sigma: of t; None is √(1 - alpha²), variance preserving.
         T: the horizon; by default the last time of a table, else 1.
         cutoff: the first time that solvers visit; for a table that starts at alpha < 1, by default its first.
@@ -103,7 +104,9 @@ def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.
     """alpha through a table, its horizon and its cutoff."""
     table = table.detach().cpu().numpy() if hasattr(table, "detach") else table
     if all(np.ndim(value) == 0 for value in table):
-        table = np.arange(1, len(table) + 1) / len(table) * (1.0 if T is None else T), table
+        from_data = len(table) > 1 and float(table[0]) == 1.0  # its first value is that of t = 0
+        steps = np.arange(0 if from_data else 1, len(table) + (0 if from_data else 1), dtype=float)
+        table = steps / steps[-1] * (1.0 if T is None else T), table
     times, values = table_of(table, "alpha")
     if not (values[-1] > 0 and values[0] <= 1 and (np.diff(values) < 0).all()):
         raise ScheduleError(
@@ -113,6 +116,11 @@ def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.
     B = -2.0 * np.log(values)
     if times[0] < 0:
         raise DeclarationError(f"a table of alpha starts at t >= 0, not at {times[0]:g}.")
+    if times[0] > 0 and values[0] == 1:
+        raise ScheduleError(
+            f"a table of alpha has alpha = 1, which is the data without noise, at t = {times[0]:g}: only t = 0 may "
+            "have it. Begin the table at t = 0, or leave this entry out."
+        )
     if times[0] > 0:
         # A monotone cubic is straight through knots on a line.
         first, cutoff = times[0], times[0] if cutoff is None else cutoff
