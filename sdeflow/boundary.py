@@ -27,12 +27,45 @@ from sdeflow.checks import checked_choice
 from sdeflow.compile import compile_expressions
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.domain import ends_of
+from sdeflow.symbolic.domain import ends_of, ends_that_are_told
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["BOUNDARIES", "Boundary"]
+__all__ = ["BOUNDARIES", "Boundary", "states_to_try"]
 
 BOUNDARIES = ("truncate", "reflect", "absorb")
+
+_TRIED = 512  # states of a coupled SDE, beside and without regard to its ends
+
+
+def states_to_try(declaration: Declaration, values: Mapping[sp.Symbol, float], times: Tensor) -> list[Tensor]:
+    """For each component numbers (n, len(times)): an SDE that is real somewhere should be real at one of the n states.
+
+    Some lie between and beside the ends of the domain at these times, as far as f and g tell them. The others have all
+    magnitudes from 1e-6 to 1e6, both signs, and the multiples of 0.1 up to 20. Which numbers several components have
+    together is drawn, with a fixed seed.
+
+    Args:
+        declaration: the SDE.
+        values: numbers of its parameters.
+        times: one-dimensional, float64.
+    """
+    sizes = torch.logspace(-6.0, 6.0, 121, dtype=torch.float64)
+    anywhere = torch.cat([-sizes, sizes, torch.arange(-200, 201, dtype=torch.float64) / 10.0])
+    generator, tried = torch.Generator().manual_seed(0), []
+    for ends in ends_that_are_told(declaration):
+        found = [compile_expressions(end, (time_symbol,), values, declaration.T)(times) for end in ends]
+        parts = [_beside(torch.stack(found)) if found else anywhere[:, None], anywhere[:, None]]
+        if declaration.coupled:
+            parts = [part[torch.randint(len(part), (_TRIED,), generator=generator)] for part in parts]
+        tried.append(torch.cat([part.expand(-1, len(times)) for part in parts]))
+    return tried
+
+
+def _beside(ends: Tensor) -> Tensor:
+    """Numbers between each two neighbours of ``ends`` (n, times), and on either side of all; NaN is no end."""
+    ends = ends.sort(0).values  # NaN comes last
+    steps = torch.tensor([1e-3, 1.0, 1e3], dtype=ends.dtype)[:, None, None] * (1.0 + ends.abs())
+    return torch.cat([0.5 * (ends[1:] + ends[:-1]), (ends - steps).flatten(0, 1), (ends + steps).flatten(0, 1)])
 
 
 class Boundary:

@@ -11,10 +11,11 @@ import sympy as sp
 import torch
 
 from sdeflow.basis import Basis, CentreOfMassFree
+from sdeflow.boundary import states_to_try
 from sdeflow.bridge import Bridge, ReducibleBridge
 from sdeflow.certificate import Certificate, certify
 from sdeflow.checks import OF_BASIS, OF_PRIOR, checked_methods
-from sdeflow.compile import compile_expressions
+from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
 from sdeflow.errors import (
@@ -427,18 +428,26 @@ class SDE:
 
     def _require_finite_somewhere(self) -> None:
         """f and g of a general SDE must be finite at every time for some state."""
+        declaration, numbers = self.declaration, self.values.numbers
         times = torch.linspace(0.0, self.T, 1025, dtype=torch.float64)[1:]
         probes = torch.tensor([-1.7, -0.6, 0.3, 0.9, 2.1], dtype=torch.float64)
-        declaration = self.declaration
-        states = [probes.roll(i)[:, None].expand(-1, len(times)) for i in range(len(declaration.state))]
+        usual = [probes.roll(i)[:, None].expand(-1, len(times)) for i in range(len(declaration.state))]
         named = [*(("f", e) for e in declaration.drifts), *(("g", e) for e in declaration.diffusions)]
         for name, expr in named:
-            compiled = compile_expressions(expr, (t, *declaration.state), self.values.numbers, self.T)
-            bad = ~torch.isfinite(compiled(times.expand(5, -1), *states)).any(0)
-            if bool(bad.any()):
+            compiled = compile_expressions(expr, (t, *declaration.state), numbers, self.T)
+            bad = times[_nowhere_finite(compiled, times, usual)]
+            if len(bad):
+                bad = bad[_nowhere_finite(compiled, bad, states_to_try(declaration, numbers, bad))]
+            if len(bad):
                 raise ScheduleError(
-                    f"{name} = {expr} is not finite and real at t = {float(times[bad][0]):.4g}, for any x tried."
+                    f"{name} = {expr} is not finite and real at t = {float(bad[0]):.4g}, for any of the states tried: "
+                    "those beside the ends of its domain, as far as these are found, and all sizes from 1e-6 to 1e6."
                 )
+
+
+def _nowhere_finite(compiled: Compiled, times: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+    """At which times a function of t and the components is finite for none of the states (n, len(times))."""
+    return ~torch.isfinite(compiled(times.expand(len(states[0]), -1), *states)).any(0)
 
 
 @contextmanager

@@ -7,13 +7,15 @@ geometric Brownian motion. What lies beyond is not the SDE's.
 
 from __future__ import annotations
 
+import contextlib
+
 import sympy as sp
 
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.patience import patiently
 
-__all__ = ["ends_of"]
+__all__ = ["ends_of", "ends_that_are_told"]
 
 
 def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
@@ -28,6 +30,11 @@ def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
     return found
 
 
+def ends_that_are_told(declaration: Declaration) -> list[list[sp.Expr]]:
+    """For each component those of its ends that are found, in t and the parameters: none where SymPy takes too long."""
+    return patiently(_some_ends, declaration, otherwise=[[] for _ in declaration.state])
+
+
 def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str:
     """The ends, or why there are none."""
     try:
@@ -36,13 +43,18 @@ def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str
         return str(error)
 
 
+def _some_ends(declaration: Declaration) -> list[list[sp.Expr]]:
+    found = [{} for _ in declaration.state]
+    for factor in _must_be_positive(declaration):
+        with contextlib.suppress(DeclarationError):
+            _add(found, factor, declaration.state)
+    return [list(ends) for ends in found]
+
+
 def _ends(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
     state, found = declaration.state, [{} for _ in declaration.state]
-    coefficients = (*declaration.drifts, *declaration.diffusions)
-    for expr in coefficients:
-        for base in _must_be_positive(expr):
-            for factor in sp.Mul.make_args(base):
-                _add(found, factor, state)
+    for factor in _must_be_positive(declaration):
+        _add(found, factor, state)
     motions = len(declaration.diffusions) // len(state)
     for i, component in enumerate(state):
         row = [g for g in declaration.diffusions[i * motions : (i + 1) * motions] if g != 0]
@@ -54,9 +66,13 @@ def _ends(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
     return [list(ends.items()) for ends in found]
 
 
-def _must_be_positive(expr: sp.Expr) -> list[sp.Expr]:
-    roots = [power.base for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
-    return [base for base in [*roots, *(log.args[0] for log in expr.atoms(sp.log))] if base.free_symbols]
+def _must_be_positive(declaration: Declaration) -> list[sp.Expr]:
+    """The factors of what stands under a root or a logarithm in f or g."""
+    bases = []
+    for expr in (*declaration.drifts, *declaration.diffusions):
+        bases += [power.base for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
+        bases += [log.args[0] for log in expr.atoms(sp.log)]
+    return [factor for base in bases if base.free_symbols for factor in sp.Mul.make_args(base)]
 
 
 def _add(found: list[dict], factor: sp.Expr, state: tuple[sp.Symbol, ...]) -> None:
