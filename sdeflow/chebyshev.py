@@ -33,6 +33,7 @@ __all__ = [
     "geometric_edges",
     "halved",
     "nodes_of",
+    "polynomials",
     "require_time",
     "running_integral",
 ]
@@ -44,6 +45,7 @@ _NEGLIGIBLE = 1e-20
 _SMALLEST = 1e-14
 _HARMLESS = 1e-11
 _EPSILON = float(np.finfo(np.float64).eps)
+_ROUNDED_BETWEEN = 30.0  # an interpolant's rounding beside that of each of its 24 values
 
 # On the ellipse with rho = 4 around a panel, inside the disc of 2.125 times its half width, a function that varies
 # by M is interpolated at 24 nodes to 4 M rho^-23 / (rho - 1) (Trefethen, Approximation Theory, theorem 8.2).
@@ -62,6 +64,7 @@ _to_halves = [
 ]
 
 Function = Callable[[np.ndarray], np.ndarray]
+Rounding = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray:
@@ -113,6 +116,7 @@ class PiecewiseChebyshev:
         edges: np.ndarray,
         *,
         bound: Bound | None = None,
+        rounding: Rounding | None = None,
         lenient: bool = False,
         name: str = "the function",
     ) -> PiecewiseChebyshev:
@@ -123,6 +127,8 @@ class PiecewiseChebyshev:
             edges: the panels to start from: those where the function is not smooth, and others.
             bound: bounds of the same functions, or of others with the same features; a panel must satisfy
                 them too. Without it, points between the nodes are looked at.
+            rounding: maps points (n,) and values (k, n) to the rounding errors of these values, which no panel
+                resolves. For use without ``bound``, which tells them too.
             lenient: whether poles, and values that are not finite, are taken as they come.
             name: what the error messages call it.
 
@@ -131,7 +137,7 @@ class PiecewiseChebyshev:
         """
         done: list[tuple[np.ndarray, ...]] = []
         left, right = edges[:-1], edges[1:]
-        test, whole = _Test(function, bound), None
+        test, whole = _Test(function, bound, rounding), None
         finished = 0
         while left.size:
             require_time(name)
@@ -199,13 +205,18 @@ def nodes_of(edges: np.ndarray) -> np.ndarray:
 
 def evaluate(edges: Tensor, coefficients: Tensor, points: Tensor) -> Tensor:
     """Values (*leading, *points.shape) of series (*leading, panels, terms), all in float64; differentiable."""
+    panel, basis = polynomials(edges, points, coefficients.shape[-1])
+    return (coefficients[..., panel, :] * basis).sum(-1)
+
+
+def polynomials(edges: Tensor, points: Tensor, terms: int = NODES) -> tuple[Tensor, Tensor]:
+    """The panel of each point, and the Chebyshev polynomials there, (*points.shape, terms); differentiable."""
     panel = torch.searchsorted(edges[1:-1], points.contiguous(), right=True)
     left, right = edges[panel], edges[panel + 1]
     # Just inside (-1, 1), where the derivative of acos is finite.
     u = ((2.0 * points - left - right) / (right - left)).clamp(-1.0, 1.0) * (1.0 - 1e-15)
-    order = torch.arange(coefficients.shape[-1], dtype=torch.float64, device=points.device)
-    basis = torch.cos(torch.acos(u)[..., None] * order)
-    return (coefficients[..., panel, :] * basis).sum(-1)
+    order = torch.arange(terms, dtype=torch.float64, device=points.device)
+    return panel, torch.cos(torch.acos(u)[..., None] * order)
 
 
 def running_integral(values: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +269,8 @@ _to_running, _to_total = _integration_matrices()
 class _Test:
     """Whether panels are resolved: by the last coefficients, and by bounds or by points between the nodes."""
 
-    def __init__(self, function: Function, bound: Bound | None) -> None:
-        self.function, self.bound = function, bound
+    def __init__(self, function: Function, bound: Bound | None, rounding: Rounding | None = None) -> None:
+        self.function, self.bound, self.rounding = function, bound, rounding
         self._largest: dict[str, np.ndarray] = {}
 
     def __call__(
@@ -275,8 +286,13 @@ class _Test:
             negligible = self._negligible("values", size, width) / width
         if self.bound is None:
             small = np.maximum(tolerance * size + 1e-300, negligible)
-            resolved = (tail <= small).all(0)
-            resolved[resolved] = self._holds_between(nodes, coefficients, 1e3 * small, resolved)
+            rounded = np.zeros_like(size)
+            if self.rounding is not None:
+                flat = self.rounding(nodes.reshape(-1), values.reshape(len(values), -1))
+                rounded = flat.reshape(values.shape).max(-1)
+            resolved = (tail <= np.maximum(small, rounded)).all(0)
+            between = np.maximum(1e3 * small, _ROUNDED_BETWEEN * rounded)
+            resolved[resolved] = self._holds_between(nodes, coefficients, between, resolved)
             return resolved
         certain, rounding = self._is_certain(0.5 * (left + right), width, nodes[:, _LOOKED_AT])
         # What is computed may round as coarsely as its formula does, and no worse.

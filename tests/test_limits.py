@@ -14,6 +14,7 @@ import sdeflow
 from sdeflow import SDE, checkpoint, t, x
 from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, TooLargeError
 from sdeflow.simulation import SimulatedPairs
+from sdeflow.solvers.clock import make_clock
 from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.patience import budget, deadline, growth, patiently, small, within
@@ -144,6 +145,26 @@ def test_horizons_at_which_a_path_ends_in_noise_cost_no_more():
             assert sde.kernel.form == "closed"
             assert sde.flow_ode(lambda x, t: -x).sample((4, 2), steps=20, seed=0).isfinite().all()
             assert processor_time() - before < 2.0
+
+
+@pytest.mark.parametrize("power", [1.0, torch.linspace(0.5, 1.0, 3, dtype=torch.float64)])
+def test_without_a_closed_form_such_a_horizon_costs_no_more(power):
+    """dt/du holds no more digits there than 1 - t does: no panel of the clock resolves the rest."""
+    p = sp.Symbol("p", positive=True)
+    f, g = -p * x * (1 + sp.sin(t) ** 2 / 3) / (1 - t), sp.sqrt((1 + sp.cos(t**2) ** 2) / (1 - t))
+    used = []
+    for T in (0.999, 0.9999999):
+        sde = SDE(f, g, T=T, params={"p": power})
+        assert sde.kernel.form == "quadrature"
+        before = processor_time()
+        clock = make_clock("log_snr", sde.kernel, sde.cutoff, T)
+        used.append(processor_time() - before)
+        at, rate = zip(*map(clock, np.linspace(0.05, 0.95, 10)), strict=True)
+        around = [(clock(u + 1e-5)[0] - clock(u - 1e-5)[0]) / 2e-5 for u in np.linspace(0.05, 0.95, 10)]
+        assert np.allclose(rate, around, rtol=1e-6, atol=1e-8)
+        back = sde.kernel.time_of(sde.kernel.half_log_snr(torch.tensor(at, dtype=torch.float64)))
+        assert float((back - torch.tensor(at, dtype=torch.float64)).abs().max()) < 1e-12
+    assert used[1] < 2.0 * used[0] + 0.1
 
 
 def test_a_table_of_a_thousand_knots_is_derived_in_two_seconds():

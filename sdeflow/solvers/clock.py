@@ -259,6 +259,7 @@ class _Variable:
             "log_snr": (lambda v: _compressed(v, far), lambda w: _expanded(w, far)),
             "karras": (lambda v: np.exp(v / _RHO), lambda w: (_RHO * np.log(w), _RHO / w)),
         }[grid]
+        self._kinks = [far] if grid == "log_snr" and far < math.inf else []
         self._first, last = self._forward(self._at_time(np.array([kernel.cutoff, kernel.T])))
         self._length = last - self._first
 
@@ -274,16 +275,25 @@ class _Variable:
         """t and dt/du for u = w; None where w stands still, or nearly so, while t goes on."""
         horizon = self._kernel.T - self._kernel.cutoff
 
+        def rate_at(t: np.ndarray, slope: np.ndarray) -> np.ndarray:
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                return slope / -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
+
         def function(u: np.ndarray) -> np.ndarray:
             t, _, slope = self._at(u)
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                rate = slope / -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
+            rate = rate_at(t, slope)
             if not (rate <= _STEEPEST * horizon).all():
                 raise ScheduleError("the log-SNR stands still.")
             return np.stack([t, rate])
 
+        def rounding(u: np.ndarray, values: np.ndarray) -> np.ndarray:
+            """What the last digits of t change of dt/du: near the end of a path into noise they are those of 1 - t."""
+            t, rate = values
+            beside = rate_at(t - 4.0 * np.spacing(t), self._back(self._first + self._length * u)[1] * self._length)
+            return np.stack([np.zeros_like(t), np.abs(beside - rate)])
+
         try:
-            table = PiecewiseChebyshev.fit(function, self._panels(), name=f"grid {self._name}")
+            table = PiecewiseChebyshev.fit(function, self._panels(), rounding=rounding, name=f"grid {self._name}")
         except ScheduleError:
             return None
         jumped = abs(_integral(table, 1) / horizon - 1.0)  # of a pause that no u falls in, dt/du knows nothing
@@ -302,11 +312,13 @@ class _Variable:
         return function
 
     def _panels(self) -> np.ndarray:
-        """Edges in u to start from: the break points of f and g among them, where dt/du jumps or has a kink."""
-        even, inside = np.linspace(0.0, 1.0, 9), _breaks(self._kernel)
-        if not len(inside):
-            return even
-        edges = np.union1d(even, ((self._forward(self._at_time(inside)) - self._first) / self._length).clip(0.0, 1.0))
+        """Edges in u to start from: the break points of f and g, and where compression begins: dt/du has a kink there.
+
+        At a break point it may jump too.
+        """
+        levels = np.append(self._at_time(_breaks(self._kernel)), self._kinks)
+        edges = ((self._forward(levels) - self._first) / self._length).clip(0.0, 1.0)
+        edges = np.union1d(np.linspace(0.0, 1.0, 9), edges)
         return edges[np.append(edges[1:] - edges[:-1] > _LEAST_PANEL, True)]
 
     def mixture(self) -> Curve:
