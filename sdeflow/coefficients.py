@@ -45,6 +45,7 @@ __all__ = ["Coefficients"]
 _CUTOFF_NOISE = 2e-3  # sigma / alpha at the default cutoff
 _AGREEMENT = 1e-11  # of closed forms with quadrature, relative
 _ROUNDING = 16 * float(torch.finfo(torch.float64).eps)  # of a time, and of the functions of it in a formula
+_STEP_ROUNDING = 2 * float(torch.finfo(torch.float64).eps)
 _LARGEST = float(torch.finfo(torch.float32).max)
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
 _SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
@@ -138,19 +139,31 @@ class Coefficients:
         t = torch.as_tensor(t, dtype=torch.float64)
         if self.coupled:
             return self._over_event(0.5 * torch.log(self._information(t)[0]), t)
-        if self.closed is not None:
-            _, _, std, log_alpha = self._evaluated(self.closed, t)
-            return self._over_event(log_alpha - torch.log(std), t)
-        log_alpha, var, _ = self._current_table()(t)
-        return self._over_event(log_alpha - 0.5 * torch.log(var), t)
+        log_alpha, std = self._of_one_component(t)
+        return self._over_event(log_alpha - torch.log(std), t)
 
     def half_log_snr_rate(self, t: Tensor) -> Tensor:
         """d/dt of half_log_snr, elementwise -g² / (2 sigma²); never positive. Shaped as t."""
+        return self._half_log_snr_and_rate(t)[1]
+
+    def _half_log_snr_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one evaluation of the moments."""
         if self.coupled:
             information, rate = self._information(t)
-            return self._over_event(0.5 * rate / information, t)
-        _, std, _ = self.of_kernel(t)
-        return self._over_event(-0.5 * self.of_sde(t)[2] / std.square(), t)
+            half, rate = 0.5 * torch.log(information), 0.5 * rate / information
+        else:
+            log_alpha, std = self._of_one_component(t)
+            half, rate = log_alpha - torch.log(std), -0.5 * self.of_sde(t)[2] / std.square()
+        return self._over_event(half, t), self._over_event(rate, t)
+
+    def _of_one_component(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha and sigma at t, (*t.shape, *parameters) in float64."""
+        t = t.to(torch.float64)
+        if self.closed is not None:
+            _, _, std, log_alpha = self._evaluated(self.closed, t)
+            return log_alpha, std
+        log_alpha, var, _ = self._current_table()(t)
+        return log_alpha, torch.sqrt(var)
 
     @property
     def probes(self) -> Tensor:
@@ -182,10 +195,13 @@ class Coefficients:
         t = low + (high - low) * ((-target - falling[upper - 1]) / (falling[upper] - falling[upper - 1])).clamp(0, 1)
         with torch.no_grad():
             for _ in range(self._newton_steps):
-                excess = self.half_log_snr(t) - target
+                level, rate = self._half_log_snr_and_rate(t)
+                excess = level - target
                 low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
-                step = t - excess / self.half_log_snr_rate(t)
+                step, before = t - excess / rate, t
                 t = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
+                if bool(((t - before).abs() <= _STEP_ROUNDING * t).all()):
+                    break
         return t.clamp(self.cutoff, self.T)
 
     def compile_closed(self, moments: Moments) -> Compiled:
@@ -236,7 +252,7 @@ class Coefficients:
             return self._integrate_on(edges)
         if self._has_resolved_roots:
             return self._integrate_on(edges)
-        edges, table = with_resolved_roots(edges, self._integrate_on, min([self.T / 256, *self.breaks[:1]]))
+        edges, table = with_resolved_roots(edges, self._integrate_on)
         self._panels, self._has_resolved_roots = (self._panels[0], edges), True
         return table
 

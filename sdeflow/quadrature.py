@@ -30,10 +30,10 @@ from sdeflow.chebyshev import (
     PiecewiseChebyshev,
     derivative_matrix,
     end_weights,
-    evaluate,
     fit_values,
     geometric_edges,
     nodes_of,
+    polynomials,
     require_time,
     running_integral,
 )
@@ -76,8 +76,8 @@ class MomentTable:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, ...]:
         """Each row at times of any shape, (*t.shape, *shape)."""
-        edges = self.edges.to(t.device)
-        values = (evaluate(edges, series.to(t.device), t) for series in self.series)
+        panel, basis = polynomials(self.edges.to(t.device), t)
+        values = ((series.to(t.device)[..., panel, :] * basis).sum(-1) for series in self.series)
         return tuple(_times_first(value, t.ndim) for value in values)
 
 
@@ -165,15 +165,16 @@ def _is_divisible(edges: np.ndarray) -> np.ndarray:
 
 
 def with_resolved_roots(
-    edges: np.ndarray, integrate: Callable[[np.ndarray], MomentTable], first: float
+    edges: np.ndarray, integrate: Callable[[np.ndarray], MomentTable]
 ) -> tuple[np.ndarray, MomentTable]:
     """Panels on which the Cholesky factor of a coupled state is a polynomial, and its table.
 
-    Where the noise jumps up, the factor grows like a square root: panels from the time ``first`` on are halved until
-    they resolve it. Of a panel with two halves that fail, the factor is rounding, and no further halving helps.
+    Where the noise jumps up, the factor grows like a square root, as it does from t = 0 on: panels are halved until
+    they resolve it, but for the first. Of a panel with two halves that fail, the factor is rounding, and no further
+    halving helps.
     """
     table = integrate(edges)
-    candidates = edges[:-1] >= first
+    candidates = edges[:-1] > 0.0
     while True:
         require_time("the noise")
         unresolved = candidates & _has_unresolved_root(table)

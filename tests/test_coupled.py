@@ -3,6 +3,7 @@
 import copy
 import math
 
+import declarations
 import numpy as np
 import pytest
 import sympy as sp
@@ -12,6 +13,7 @@ from scipy.integrate import solve_ivp
 
 import sdeflow
 from sdeflow import SDE, DataError, DeclarationError, ScheduleError, catalog, state, t, x
+from sdeflow.certificate.oracle import Oracle
 from sdeflow.linear import Linear
 from sdeflow.nets import MLP
 from sdeflow.scores import GaussianMixture
@@ -363,6 +365,15 @@ def test_a_mistake_in_the_kernel_is_seen_by_the_moment_ode():
     wrong = SDE(f=[16 * v, -16 * v - sp.Float(4.02) * x_], g=[0, sp.sqrt(8)], P0=[0, 0.01])
     phi, _, _ = wrong.kernel.coefficients(torch.tensor(0.5, dtype=torch.float64))
     assert np.abs(phi.numpy() - moment_ode(sde, 0.5)[0]).max() > 1e-4
+
+
+def test_the_first_noise_of_coupled_states_is_resolved():
+    """The factor of P grows like a square root from t = 0, while the components turn: it was off by 4e-9."""
+    sde = declarations.coupled(131)[1]()
+    times = np.linspace(0.0075, 0.0295, 40)
+    P = Oracle(sde.declaration, {}, 1e-6).law(times).cov[:, 0]
+    _, root, _ = sde.kernel.coefficients(torch.tensor(times))
+    assert np.abs((root @ root.mT).numpy() / P - 1).max() < 1e-10
 
 
 def test_coupled_runs_are_stored_and_resumed(tmp_path):
