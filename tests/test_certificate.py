@@ -24,6 +24,7 @@ from sdeflow.certificate import Certificate, Check, bridge, certify, changes, dr
 from sdeflow.certificate.intervals import breaks, enclose
 from sdeflow.certificate.oracle import Oracle
 from sdeflow.certificate.subject import Subject
+from sdeflow.symbolic.coupled import information
 from sdeflow.symbolic.evaluate import evaluate
 
 k = sp.Symbol("k")
@@ -552,6 +553,31 @@ def test_right_kernels_raise_no_alarm(name):
     assert certificate, str(certificate)
     spent = sum(after - before for after, before in zip(os.times()[:4], start[:4], strict=True))
     assert spent < 10.0
+
+
+NARROW = "exp(-(10**6*t-3*10**5)**2)"
+
+
+def test_a_point_that_hits_a_narrow_feature_by_luck_has_not_resolved_it():
+    """log alpha = -t - √π 1e-6 after the feature; one of the oracle's points lies on it."""
+    sde = SDE(f"-x*(1+{NARROW})", 1)
+    law = Oracle(sde.declaration, {}, 1e-4).law(np.array([0.5, 1.0]))
+    assert np.abs(law.log_phi.ravel() + [0.5, 1.0] + math.sqrt(math.pi) * 1e-6).max() < 1e-10
+    assert certify(sde)
+
+
+def test_the_information_that_is_shown_keeps_its_digits():
+    """Exponents that are multiplied out, as in the determinant of P, hold 1e11 - 1e11 for a narrow feature."""
+    phi, P = sp.eye(2), sp.Matrix([[1 + sp.sympify(NARROW, locals={"t": t}), t], [t, 2]])
+    shown = information(sp.ImmutableMatrix(phi), sp.ImmutableMatrix(P), 0)
+    at = 0.3 + 1e-6
+    bump = math.exp(-((1e6 * at - 3e5) ** 2))
+    assert abs(float(evaluate(shown, {t: np.float64(at)})) * (1 + bump - at**2 / 2) - 1) < 1e-9
+
+
+def test_a_break_early_on_the_horizon_is_found_to_more_digits_than_those_of_the_horizon():
+    early = breaks([sp.Heaviside(sp.sin(10 * t) - sp.Rational(1, 27))], 1.947, {})
+    assert np.abs(early - math.asin(1 / 27) / 10).min() < 2e-17
 
 
 def test_more_breaks_than_are_followed_are_said():

@@ -310,7 +310,7 @@ def _crossings(expr: sp.Expr, levels: np.ndarray | None, T: float, numbers: Numb
             _must_rest(expr, levels, 0.5 * (low + high)[hit], numbers)
             break
         low, high = low[hit], high[hit]
-        if not len(low) or (high - low).max() <= 2e-16 * T:
+        if not ((high - low) > np.maximum(2e-16 * high, 1e-18 * T)).any():  # early times have more digits than T
             break
         middle = 0.5 * (low + high)
         wide = (high - low) > 1e-16 * np.maximum(high, 1e-300)

@@ -184,13 +184,14 @@ class Oracle:
         extra, total, points = [], None, np.sort(np.random.default_rng(2).uniform(0.02, 0.98, 9))
         for _ in range(_LEVELS):
             values = evaluate(expression, {**numbers, time_symbol: low + points[:, None] * (high - low)})
-            seen = np.nan_to_num(np.ptp(values, axis=0), nan=0.0)
+            least, most = np.sort(values, axis=0)[[1, -2]]  # one point may have hit a narrow feature by luck
+            seen = np.nan_to_num(most - least, nan=0.0)
             size = np.nan_to_num(np.abs(values).max(0), posinf=1e300, nan=0.0)
             total = float((size * (high - low)).sum()) if total is None else total
             if bounded:
                 slack = 1e-12 * (high - low)
                 below, above = enclose(expression, low + slack, high - slack, numbers)
-                hidden = np.maximum(above - values.max(0), values.min(0) - below)
+                hidden = np.maximum(above - most, least - below)
             else:  # a function of the user's: all there is to look at are its values, at many points
                 hidden = np.where(high - low > self.T / 1024, np.inf, seen)
             hidden = np.where(np.isnan(hidden), np.inf, hidden)
