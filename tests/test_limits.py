@@ -256,9 +256,19 @@ def test_the_drift_of_a_bridge_is_written_in_time():
     before = processor_time()
     drift = SDE("-x*(1+t)**8", "(1+t+exp(t))**12", T=0.5).bridge(0.0).drift
     assert str(drift) and processor_time() - before < 6.0
-    integral = SDE("-x*Heaviside(t)", "1+4**(44/7)", T=0.001).bridge(0.0).drift
-    assert str(integral) and (integral.has(horizon) or integral.has(sp.Function("h", real=True)))
+    sde = SDE("-x*Heaviside(t)", "1+4**(44/7)", T=0.001)
+    integral = sde.bridge(0.0).drift
+    assert str(integral) and (integral.has(horizon(sde.declaration)) or integral.has(sp.Function("h", real=True)))
     assert processor_time() - before < 12.0
+
+
+def test_a_parameter_called_T_is_not_the_horizon():
+    T = sp.Symbol("T", positive=True)
+    sde = SDE(-T * x * (1 + sp.sin(3 * t) ** 2), 1 + t**2, params={T: 0.7}, T=2.0)
+    drift = sde.bridge(0.0).drift
+    assert drift.has(sp.Integral) and drift.has(T) and drift.has(sp.Symbol("T_end", positive=True))
+    certificate = sde.verify()
+    assert certificate and "bridge.drift" in {check.name for check in certificate.checks}
 
 
 def test_a_drift_too_long_to_write_stands_as_a_function():

@@ -118,7 +118,7 @@ def bridge_drift(subject: Subject) -> None:
             size = abs(f) + abs(terms) @ (abs(y) + abs(m) + abs(phi) @ abs(x))
             reader = reader_of(subject, entry)
             more = {
-                horizon: subject.T,
+                horizon(subject.declaration): subject.T,
                 **dict(zip(state, x.tolist(), strict=True)),
                 **dict(zip(names, y.tolist(), strict=True)),
             }

@@ -3,7 +3,8 @@ r"""The drift of an SDE conditioned on its end x_T = y (Doob's h-transform), as 
     f + g gᵀ h,      h = ∇_x log p(x_T = y | x_t = x).
 
 Where SymPy would take too long over it, h stands as a function h(x, t), one for each component. Where the moments are
-integrals, the horizon is the symbol T: an integral up to a number is a number, which SymPy computes to print a sum.
+integrals, the horizon is the symbol T (T_end beside a parameter or component T): an integral up to a number is a
+number, which SymPy computes to print a sum.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ __all__ = ["bridge_drift", "horizon", "named_drift", "reducible_bridge_drift"]
 
 _SECONDS = 2.0
 
-horizon = sp.Symbol("T", positive=True)
+
+def horizon(declaration: Declaration) -> sp.Symbol:
+    """The symbol of the horizon in a drift: T, or T_end, T_end_end, ... where the declaration has that name."""
+    taken, name = {symbol.name for symbol in (*declaration.parameters, *declaration.state)}, "T"
+    while name in taken:
+        name += "_end"
+    return sp.Symbol(name, positive=True)
 
 
 def bridge_drift(declaration: Declaration, moments: Moments) -> sp.Expr | sp.ImmutableMatrix:
@@ -51,7 +58,9 @@ def named_drift(declaration: Declaration) -> sp.Expr | sp.ImmutableMatrix:
 
 def _end(declaration: Declaration, moments: tuple) -> sp.Expr:
     """The horizon as it stands in a formula."""
-    return horizon if any(e.has(sp.Integral) for e in moments) else sp.nsimplify(declaration.T, rational=True)
+    return (
+        horizon(declaration) if any(e.has(sp.Integral) for e in moments) else sp.nsimplify(declaration.T, rational=True)
+    )
 
 
 def _linear(declaration: Declaration, *moments: sp.Expr | sp.MatrixBase) -> sp.Expr | sp.ImmutableMatrix:
