@@ -59,7 +59,6 @@ _NEXT, _LEAST = (
 FORGOTTEN = -math.log(1e12)
 """The half-log-SNR below which x_0 is forgotten, as far as solvers can tell."""
 _FRESH = 1e-4  # of the variance at t, the share that must have come since s for a difference to keep its digits
-_WEAK = 0.1  # noise, relative to the strongest
 _DEFINED = "the kernel is defined for t in [0, T]"
 
 
@@ -161,23 +160,6 @@ class Kernel:
         with torch.no_grad():
             return bool((self.half_log_snr_rate(times) < 0).all())
 
-    @cached_property
-    def log_snr_falls_steadily(self) -> bool:
-        """Whether half_log_snr of a coupled state falls by a tenth at least while t grows e-fold; True elementwise.
-
-        Where the state turns more than it decays, it nearly stands still, and is no good measure of a solver's steps.
-        Where there is little noise, and before it has grown to P0, it stands still too, but so does what solvers make
-        polynomials of.
-        """
-        if not self.coupled:
-            return True
-        times = self.numbers.probes
-        with torch.no_grad():
-            noise = self.sde_coefficients(times)[2].flatten(1).abs().amax(1)
-            falls = self.half_log_snr_rate(times) * times < -0.1
-            begins = self.half_log_snr(times) > self.half_log_snr(self.cutoff) - 0.5 * math.log(2.0)
-            return bool((falls | begins | (noise < _WEAK * noise.max())).all())
-
     def with_values(self, values: Values) -> Kernel:
         """The same kernel with other values of the parameters; nothing is derived anew."""
         return Kernel(self.declaration, values, self.basis, like=self)
@@ -187,8 +169,7 @@ class Kernel:
         other = object.__new__(Kernel)
         other.__dict__.update(vars(self))
         other.declaration, other.numbers = declaration, self.numbers.with_cutoff(declaration)
-        for derived in ("log_snr_falls", "log_snr_falls_steadily"):
-            vars(other).pop(derived, None)
+        vars(other).pop("log_snr_falls", None)
         other._bind()
         return other
 

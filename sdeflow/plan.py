@@ -96,7 +96,6 @@ def make_plan(
     grid: Grid = None,
     with_kernel: bool = True,
     coupled: bool = False,
-    steady: bool = True,
 ) -> Plan:
     """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``.
 
@@ -111,7 +110,6 @@ def make_plan(
         grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
         with_kernel: whether the SDE has a Gaussian kernel.
         coupled: whether its state is coupled.
-        steady: whether its log-SNR is a good measure of steps.
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
@@ -130,9 +128,9 @@ def make_plan(
             chosen = Torchsde("euler")
         else:
             if kind == "sde" and steps is None:
-                steps = _SDE_STEPS if with_kernel and steady else _EULER_STEPS
+                steps = _SDE_STEPS if with_kernel else _EULER_STEPS
             pilot = isinstance(grid, str) and grid == "pilot"
-            chosen, clock = default_solver(kind, steps, with_kernel and steady, pilot, coupled)
+            chosen, clock = default_solver(kind, steps, with_kernel, pilot, coupled)
             if steps not in (None, named) and not chosen.adaptive:
                 steps = max(1, steps // chosen.calls_per_step)
     elif kind == "sde" and tolerances and steps is None and isinstance(solver, str) and solver in Torchsde.methods:
@@ -158,7 +156,9 @@ def make_plan(
         if max_calls is not None and plan.expected_calls > max_calls:
             raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")
         require_calls(plan.expected_calls, f"{steps} steps of {chosen}", max_calls)
-        plan.max_calls = 2 * plan.expected_calls + 10
+        plan.max_calls = (
+            4 * plan.expected_calls + 10
+        )  # Adams methods begin anew at break points, with four calls a step
     return plan
 
 

@@ -181,7 +181,6 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
         with_kernel=model.kernel is not None, coupled=model.declaration.coupled,
-        steady=model.kernel is None or model.kernel.log_snr_falls_steadily,
     )  # fmt: skip
     solver = plan.solver
     if options.observed and not _observable(solver):

@@ -85,7 +85,7 @@ class _Hamiltonian:
         self.integrand = Integrand(model, times, u, solve.carrier.dtype)
         self.rest = self.integrand.rest()
         self.lam = kernel.bounded_log_snr(self.integrand.times).numpy()
-        self.rate = kernel.half_log_snr_rate(self.integrand.times).tolist()
+        self.rate = self.integrand.rate.tolist()
         self.shares = quadrature_weights(self.lam).tolist()
         self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
         scale = torch.as_tensor(model.reference_scale(), dtype=torch.float64)

@@ -207,8 +207,8 @@ def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool)
     still = exponential and stands_still(model)
     if chosen == "adjoint" and still:
         raise ValueError(
-            'gradient="adjoint" integrates over the log-SNR, which stands still at an end of this SDE (g = 0 there): '
-            'take gradient="backprop".'
+            'gradient="adjoint" integrates over the log-SNR, which stands still at an end of this SDE or on the way '
+            '(g = 0 there): take gradient="backprop".'
         )
     return replace(options, gradient=chosen or ("adjoint" if exponential and not (hidden or still) else "backprop"))
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear, multiplied, rows
 from sdeflow.model import Model
 from sdeflow.reference import reference, reference_growth
@@ -33,6 +34,7 @@ __all__ = ["Carried", "Carrier", "Integrand", "quadrature_weights"]
 _DEGREE = 4
 _CLOSEST = 1e-3  # of nodes, relative to their mean distance
 _MORE_EVENLY = 0.4  # the longest step, relative to that in the half-log-SNR
+_BESIDE_INFINITE = 1e-200  # of the horizon: a time at which what is infinite at t = 0 is not
 
 
 class Carried(NamedTuple):
@@ -153,6 +155,7 @@ class Integrand:
         push: a map at each node.
         weight: of each node.
         known: what the linear part adds to the integral.
+        rate: of the half-log-SNR at each node.
     """
 
     def __init__(self, model: Model, times: np.ndarray, like: Tensor, dtype: torch.dtype) -> None:
@@ -162,7 +165,8 @@ class Integrand:
         self._model, self._like = model, like[:1].detach()
         self._score: tuple | None = None
         with torch.no_grad():
-            path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, self.times)
+            moving = _where_finite(kernel, self.times)
+            path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, moving)
             of_state, of_output, self._constant = self.score.coefficients(n, identity(like, kernel.coupled))
             inverse = reference(model, self.times, like).inverse
             self._half = (q @ path.sigma.T.inverse).scaled(-0.5)
@@ -172,8 +176,9 @@ class Integrand:
             self.push = rows(self._half @ Linear(of_output, kernel.coupled), like)
             self._of_output, self._of_state = Linear(of_output, kernel.coupled), Linear(of_state, kernel.coupled)
             self._noise_to_score = path.sigma.T.inverse.scaled(-1.0)
-            rate = kernel.half_log_snr_rate(self.times)
-            weight = _weights_in_time(kernel.bounded_log_snr(self.times).numpy(), rate.numpy(), model.reference_scale())
+            self.rate = kernel.half_log_snr_rate(moving)
+            lam = kernel.bounded_log_snr(self.times).numpy()
+            weight = _weights_in_time(lam, self.rate.numpy(), model.reference_scale())
             self.weight = (-weight).tolist()
             traces = self._linear.trace(tuple(like.shape[1:])).reshape(-1).expand(n)
             self.known = -float((weight * traces).sum())
@@ -221,6 +226,12 @@ def _nearest_before(times: np.ndarray, coarse: np.ndarray) -> list[int]:
     """The number of the coarse time at or before each time, both from the cutoff on."""
     slack = 1e-9 * (times[-1] - times[0])
     return (np.searchsorted(coarse, times + slack, side="right") - 1).clip(0).tolist()
+
+
+def _where_finite(kernel: Kernel, times: Tensor) -> Tensor:
+    """``times`` to ask for g and the rate of the log-SNR, whose ratio is finite where both are infinite, at t = 0."""
+    infinite = not all(bool(torch.isfinite(value).all()) for value in kernel.sde_coefficients(times[:1]))
+    return times.clamp_min(_BESIDE_INFINITE * kernel.T) if infinite else times
 
 
 def _no_drift(y: Tensor, t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exa
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
 DEFAULT_PROBES = 16
+_STILL = 1e-3  # a rate of the half-log-SNR, over the horizon
 TRACES = ("exact", "hutchinson", "hadamard", "hutch++")
 
 
@@ -108,11 +109,12 @@ class Options:
             if self.rtol is not None or (steps is None) == (self.atol is None):
                 raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
             return True
-        steady = model.kernel is not None and model.kernel.log_snr_falls_steadily
         if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
             raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
         require_calls(self.steps or 0, f"{self.steps} steps", self.max_calls)
-        return solver is None and steady and self.rtol is None and sum(v is not None for v in named) < 2
+        return (
+            solver is None and model.kernel is not None and self.rtol is None and sum(v is not None for v in named) < 2
+        )
 
 
 def is_exact(x: Tensor, options: Options) -> bool:
@@ -143,7 +145,15 @@ def estimator(x: Tensor, options: Options) -> Trace:
 
 
 def stands_still(model: Model) -> bool:
-    """Whether the log-SNR stands still at the cutoff or at T, where an integrand over it has a pole."""
-    ends = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
+    """Whether the log-SNR stands still at the cutoff or at T, where an integrand over it has a pole.
+
+    On the way too where break points are times of the grid (coupled states, schedules per coordinate); else none falls
+    into a pause.
+    """
+    kernel = model.kernel
+    times = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
     with torch.no_grad():
-        return not bool((model.kernel.half_log_snr_rate(ends) < 0).all())
+        still = not bool((kernel.half_log_snr_rate(times) < 0).all())
+        if still or not (kernel.coupled or kernel.values.shape):
+            return still
+        return bool((kernel.half_log_snr_rate(kernel.numbers.probes) * (model.T - model.cutoff) > -_STILL).any())

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from sdeflow.chebyshev import PiecewiseChebyshev
 from sdeflow.checks import checked_numbers, checked_real
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
+from sdeflow.solvers.resolution import require_resolved, require_stable
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
 
@@ -50,6 +51,9 @@ GRIDS = ("angle", "log_snr", "karras", "t")
 _RHO = 7.0  # of Karras et al.
 _LEAST_PANEL = 1e-12  # of the panels of u
 _STEEPEST = 150.0  # of dt/du relative to the horizon; that of the catalogue is at most 117 (EDM's angle)
+_STEEPEST_COUPLED = 6.0  # of it for a coupled state, which moves on while the log-SNR of its data hardly does
+_STEEPEST_WITH_DRIFT = 10.0  # of it where the data is not yet noise, and the drift moves it:
+_MOST_DRIFT = 10.0  # of the logarithm of the state, per u
 _MISSED = 1e-6  # of the horizon
 _MOST_NODES = 6_000
 _BESIDE = 1e-13  # of the horizon, from a break point
@@ -77,6 +81,7 @@ class Clock:
         breaks: times inside at which f or g is not smooth, rising.
         stops: such times, and u there as ``levels`` has it, which are times of every grid with enough steps.
         normalised: u -> t and ζ ζ'/(c² + ζ²), for methods that carry u / √(alpha² c² + sigma²); None without.
+        check: of rising times, and whether the method that visits them knows the kernel; raises where they cannot do.
     """
 
     def __init__(
@@ -90,10 +95,11 @@ class Clock:
         breaks: np.ndarray | None = None,
         stops: tuple[np.ndarray, np.ndarray] | None = None,
         normalised: Curve | None = None,
+        check: Callable[[np.ndarray, bool], None] | None = None,
     ) -> None:
         self.cutoff, self.T, self.given, self._first = cutoff, T, given, first
         self._curve, self._levels = curve, levels
-        self._breaks, self._stops, self.normalised = breaks, stops, normalised
+        self._breaks, self._stops, self.normalised, self._check = breaks, stops, normalised, check
 
     def __call__(self, u: float) -> tuple[float, float]:
         """t, never outside [cutoff, T], and dt/du."""
@@ -119,7 +125,18 @@ class Clock:
         times[0] = self.cutoff if self._first else times[0]
         if stops is not None:
             times[fixed] = self._stops[0]
+        if self._check is not None:
+            self._check(times, True)
         return times
+
+    def nodes(self, steps: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """u (steps + 1,) between which methods of any equation step, and at which numbers the break points are; None
+        for even steps, where there are no break points, or too many."""
+        shared = _shared(np.array([u for u, _ in self.breaks]), steps) if self.breaks else None
+        u, fixed = shared or (np.linspace(0.0, 1.0, steps + 1), None)
+        if self._check is not None:
+            self._check(np.array([self(v)[0] for v in u]), False)
+        return u, fixed
 
     def since_stop(self, times: np.ndarray) -> np.ndarray:
         """How many of ``times`` of a solve lie between each one and the stop before it, both included: a polynomial
@@ -181,7 +198,9 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     if grid is not None and grid not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
-        return Clock(cutoff, T, breaks=None if kernel is None else _breaks(kernel))
+        if kernel is None:
+            return Clock(cutoff, T)
+        return Clock(cutoff, T, breaks=_breaks(kernel), check=partial(require_resolved, kernel, scale))
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     checked_real(scale, "scale", "positive and finite", lambda number: 0.0 < number < math.inf)
@@ -194,8 +213,9 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         curve = variable.mixture() if curve is None else curve
         breaks = _breaks(kernel)
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
-        normalised = None if many_scales else where
-        return Clock(cutoff, T, curve, levels, None, _first(kernel, curve), breaks, stops, normalised)
+        normalised, first = None if many_scales else where, _first(kernel, curve)
+        check = None if many_scales else partial(require_stable, kernel, variable.name)
+        return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check)
 
 
 def _breaks(kernel: Kernel) -> np.ndarray:
@@ -251,15 +271,18 @@ class _Variable:
     """w(v) of a named grid, v = log(sigma / alpha) = -half_log_snr, from 0 at the cutoff to 1 at T."""
 
     def __init__(self, kernel: Kernel, grid: str, scale: float) -> None:
-        self._kernel, self._name, self._scale = kernel, grid, scale
+        self._kernel, self.name, self._scale = kernel, grid, scale
         c = math.log(scale)
         far = math.inf if kernel.coupled or kernel.values.shape else c + _FAR
         self._forward, self._back = {
             "angle": (lambda v: np.arctan(np.exp(v - c)), lambda w: (c + np.log(np.tan(w)), 2.0 / np.sin(2.0 * w))),
             "log_snr": (lambda v: _compressed(v, far), lambda w: _expanded(w, far)),
-            "karras": (lambda v: np.exp(v / _RHO), lambda w: (_RHO * np.log(w), _RHO / w)),
+            "karras": (
+                lambda v: np.exp(_compressed(v, far) / _RHO),
+                lambda w: _expanded(_RHO * np.log(w), far, _RHO / w),
+            ),
         }[grid]
-        self._kinks = [far] if grid == "log_snr" and far < math.inf else []
+        self._kinks = [far] if grid in ("log_snr", "karras") and far < math.inf else []
         self._first, last = self._forward(self._at_time(np.array([kernel.cutoff, kernel.T])))
         self._length = last - self._first
 
@@ -274,15 +297,19 @@ class _Variable:
     def curve(self) -> Curve | None:
         """t and dt/du for u = w; None where w stands still, or nearly so, while t goes on."""
         horizon = self._kernel.T - self._kernel.cutoff
+        steepest = _STEEPEST_COUPLED if self._kernel.coupled else _STEEPEST
 
         def rate_at(t: np.ndarray, slope: np.ndarray) -> np.ndarray:
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 return slope / -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
 
         def function(u: np.ndarray) -> np.ndarray:
-            t, _, slope = self._at(u)
+            t, v, slope = self._at(u)
             rate = rate_at(t, slope)
-            if not (rate <= _STEEPEST * horizon).all():
+            with np.errstate(invalid="ignore"):
+                drifts = self._drift_rate(t) * rate > _MOST_DRIFT
+            beside_data = drifts & (v < math.log(self._scale)) & (rate > _STEEPEST_WITH_DRIFT * horizon)
+            if beside_data.any() or not (rate <= steepest * horizon).all():
                 raise ScheduleError("the log-SNR stands still.")
             return np.stack([t, rate])
 
@@ -293,11 +320,16 @@ class _Variable:
             return np.stack([np.zeros_like(t), np.abs(beside - rate)])
 
         try:
-            table = PiecewiseChebyshev.fit(function, self._panels(), rounding=rounding, name=f"grid {self._name}")
+            table = PiecewiseChebyshev.fit(function, self._panels(), rounding=rounding, name=f"grid {self.name}")
         except ScheduleError:
             return None
         jumped = abs(_integral(table, 1) / horizon - 1.0)  # of a pause that no u falls in, dt/du knows nothing
         return _Series(table) if jumped <= _MISSED else None
+
+    def _drift_rate(self, t: np.ndarray) -> np.ndarray:
+        """The largest |a| at each time."""
+        a = self._kernel.sde_coefficients(torch.as_tensor(t))[0].detach().abs()
+        return a.reshape(len(t), -1).amax(1).numpy()
 
     def normalised(self, curve: Curve | None) -> Curve:
         """t, by ``curve`` where there is one, and ζ ζ'/(c² + ζ²) = v' / (1 + c²/ζ²), for u = w."""
@@ -451,10 +483,10 @@ def _compressed(v: np.ndarray, most: float) -> np.ndarray:
     return np.minimum(v, most) + np.log1p(beyond)
 
 
-def _expanded(w: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of :func:`_compressed`, and its slope."""
+def _expanded(w: np.ndarray, most: float, slope: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of :func:`_compressed`, and its slope times that of w."""
     beyond = np.maximum(w - most, 0.0)
-    return np.minimum(w, most) + np.expm1(beyond), np.exp(beyond)
+    return np.minimum(w, most) + np.expm1(beyond), np.exp(beyond) * slope
 
 
 def _integral(table: PiecewiseChebyshev, row: int) -> float:

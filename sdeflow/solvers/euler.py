@@ -60,10 +60,10 @@ class EulerMaruyama:
         r = problem.start(y, steps)
         y = problem.to_rows(y)
         shape = (len(y), problem.motions or y.shape[1])
-        for k in range(steps):
-            h, noise = r[k + 1] - r[k], problem.motion_in(r[k], r[k + 1], shape, y.dtype, y.device)
-            y = torch.add(y, problem.drift(r[k], y, h)).add_(_shaken(problem.diffusion(r[k], y, h), noise))
-            _observe(problem, k + 1, r[k + 1], y)
+        for k, begin, end in problem.steps(r):
+            h, noise = end - begin, problem.motion_in(begin, end, shape, y.dtype, y.device)
+            y = torch.add(y, problem.drift(begin, y, h)).add_(_shaken(problem.diffusion(begin, y, h), noise))
+            _observe(problem, k, end, y)
         return problem.finish(problem.from_rows(y))
 
 
@@ -84,10 +84,9 @@ class Euler:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        r = problem.start(y, steps)
-        for k in range(steps):
-            y = y + problem.drift(r[k], y, r[k + 1] - r[k])
-            _observe(problem, k + 1, r[k + 1], y)
+        for k, begin, end in problem.steps(problem.start(y, steps)):
+            y = y + problem.drift(begin, y, end - begin)
+            _observe(problem, k, end, y)
         return problem.finish(y)
 
 
@@ -109,13 +108,11 @@ class Heun:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        r = problem.start(y, steps)
-        for k in range(steps):
-            h = r[k + 1] - r[k]
-            slope = problem.drift(r[k], y, h)
-            ahead = problem.drift(r[k + 1], y + slope, h)
+        for k, begin, end in problem.steps(problem.start(y, steps)):
+            slope = problem.drift(begin, y, end - begin)
+            ahead = problem.drift(end, y + slope, end - begin)
             y = y + 0.5 * (slope + ahead)
-            _observe(problem, k + 1, r[k + 1], y)
+            _observe(problem, k, end, y)
         return problem.finish(y)
 
 

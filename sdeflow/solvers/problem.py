@@ -14,7 +14,7 @@ Either way states are as the model carries them: centred, in the kernel's basis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +31,7 @@ from sdeflow.solvers.clock import Clock
 __all__ = ["Normalised", "Problem"]
 
 _BESIDE = 1e-11  # of the clock's u: how far from a break point f and g are asked for, at most
+_BESIDE_TIME = 1e-13  # of the horizon: how far from it they are asked for, at least
 _CHECK_EVERY = 50
 _EXPLOSION = 1e12  # of a state, relative to 1 + the largest initial value
 
@@ -112,7 +113,9 @@ class Problem:
         self.failure: Exception | None = None
         self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
-        self._within: tuple[float, float] | None = None
+        self._nodes: np.ndarray | None = None
+        self._edges: list[tuple[float, float]] = []
+        self._part: tuple[float, float, float, float] | None = None
 
     def start(
         self, y: Tensor, steps: int | None = None, end: float = 1.0, eager_checks: bool = False
@@ -122,10 +125,12 @@ class Problem:
         Returns:
             The rising values of r (steps + 1,) at which its steps begin and end: 0, 1, ..., steps, or t itself (-t
             where t falls) where the times were given. Without ``steps``, 0 and ``end``, between which a solve chooses.
+            On a named grid the break points of f and g are among them; see :meth:`smooth_parts`.
         """
         given = steps is not None and self.clock.given is not None
         self._end = None if given else end if steps is None else float(steps)
-        self.eager_checks, self._within = eager_checks, None
+        self.eager_checks, self._part = eager_checks, None
+        self._divide(steps)
         y = y.detach()
         if not bool(torch.isfinite(y).all()):
             rows = _rows(~torch.isfinite(y).all(1))
@@ -142,23 +147,50 @@ class Problem:
         """Whether steps are of length 1 in r, as they are where the times were not given."""
         return self._end is not None
 
-    def smooth_parts(self) -> list[tuple[float, float]]:
-        """The intervals of r in [0, 1] between break points of f and g, in each of which the drift is smooth."""
-        self._require_in_unit_steps()
-        at = [u for u, _ in self.clock.breaks]
-        ends = [0.0, *(1.0 - np.array(at[::-1]) if self.backward else at), 1.0]
-        return [(float(a), float(b)) for a, b in pairwise(ends) if a < b]
+    def _divide(self, steps: int | None) -> None:
+        """Sets where r the break points of f and g are, and how u goes with r where its nodes are uneven for them."""
+        self._nodes, self._edges = None, []
+        if self._end is None:
+            return
+        at = [self._end * u for u, _ in self.clock.breaks]
+        if steps is not None:
+            u, at = self.clock.nodes(steps)
+            if at is None:
+                return
+            self._nodes = u[::-1].copy() if self.backward else u
+        edges = [(float(r), t) for r, (_, t) in zip(at, self.clock.breaks, strict=True)]
+        self._edges = [(self._end - r, t) for r, t in reversed(edges)] if self.backward else edges
 
-    def keep_within(self, part: tuple[float, float]) -> None:
-        """Until the next call, times are those inside a smooth part: f, g and dt/du on its own side of its ends."""
-        first, last = sorted(1.0 - r for r in part) if self.backward else part
-        inside = min(_BESIDE, 0.25 * (last - first))
-        self._within = first + inside * (first > 0.0), last - inside * (last < 1.0)
-        self._last = None
+    def smooth_parts(self, points: Sequence[float]) -> Iterator[Sequence[float]]:
+        """``points`` of :meth:`start` in runs, each from one break point of f and g to the next.
 
-    def _require_in_unit_steps(self) -> None:
-        if self._end != 1.0:
-            raise ValueError("smooth parts are of a solve that chooses its steps between 0 and 1.")
+        Until the next run is asked for, times are those inside this one: f, g and dt/du on its own side of its ends.
+        """
+        if not self._edges:
+            yield points
+            return
+        times = (self.clock.T, self.clock.cutoff) if self.backward else (self.clock.cutoff, self.clock.T)
+        ends = [(points[0], times[0]), *self._edges, (points[-1], times[1])]
+        for (first, begin), (last, end) in pairwise(ends):
+            if first < last:
+                inside = min(_BESIDE * self._end, 0.25 * (last - first))
+                low, high = sorted((begin, end))
+                short = min(_BESIDE_TIME * (self.clock.T - self.clock.cutoff), 0.25 * (high - low))
+                self._part = (
+                    first + inside * (first > points[0]), last - inside * (last < points[-1]),
+                    low + short * (low > self.clock.cutoff), high - short * (high < self.clock.T),
+                )  # fmt: skip
+                self._last = None
+                yield [first, *(r for r in points if first < r < last), last]
+        self._part = None
+
+    def steps(self, points: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """Number (from 1), begin and end of each step between ``points`` of :meth:`start`, in :meth:`smooth_parts`."""
+        number = 0
+        for part in self.smooth_parts(points):
+            for begin, end in pairwise(part):
+                number += 1
+                yield number, begin, end
 
     def normalised(self) -> Normalised | None:
         """The flow of the state relative to its scale, where the clock has it; see :class:`Normalised`."""
@@ -201,7 +233,7 @@ class Problem:
         return self._along(self._times_of(a, b), shape, dtype, device)[1]
 
     def _times_of(self, a: float, b: float) -> tuple[float, float]:
-        return float(self.time(a)[0]), float(self.time(b)[0])
+        return self._at(a)[0], self._at(b)[0]
 
     def _along(
         self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -212,12 +244,26 @@ class Problem:
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
+        r = _number(r)
+        if self._part is None:
+            t, rate = self._at(r)
+        else:
+            first, last, low, high = self._part
+            t, rate = self._at(min(max(r, first), last))
+            t = min(max(t, low), high)
+        return torch.tensor(t, dtype=torch.float64), rate
+
+    def _at(self, r: float) -> tuple[float, float]:
+        """t and |dt/dr|, where f and g may jump that to one side."""
         if self._end is None:
-            return torch.tensor(abs(_number(r)), dtype=torch.float64), 1.0
-        u = _number(r) / self._end
-        u = 1.0 - u if self.backward else u
-        t, rate = self.clock(u if self._within is None else min(max(u, self._within[0]), self._within[1]))
-        return torch.tensor(t, dtype=torch.float64), rate / self._end
+            return abs(r), 1.0
+        if self._nodes is None:
+            t, rate = self.clock(1.0 - r / self._end if self.backward else r / self._end)
+            return t, rate / self._end
+        k = min(max(int(r), 0), len(self._nodes) - 2)
+        width = float(self._nodes[k + 1] - self._nodes[k])
+        t, rate = self.clock(float(self._nodes[k]) + (r - k) * width)
+        return t, rate * abs(width)
 
     def drift(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
         """dy/dr, shaped as y, times the length of a step."""

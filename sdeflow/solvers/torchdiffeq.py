@@ -87,14 +87,11 @@ class Torchdiffeq:
         points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive)
         flow = problem.normalised() if self.adaptive else None
         observed = None if problem.on_step is None else _Observed(problem, points[0], flow)
-        if not self.adaptive:
-            return problem.finish(self._integrated(problem, observed, flow, y, points, rtol, atol))
         if flow is not None:
             first, last = flow.size(points[0]), flow.size(points[-1])
             y = self._integrated(problem, observed, flow, y / first, points, rtol, atol / last)
             return problem.finish(y * last)
-        for part in problem.smooth_parts():
-            problem.keep_within(part)
+        for part in problem.smooth_parts(points):
             y = self._integrated(problem, observed, flow, y, part, rtol, atol)
         return problem.finish(y)
 

@@ -93,15 +93,19 @@ class Torchsde:
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         if system.noise_type == "general" and self.diagonal:
             raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
-        end, extra = float(points[-1]), None
+        end = float(points[-1])
         brownian, tolerances = self._brownian(problem, y, end), (rtol, atol, 1e-6 * end)
         observed = problem.on_step is not None and self.observable
         if not observed and problem.in_unit_steps:
             points = [points[0], points[-1]]
-        for step, span in enumerate(pairwise(points), 1):
-            y, extra = self._advance(problem, system, brownian, y, span, extra, tolerances)
-            if observed:
-                problem.observe(step, float(problem.time(span[1])[0]), problem.from_rows(y))
+        step = 0
+        for part in problem.smooth_parts(points):
+            extra = None
+            for span in pairwise(part):
+                y, extra = self._advance(problem, system, brownian, y, span, extra, tolerances)
+                step += 1
+                if observed:
+                    problem.observe(step, float(problem.time(span[1])[0]), problem.from_rows(y))
         return problem.finish(problem.from_rows(y))
 
     def _advance(

@@ -1,0 +1,123 @@
+r"""Whether steps that are uniform in t serve an SDE at all: a grid that cannot is refused; its numbers would be wrong.
+
+Three things are asked of times of a kernel, none of which needs the score:
+
+  - f and g are finite at t = 0, however near to it the cutoff is;
+  - no step covers more than a quarter of a radian of the angle atan2(sigma, alpha c), of which all steps together cover
+    at most π/2 (of a coupled state with the half-log-SNR for log(alpha / sigma));
+  - of coupled states, which move on while the log-SNR of their data hardly does, for methods that do not know the
+    kernel: at no time is a step longer than a quarter of the time in which the reverse equation contracts e-fold, 1
+    over the largest eigenvalue of Σ⁻¹ g gᵀ with Σ = alpha C alphaᵀ + sigma sigmaᵀ, C = c² for the data's components.
+
+In few steps, more is allowed: they are coarse on any grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.kernel import FORGOTTEN, Kernel
+
+__all__ = ["require_resolved", "require_stable"]
+
+_MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 30.0  # the last three over the number of steps
+_NOISE = -1.0  # the half-log-SNR from which on data counts as noise
+
+
+def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates: bool) -> None:
+    """A ValueError where steps between uniform ``times`` cannot serve.
+
+    Args:
+        kernel: the kernel.
+        scale: the data's scale c.
+        times: rising, (n,).
+        propagates: whether the method knows the kernel, and takes what is linear in the state exactly.
+
+    Raises:
+        ValueError: with the grids that serve.
+    """
+    remedy = 'leave grid out, or name "angle" or "log_snr".'
+    with torch.no_grad():
+        if not all(bool(torch.isfinite(value).all()) for value in kernel.sde_coefficients(torch.zeros(()).double())):
+            raise ValueError(
+                f'grid="t": f or g is infinite at t = 0, which no uniform steps in t come near to; {remedy}'
+            )
+        t, steps = torch.as_tensor(times), len(times) - 1
+        widest, at = _angles(kernel, t, scale).max(0)
+        if float(widest) > max(_MOST, _FEW / steps):
+            raise ValueError(
+                f'grid="t": {steps} uniform steps in t are too long here. The one from t = {times[int(at)]:.4g} to '
+                f"{times[int(at) + 1]:.4g} alone takes {float(widest):.2f} of the {math.pi / 2:.2f} rad between data "
+                f"and noise; {remedy} More steps, or your own times in a tensor, serve too."
+            )
+        if not kernel.coupled:
+            if not kernel.values.shape:
+                require_stable(kernel, "t", times, propagates)
+            return
+        if propagates:
+            return
+        rate, at = _contraction(kernel, t, scale).max(0)
+        length = (times[-1] - times[0]) / steps
+        if float(rate) * length > max(_MOST, _FEW_COUPLED / steps):
+            raise ValueError(
+                f'grid="t": {steps} uniform steps in t are too long for this solver. At t = {times[int(at)]:.4g} the '
+                f"reverse equation contracts at a rate of {float(rate):.3g}, and a step is {length:.3g}; {remedy} More "
+                "steps, your own times in a tensor, or the default solver serve too."
+            )
+
+
+def require_stable(kernel: Kernel, grid: str, times: np.ndarray, propagates: bool) -> None:
+    """A ValueError where a method that does not know the kernel jumps over what f does, elementwise.
+
+    Its steps are to be short against 1 / |f'| where the data is not yet noise, and against the time in which the
+    reverse equation contracts e-fold, sigma² / g², where x_0 is forgotten. Elsewhere the angle says enough.
+
+    Args:
+        kernel: the kernel, of one schedule for all coordinates.
+        grid: the name of the grid.
+        times: rising, (n,).
+        propagates: whether the method knows the kernel: nothing is asked of it then.
+
+    Raises:
+        ValueError: with the solvers that serve.
+    """
+    if propagates:
+        return
+    steps, probes = len(times) - 1, kernel.numbers.probes
+    with torch.no_grad():
+        level = kernel.half_log_snr(probes)
+        length = torch.as_tensor(np.diff(times)[np.searchsorted(times, probes.numpy()).clip(1, steps) - 1])
+        near = torch.minimum(length, probes)  # where f is infinite at t = 0, its integral is not
+        drift = torch.where(level > _NOISE, near * kernel.sde_coefficients(probes)[0].abs(), 0.0)
+        contraction = torch.where(level < FORGOTTEN, length * -2.0 * kernel.half_log_snr_rate(probes), 0.0)
+    for moved, most in ((drift, max(_MOST, _FEW_DRIFT / steps)), (contraction, 1.0)):
+        largest, at = moved.max(0)
+        if float(largest) > most:
+            raise ValueError(
+                f'grid="{grid}": {steps} steps are too long for this solver. At t = {float(probes[at]):.4g} the drift '
+                f"moves the state e-fold {float(largest):.3g} times in one step; take more steps, a shorter T, "
+                "or the default solver, which is exact in what is linear in the state."
+            )
+
+
+def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
+    """What each step covers of the angle, (n - 1,)."""
+    if kernel.coupled:
+        angle = torch.atan(torch.exp(-kernel.half_log_snr(t)) / scale)
+    else:
+        alpha, sigma, _ = kernel.coefficients(t)
+        angle = torch.atan2(sigma, alpha * scale)
+    return angle.diff(dim=0).abs().flatten(1).amax(1) if angle.ndim > 1 else angle.diff().abs()
+
+
+def _contraction(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
+    """The largest eigenvalue of Σ⁻¹ g gᵀ at each time, (n,)."""
+    alpha, sigma, _ = kernel.coefficients(t)
+    of_data = [0.0 if i in kernel.declaration.auxiliary else scale**2 for i in range(kernel.components)]
+    covariance = alpha @ torch.diag(torch.tensor(of_data, dtype=torch.float64)) @ alpha.mT + sigma @ sigma.mT
+    inverse = torch.linalg.pinv(covariance, hermitian=True)
+    return torch.linalg.eigvals(inverse @ kernel.sde_coefficients(t)[2]).real.amax(-1)
