@@ -32,10 +32,15 @@ def derivative(expr: sp.Expr, symbol: sp.Symbol) -> sp.Expr:
         )
     if isinstance(expr, sp.Pow):
         base, power = expr.args
+        if not power.has(symbol) and base.is_Pow and base.exp.is_even:  # of |u| to some power, which has a kink
+            modulus, power = sp.Abs(base.base), base.exp * power
+            return power * modulus ** (power - 1) * derivative(modulus, symbol)
         if not power.has(symbol):
             return power * base ** (power - 1) * derivative(base, symbol)
         rate = derivative(power, symbol) * sp.log(base) + derivative(base, symbol) * power / base
         return expr * rate
+    if isinstance(expr, sp.Abs):  # of what is real: all symbols stand for real numbers
+        return sp.sign(expr.args[0]) * derivative(expr.args[0], symbol)
     if isinstance(expr, sp.Piecewise):
         branches = ((derivative(value, symbol), condition) for value, condition in expr.args)
         return sp.Piecewise(*branches, evaluate=False)

@@ -9,6 +9,7 @@ continued to them at t = 0 linearly in -log alpha² (DDPM's -log ᾱ), and the c
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from sdeflow.errors import DeclarationError, ScheduleError
 from sdeflow.symbolic.arguments import applied, takes_one
 from sdeflow.symbolic.declaration import Coefficient, Declaration, coefficient_of, declare
 from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.evaluate import UnknownValue, evaluate
 from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.patience import patiently, small, within
 from sdeflow.symbolic.schedule import Schedule, schedule, table_of
@@ -28,6 +30,8 @@ from sdeflow.symbolic.symbols import t, x
 __all__ = ["declare_path", "is_table"]
 
 _SMALL = 40  # operations
+_SECONDS = 0.2  # of processor time for a shorter form of f, and of g²; the rest of the declaration's is for its checks
+_SWITCHING = (sp.Abs, sp.sign, sp.Max, sp.Min, sp.Heaviside, sp.floor, sp.ceiling, sp.frac, sp.Mod)
 _LEAST = 0.5  # of alpha at the first entry of a table
 _JOIN = 1e-3  # of the first step of a table that starts at t = 0 and alpha < 1: where its continuation ends
 
@@ -130,8 +134,12 @@ def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.
 
 
 def _at_start(expr: sp.Expr) -> sp.Expr:
-    """``expr`` at t = 0, exact where SymPy knows it."""
+    """``expr`` at t = 0, exact where SymPy knows it in good time."""
     exact = value_at(expr, {t: sp.Integer(0)})
+    if exact is sp.nan and expr.free_symbols == {t}:
+        with contextlib.suppress(UnknownValue):
+            number = float(evaluate(expr, {t: 0.0}))
+            exact = sp.Float(number) if math.isfinite(number) else exact
     if exact.is_number and exact.is_real is None:
         number = value_at(exact, {}, 17)
         return sp.Float(0) if number.is_number and number.is_finite and abs(number) < 1e-12 else number
@@ -165,9 +173,15 @@ def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr
 
 
 def _simplest(expr: sp.Expr) -> sp.Expr:
-    """``expr`` simplified where it is small, and SymPy does so in a second."""
-    if expr.is_rational_function(t) and small(expr):
-        return sp.factor(expr)
-    patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
-    found = within(1.0, sp.simplify, expr) if patient else None
-    return expr if found is None else found
+    """``expr`` simplified where it is small, and SymPy does so in good time.
+
+    What switches is left as it stands: of sign(u) SymPy makes u / |u|, which has no value where u = 0.
+    """
+    standing = {part: sp.Dummy(real=True) for part in expr.atoms(*_SWITCHING)}
+    smooth = expr.xreplace(standing)
+    if smooth.is_rational_function(t, *standing.values()) and small(smooth):
+        found = sp.factor(smooth)
+    else:
+        patient = not expr.has(Schedule) and sp.count_ops(expr) <= _SMALL
+        found = within(_SECONDS, sp.simplify, smooth) if patient else None
+    return expr if found is None else found.xreplace({dummy: part for part, dummy in standing.items()})
