@@ -10,7 +10,7 @@ import sympy as sp
 import torch
 from problems import ring
 
-from sdeflow import SDE, solvers, x
+from sdeflow import SDE, scores, solvers, x
 from sdeflow import t as time_symbol
 from sdeflow.noise import NoiseStream
 from sdeflow.solvers import Exponential, Torchdiffeq, Torchsde
@@ -320,3 +320,21 @@ def test_what_takes_no_given_times_says_so():
         )
     with pytest.raises(ValueError, match="rise or all fall"):
         reverse.sample((2, 1), "euler", grid=[0.001, 0.5, 0.2, 1.0])
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("rk4", 4), ("exponential", 2)])
+def test_jumps_among_the_given_times_are_taken_from_each_side(name, order):
+    beta = sp.Piecewise((2, time_symbol < 0.3), (0, time_symbol < 0.5), (12, True))
+    sde = SDE(-beta * x / 2, sp.sqrt(beta), cutoff=0.01)
+    start, end = (float(sde.kernel.marginal(0.0, 0.5, t).std) for t in (0.01, 1.0))
+
+    score, errors = (
+        scores.GaussianMixture(sde, torch.zeros(1, 1, dtype=double), torch.full((1,), 0.25, dtype=double)),
+        [],
+    )
+    for n in (16, 32):
+        times = [torch.linspace(a, b, n + 1, dtype=double) for a, b in ((0.01, 0.3), (0.5, 1.0))]
+        found = sde.flow_ode(score).decode(torch.full((1, 1), end, dtype=double), name, grid=torch.cat(times))
+        errors.append(abs(float(found) / start - 1.0))
+    assert errors[1] < 0.06
+    assert errors[1] < 1e-9 or math.log2(errors[0] / errors[1]) > order - 0.4

@@ -62,6 +62,7 @@ _OF_TIME = 0.25  # of t, and of its logarithm, in the mixture
 _FAR = math.log(1e4)  # of sigma / alpha relative to the data's scale: from here on "log_snr" is compressed
 _MOST_RESTARTS = 32  # break points at which adaptive methods begin anew
 _KNOTS = 1025  # of each of its parts
+_SAME = 5e-14  # of the horizon: a given time this close to a break point is that point, rounded
 
 Grid = str | Tensor | Sequence[float] | np.ndarray | None
 Curve = Callable[[float], tuple[float, float]]
@@ -146,6 +147,14 @@ class Clock:
             return count
         at = np.isin(times, self._stops[0])
         return count - np.maximum.accumulate(np.where(at, count - 1, 0))
+
+    @cached_property
+    def given_breaks(self) -> np.ndarray:
+        """Those of the given times at which f or g is not smooth: a step that ends there takes them from before it."""
+        if self._breaks is None or not len(self._breaks):
+            return np.zeros(0)
+        inner = self.given[1:-1]
+        return inner[np.abs(inner[:, None] - self._breaks).min(1) <= _SAME * (self.T - self.cutoff)]
 
     @cached_property
     def breaks(self) -> tuple[tuple[float, float], ...]:

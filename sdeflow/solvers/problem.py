@@ -151,6 +151,8 @@ class Problem:
         """Sets where r the break points of f and g are, and how u goes with r where its nodes are uneven for them."""
         self._nodes, self._edges = None, []
         if self._end is None:
+            at = self.clock.given_breaks.tolist()
+            self._edges = [(-t, t) for t in reversed(at)] if self.backward else [(t, t) for t in at]
             return
         at = [self._end * u for u, _ in self.clock.breaks]
         if steps is not None:
@@ -173,7 +175,7 @@ class Problem:
         ends = [(points[0], times[0]), *self._edges, (points[-1], times[1])]
         for (first, begin), (last, end) in pairwise(ends):
             if first < last:
-                inside = min(_BESIDE * self._end, 0.25 * (last - first))
+                inside = min(_BESIDE * self._end, 0.25 * (last - first)) if self._end else 0.0
                 low, high = sorted((begin, end))
                 short = min(_BESIDE_TIME * (self.clock.T - self.clock.cutoff), 0.25 * (high - low))
                 self._part = (
