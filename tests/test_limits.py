@@ -213,9 +213,8 @@ def test_absurd_sizes_are_refused_before_work(tmp_path):
     assert processor_time() - before < 1.0
 
 
-@pytest.mark.parametrize("g", ["(1+t)**64", "(1+t+t**2)**64"])
-def test_a_derivation_too_long_to_write_says_so(g):
-    sde = SDE("-x", g)
+def test_a_derivation_too_long_to_write_says_so():
+    sde = SDE("-x", "(1+t)**64")
     before = processor_time()
     derivation = sde.derivation()
     assert derivation.steps[-1].title == "The steps from here on are left out"
