@@ -84,6 +84,7 @@ __all__ = [
     "heavy_dof",
     "heavy_tails",
     "pool",
+    "spread_dof",
     "total_variance",
     "until",
     "widening",
@@ -825,6 +826,14 @@ def are_few(d: int, probes: int) -> bool:
 def heavy_dof(probes: int) -> float:
     """Degrees of freedom for means of forms vᵀJv, whose tails are heavier than those of normal numbers; measured."""
     return max(min(probes - 0.5, 6.0), probes / 4.0)
+
+
+def spread_dof(probes: int) -> float:
+    """Degrees of freedom of the spread of eight and more forms vᵀJv themselves, which is the noisier; measured.
+
+    On exact mixtures in 4 to 12 dimensions 2.5 for 8 probes cover 95 % and more, 3.2 for them 94 % at the least.
+    """
+    return max(2.5, 0.23 * probes)
 
 
 def columns_of(d: int, seed: int, purpose: str) -> Tensor:

@@ -13,7 +13,7 @@ from sdeflow import catalog
 from sdeflow.errors import LongSolveWarning
 from sdeflow.likelihood import budget, exponential
 from sdeflow.scores import GaussianMixture
-from sdeflow.solvers import Exponential
+from sdeflow.solvers import Exponential, Torchdiffeq
 from sdeflow.traces import Hutchinson, HutchPP, widening
 
 _path = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
@@ -135,6 +135,29 @@ def test_the_same_trace_on_both_grids():
 def test_a_solver_without_a_corrector_has_a_bar(problems):
     mode = bars.by_solver(solver=Exponential(2, corrector=False), steps=20)
     assert covers([mode(problem) for problem in problems])
+
+
+@pytest.mark.parametrize("sde", [catalog.VP(), catalog.FlowMatching()], ids=["VP", "FlowMatching"])
+def test_every_fixed_step_method_has_a_bar_that_covers(sde):
+    """rk4 in as many steps is off by as much as heun3 is, and cannot tell its error."""
+    means = torch.tensor([[3.0, 0.0], [-3.0, 1.0], [0.0, -3.0], [1.0, 4.0]], dtype=torch.float64)
+    variances = torch.tensor([0.02, 0.1, 0.2, 0.3], dtype=torch.float64)
+    problem = bars.Problem("", sde, GaussianMixture(sde, means, variances), 100)
+    for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams"):
+        found = bars.by_solver(solver=Torchdiffeq(method), steps=20)(problem)
+        assert covers_of(found) >= 0.95 and covers([found]), (method, covers_of(found))
+
+
+def test_loose_tolerances_have_bars_that_cover():
+    """There an error does not fall tenfold with the tolerance; modes are ten from the centre."""
+    sde = catalog.SubVP()
+    direction = torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    means = 10 * direction / direction.norm(dim=1, keepdim=True)
+    variances = torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
+    problem = bars.Problem("", sde, GaussianMixture(sde, means, variances), 60)
+    for tolerance in (0.1, 0.03, 0.01, 0.003):
+        found = bars.by_solver(rtol=tolerance, atol=tolerance)(problem)
+        assert covers_of(found) >= 0.95 and covers([found]), (tolerance, covers_of(found))
 
 
 def test_few_random_signs_are_distinct():

@@ -54,6 +54,7 @@ from sdeflow.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Clock, Problem, Torchdiffeq, Torchsde
 from sdeflow.symbolic.symbols import s
+from sdeflow.traces import spread_dof, widening
 
 D = 3
 PACKAGE = Path(sdeflow.__file__).parent
@@ -1578,10 +1579,13 @@ def test_73_hutchinson_is_calibrated():
     for probe in ("rademacher", "gaussian"):  # each repeated sample has probes of its own
         result = flow(swirl).log_prob(x.repeat(n, 1), probes=8, probe=probe, seed=0, full=True, rtol=1e-4, atol=1e-4)
         values, errors = result.value.reshape(n, 2), result.stderr.reshape(n, 2)
-        spread = errors.square().mean(0).sqrt()
+        # A bar is a standard error, widened by Student's t; it is the former that has to be the values' spread.
+        spread = errors.square().mean(0).sqrt() / widening(torch.tensor(spread_dof(8), dtype=torch.float64))
         assert bool((spread > 1e-3).all()), probe
         assert bool(((values.mean(0) - truth).abs() < 4 * spread / math.sqrt(n)).all()), probe
         assert bool((values.std(0) < 2 * spread).all() and (values.std(0) > spread / 2).all()), probe
+        covered = ((values - truth).abs() <= 2 * errors).double().mean()
+        assert float(covered) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / values.numel()), probe
 
 
 def test_73_probes_are_fixed_over_a_solve():

@@ -29,10 +29,12 @@ from sdeflow.traces import (
     columns_of,
     hadamard,
     heavy_dof,
+    spread_dof,
     until,
 )
 
 _MANY_PROBES = 8  # from here on the spread of fixed probes tells their error
+_LOOSE = 1e-3  # from this tolerance on the error does not follow the tolerance; two tighter ones tell it
 
 __all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
 
@@ -88,18 +90,28 @@ def by_torchdiffeq(
 
 
 def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Tensor:
-    """What log p of a solve may be off by: its difference to a finer one.
+    """What log p of a solve may be off by: its difference to a finer one, and what that one may be off by.
 
-    A finer solve of the same method may agree by chance, so no less is taken than a tenth of the difference to a looser
-    one, at ten times the tolerance or in half the steps; and all of that where nothing finer comes to an end.
+    The finer solve has errors of its own, and may agree by chance. They are told by
+
+        a loose tolerance    a solve at a hundredth of it: the error does not fall as the tolerance does there
+        the same method      a tenth of the difference to a looser one: ten times the tolerance, or half the steps
+        rk4 for another      what rk4 changes by in half of its own steps
+
+    Where nothing finer comes to an end, it is the whole difference to the looser one.
     """
+    finer = plan.finer()
     try:
-        finer = solve(plan.finer())
+        best = solve(finer)
+        if plan.steps is None and max(plan.rtol, plan.atol) >= _LOOSE:
+            doubt = value - solve(finer.finer())
+        elif plan.solver == finer.solver:
+            doubt = 0.1 * (value - solve(plan.looser()))
+        else:
+            doubt = best - solve(finer.looser())
     except SolverError:
         return (value - solve(plan.looser())).abs()
-    error = torch.hypot(value - finer, torch.finfo(torch.float64).eps * value)
-    same = plan.solver == plan.finer().solver
-    return torch.hypot(error, 0.1 * (value - solve(plan.looser()))) if same else error
+    return torch.stack([value - best, doubt, torch.finfo(torch.float64).eps * value]).norm(dim=0)
 
 
 def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> FixedProbes | None:
@@ -200,7 +212,7 @@ class Flow:
             stderr = spread * math.sqrt(self.probes.left / columns)
             stderr = stderr if columns > 1 else torch.full_like(stderr, math.nan)
             if self.probes.left:
-                known = heavy_dof(columns) if few else max(2.5, 0.23 * columns)
+                known = heavy_dof(columns) if few else spread_dof(columns)
                 own = self.probes.normals is None  # probes that were handed over tell by their own spread
                 dof = torch.full_like(dof, columns - 1.0 if own else known)
         return Estimate(value, stderr, dof, columns), x_T.detach(), problem.nfe
