@@ -219,16 +219,20 @@ def polynomials(edges: Tensor, points: Tensor, terms: int = NODES) -> tuple[Tens
     return panel, torch.cos(torch.acos(u)[..., None] * order)
 
 
-def running_integral(values: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+def running_integral(values: Tensor, width: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Integrals of panel functions from the left end of each panel.
 
     Args:
-        values: (..., panels, nodes) at the Chebyshev points.
+        values: (..., panels, nodes) at the Chebyshev points; (..., panels, nodes, entries) for ``dim`` -2.
         width: (panels,) of each panel.
+        dim: the axis of the nodes, -1 or -2.
 
     Returns:
-        The integral up to each node, as ``values``, and over the whole panel, (..., panels).
+        The integral up to each node, as ``values``, and over the whole panel, without the nodes.
     """
+    if dim == -2:
+        scaled = values * (0.5 * width[:, None, None])
+        return _to_running @ scaled, _to_total @ scaled
     scaled = values * (0.5 * width[:, None])
     return scaled @ _to_running.T, scaled @ _to_total
 

@@ -490,9 +490,8 @@ class Coefficients:
     def _noise_to_signal(self, t: Tensor) -> Tensor:
         """sigma / alpha at t; of a coupled state, that of its data component alone."""
         if self.coupled:
-            i = self.data[0]
-            phi, root, _ = self.table(t)
-            return root[..., i, :].norm(dim=-1) / phi[..., i, i].abs()
+            phi, root = self.table.of_component(self.data[0], t)
+            return root.norm(dim=-1) / phi.abs()
         log_alpha, var, _ = self.table(t)
         return torch.exp(-self._over_event(log_alpha - 0.5 * torch.log(var), t))
 

@@ -18,7 +18,7 @@ All is float64 and differentiable in the coefficients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,7 +49,9 @@ _LARGEST_GROWTH = 1e3  # of the variance over a panel
 _NOTHING = 1e-290  # a variance
 _ROOT_TOLERANCE = 1e-11
 _LARGEST_TURN = 0.75  # of the norm of ∫ F over one panel, for Picard's iteration
-_ITERATIONS = 18  # 0.75^18 / 18! is 1e-18
+_AT_ONCE = 2**15  # values of series
+_ITERATIONS = (18, 8, 3)  # of Picard: 0.75^18 / 18! is 1e-18,
+_LARGEST_SIZES = np.array([0.02, 1e-6])  # and so are 0.02^8 / 8! and 1e-6^3 / 3!
 
 Coefficients = Callable[[np.ndarray], np.ndarray]
 
@@ -76,9 +78,27 @@ class MomentTable:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, ...]:
         """Each row at times of any shape, (*t.shape, *shape)."""
+        return self._at(self.series, t)
+
+    def of_component(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a coupled state Φ_ii (*t.shape) and row i of the Cholesky factor (*t.shape, k): a few series of many."""
+        phi, root, _ = self.series
+        return self._at((phi[i, i], root[i]), t)
+
+    def _at(self, several: Sequence[Tensor], t: Tensor) -> tuple[Tensor, ...]:
         panel, basis = polynomials(self.edges.to(t.device), t)
-        values = ((series.to(t.device)[..., panel, :] * basis).sum(-1) for series in self.series)
+        values = (_sums(series.to(t.device), panel, basis) for series in several)
         return tuple(_times_first(value, t.ndim) for value in values)
+
+
+def _sums(series: Tensor, panel: Tensor, basis: Tensor) -> Tensor:
+    """Values (*shape, *times) of series (*shape, panels, terms); ``panel`` (*times) and ``basis`` (*times, terms)."""
+    many = max(1, _AT_ONCE // max(1, math.prod(series.shape[:-2])))
+    if panel.ndim != 1 or len(panel) <= many:
+        return (series[..., panel, :] * basis).sum(-1)
+    # Of hundreds of series the products of a thousand times would be a hundred megabytes.
+    parts = zip(panel.split(many), basis.split(many), strict=True)
+    return torch.cat([(series[..., own, :] * part).sum(-1) for own, part in parts], dim=-1)
 
 
 def _times_first(values: Tensor, sides: int) -> Tensor:
@@ -310,17 +330,10 @@ def integrate_coupled(edges: np.ndarray, F: Tensor, b: Tensor, Q: Tensor, P0: Te
     width = torch.as_tensor(np.diff(edges))
     one = torch.eye(F.shape[-1], dtype=F.dtype)
 
-    def integral(values: Tensor) -> tuple[Tensor, Tensor]:
-        """Running and total integrals of matrices (..., panels, nodes, r, c) over each panel."""
-        running, total = running_integral(values.movedim((-2, -1), (0, 1)), width)
-        return running.movedim((0, 1), (-2, -1)), total.movedim((0, 1), (-2, -1))
-
-    phi, inverse = one.expand_as(F), one.expand_as(F)
-    for _ in range(_ITERATIONS):
-        phi, inverse = one + integral(F @ phi)[0], one - integral(inverse @ F)[0]
-    phi_total = one + integral(F @ phi)[1]
-    forced_b, total_b = integral(inverse @ b[..., None])
-    forced_q, total_q = integral(inverse @ Q @ inverse.mT)
+    phi, inverse = _picard(F, width)
+    phi_total = one + _integral(F @ phi, width)[1]
+    forced_b, total_b = _integral(inverse @ b[..., None], width)
+    forced_q, total_q = _integral(inverse @ Q @ inverse.mT, width)
 
     def compose(later: list[Tensor], earlier: list[Tensor]) -> list[Tensor]:
         (G, m, N), (G0, m0, N0) = later, earlier
@@ -337,6 +350,34 @@ def integrate_coupled(edges: np.ndarray, F: Tensor, b: Tensor, Q: Tensor, P0: Te
     root = _root_of_sum(phi_now @ _root(P0), _root(noise))
     back = (-2, -1)
     return MomentTable(edges, (phi_now.movedim(back, (0, 1)), root.movedim(back, (0, 1)), offset.movedim(-1, 0)))
+
+
+def _integral(values: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Running and total integrals of matrices (..., panels, nodes, r, c) over each panel."""
+    running, total = running_integral(values.flatten(-2), width, dim=-2)
+    return running.unflatten(-1, values.shape[-2:]), total.unflatten(-1, values.shape[-2:])
+
+
+def _picard(F: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Φ and its inverse at the nodes (..., panels, nodes, k, k) of each panel, from 1 at its left end.
+
+    After n of Picard's iterations the error is below (∫ |F|)^n / n!: most panels, near t = 0, need but a few.
+    """
+    one = torch.eye(F.shape[-1], dtype=F.dtype)
+    size = F.detach().abs().sum(-1).amax(-1).amax(-1).reshape(-1, len(width)).amax(0) * width
+    needed = np.searchsorted(-_LARGEST_SIZES, -size.numpy()) if len(width) > 1 else np.array([0])
+    parts, places = [], []
+    for i in np.unique(needed):
+        place = torch.as_tensor(np.flatnonzero(needed == i))
+        own, step = F.index_select(-4, place), width[place]
+        phi, inverse = one.expand_as(own), one.expand_as(own)
+        for _ in range(_ITERATIONS[i]):
+            phi, inverse = one + _integral(own @ phi, step)[0], one - _integral(inverse @ own, step)[0]
+        parts.append((phi, inverse))
+        places.append(place)
+    order = torch.cat(places).argsort()
+    phi, inverse = (torch.cat(found, dim=-4).index_select(-4, order) for found in zip(*parts, strict=True))
+    return phi, inverse
 
 
 def _scan(

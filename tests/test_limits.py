@@ -285,6 +285,25 @@ def test_panels_that_take_too_long_are_refused():
         SDE(-x, 2 + sp.sin(3 * t))
 
 
+def test_a_ring_of_twenty_components_is_declared_in_time():
+    n, before = 20, processor_time()
+    ring = sdeflow.state(" ".join(f"a{i}" for i in range(n)))
+    sde = SDE([-ring[i] + ring[(i + 1) % n] * t for i in range(n)], [1] * n)
+    assert processor_time() - before < 3
+    one = torch.eye(n, dtype=torch.float64)
+    around = one.roll(1, 1)  # F(t) = -1 + t around, of one time and another commute
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    for time_ in (0.01, 0.5, 1.0):
+        covariance = torch.zeros(n, n, dtype=torch.float64)
+        for node, weight in zip(0.5 * time_ * (nodes + 1), 0.5 * time_ * weights, strict=True):
+            since = torch.matrix_exp((node - time_) * one + 0.5 * (time_**2 - node**2) * around)
+            covariance += weight * since @ since.mT
+        phi, root, _ = sde.kernel.coefficients(torch.tensor(time_, dtype=torch.float64))
+        exact = torch.matrix_exp(-time_ * one + 0.5 * time_**2 * around)
+        torch.testing.assert_close(phi, exact, rtol=1e-12, atol=1e-14)
+        assert float((root @ root.mT - covariance).abs().max()) < 1e-10 * float(covariance.max())
+
+
 def test_functions_of_one_number_at_a_time_are_certified_in_time():
     """frac was evaluated by SymPy, one number after the other."""
     before = processor_time()
