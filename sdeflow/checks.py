@@ -8,7 +8,8 @@ Every public function reads its arguments here, so that one rule holds everywher
     floating tensor             itself: float16, bfloat16, float32 or float64, with its graph
     floating NumPy array        a tensor of its dtype (of the network's, where a network is asked)
     number, list of numbers     a tensor of torch's default dtype (of the network's, where a network is asked)
-    integer tensor or array     an error: whole numbers as states are mostly grey levels, which want a scale
+    whole numbers, in any form  an error (but for one number): they are mostly grey levels, which want a scale
+    float128, sparse, masked    an error that says what to write
     bool, complex, text, other  an error
     ==========================  =============================================================================
 
@@ -88,6 +89,7 @@ def checked_state(x: object, name: str = "x", sides: int = 2, dtype: torch.dtype
     """
     if not isinstance(x, Tensor):
         x = _converted(x, name, dtype)
+    _require_dense(x, name)
     if x.dtype not in FLOATING:
         raise DataError(f"{name} must be floating, not {x.dtype}: {_remedy(x.dtype, name)}.")
     if x.ndim < sides:
@@ -221,9 +223,12 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
     if array is None:
         raise DataError(f"{wanted} (its parts are of different shapes or kinds).")
     kind = array.dtype.kind
-    if kind in "bc" or (kind in "iu" and not plain):
-        raise DataError(f"{name} must be floating, not {array.dtype}: {_remedy(array.dtype, name)}.")
-    if kind not in "fiu" or array.dtype.itemsize > 8:
+    if kind in "bc" or (kind in "iu" and not isinstance(x, Real)):
+        remedy = "write 1.0 for 1, say" if isinstance(x, list | tuple) and kind in "iu" else _remedy(array.dtype, name)
+        raise DataError(f"{name} must be floating, not {array.dtype}: {remedy}.")
+    if kind == "f" and array.dtype.itemsize > 8:
+        raise DataError(f"{name} is of {array.dtype}, which PyTorch does not have: write {name}.astype('float64').")
+    if kind not in "fiu":
         raise DataError(f"{wanted}.")
     if plain:
         return torch.tensor(array.astype(np.float64), dtype=dtype or torch.get_default_dtype())
@@ -233,11 +238,27 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
 
 def _as_array(x: object) -> np.ndarray | None:
     """``x`` as an array; None for a ragged list, and for a list in which some are bool and others numbers."""
+    if _holds_masked(x):
+        raise DataError("a masked array has entries without a value: pass array.filled(value), with one for these.")
     try:
         array = np.asarray(x)
         return None if array.dtype.kind in "fiuO" and _holds_bool(x) else array
     except ValueError:
         return None
+
+
+def _holds_masked(x: object) -> bool:
+    """Whether a (nested) list holds a masked array, whose mask NumPy drops in silence."""
+    if isinstance(x, list | tuple):
+        return any(map(_holds_masked, x))
+    return isinstance(x, np.ma.MaskedArray)
+
+
+def _require_dense(x: Tensor, name: str) -> None:
+    """Raises a DataError for a tensor that is sparse or nested, of which few operations are defined."""
+    if x.layout != torch.strided or x.is_nested:
+        to = "torch.nested.to_padded_tensor(..., 0.0)" if x.is_nested else f"{name}.to_dense()"
+        raise DataError(f"{name} is a {'nested' if x.is_nested else 'sparse'} tensor: write {to}.")
 
 
 def _holds_bool(x: object) -> bool:
@@ -307,6 +328,7 @@ def checked_numbers(values: object, name: str) -> Tensor:
         DataError: for bool, complex, text and whatever else is no number.
     """
     if isinstance(values, Tensor):
+        _require_dense(values, name)
         if values.dtype == torch.float64:
             return values
         if values.dtype != torch.bool and not values.is_complex():

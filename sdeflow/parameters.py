@@ -117,6 +117,8 @@ def _checked(value: object, symbol: sp.Symbol) -> float | Tensor:
                 f"{f'; write {symbol}.double()' if value.dtype in _WHOLE else ''}."
             )
         return value
+    if isinstance(value, int | sp.Integer) and abs(int(value)).bit_length() > 1024:
+        raise DeclarationError(f"the parameter {symbol} must be within double precision, which ends at 1.8e308.")
     if isinstance(value, sp.Expr) and value.is_number and value.is_real:
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):

@@ -136,7 +136,7 @@ def panel_edges(
         edges = np.union1d(edges[(near > 1e-6 * edges) | (edges == 0.0) | (edges == T)], breaks)
     edges = PiecewiseChebyshev.fit(coefficients, edges, bound=bound, name="a coefficient of the SDE").edges
     while True:
-        require_time("the drift")
+        require_time("a coefficient of the SDE")
         nodes, width = nodes_of(edges), np.diff(edges)
         values = torch.as_tensor(coefficients(nodes.reshape(-1)).reshape(-1, *nodes.shape))
         if components is None:

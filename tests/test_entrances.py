@@ -206,7 +206,9 @@ BAD_STATES = {
     "complex array": np.ones((3, D), dtype=complex), "object array": np.array([[None, 1.0]] * 3),
     "list of bool": [[True, False]] * 3, "list of complex": [[1j, 2.0]] * 3, "ragged": [[1.0, 2.0], [1.0]],
     "text": "0.5", "list of text": [["0.5", "1"]] * 3, "none": None, "dict": {"x": X}, "function": lambda: X,
-    "set": {0.5}, "float8": X.to(torch.float8_e5m2),
+    "set": {0.5}, "float8": X.to(torch.float8_e5m2), "list of int": [[1] * D] * 3,
+    "masked array": np.ma.array(X.numpy(), mask=X.numpy() > 0.5), "long doubles": X.numpy().astype(np.longdouble),
+    "sparse": X.to_sparse(),
 }  # fmt: skip
 
 
@@ -616,6 +618,36 @@ def test_a_function_that_hides_a_module_says_so():
 
 def same(sde, other):
     return (sde.f, sde.g) == (other.f, other.g)
+
+
+@pytest.mark.parametrize(
+    "bad, remedy",
+    [
+        (np.ma.array(np.ones((3, 2)), mask=[[False, True]] * 3), "filled"),
+        ([np.ma.array(np.ones(2), mask=[False, True])], "filled"),
+        (np.ones((3, 2), dtype=np.longdouble), "astype('float64')"),
+        (torch.ones(3, 2).to_sparse(), "to_dense"),
+        ([[1, 2]], "1.0"),
+        (np.ones((3, 2), dtype=int), "astype"),
+    ],
+    ids=["masked", "masked rows", "long doubles", "sparse", "list of int", "int array"],
+)
+def test_what_would_lose_something_in_silence_says_what_to_write(bad, remedy):
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        SDE(-x, 1).kernel.sample(bad, 0.5)
+
+
+def test_numbers_of_thousands_of_digits_are_refused_by_their_size():
+    huge = sp.Integer(10) ** 5000
+    for call in (
+        lambda: SDE(-x, huge * t), lambda: SDE(-x, t / huge), lambda: SDE(-huge * x, 1), lambda: SDE(-x, int(huge)),
+        lambda: SDE(-x, sp.exp(-huge * t) + 1), lambda: SDE(-(x**3) * huge, 1), lambda: SDE(-x, 1, T=int(huge)),
+        lambda: SDE(-x, sp.Symbol("k"), params={"k": int(huge)}),
+    ):  # fmt: skip
+        with pytest.raises(DeclarationError, match=r"digits|double precision"):
+            call()
+    with pytest.raises(DeclarationError, match="masked"):
+        SDE.from_kernel(np.ma.array([0.9, 0.5, 0.2], mask=[False, True, False]))
 
 
 def test_a_function_is_read_by_the_names_of_its_arguments():

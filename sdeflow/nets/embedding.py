@@ -106,12 +106,16 @@ def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
         TypeError: for what is no state, and for a tensor of another dtype than the net's.
     """
     if not isinstance(x, Tensor):
+        if hasattr(x, "filled"):  # a masked array, whose mask torch drops in silence
+            raise TypeError(f"{what} is a masked array, with entries without a value: pass {what}.filled(value)")
         try:
             rows = isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x)
             x = torch.stack([torch.as_tensor(part) for part in x]) if rows else torch.tensor(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{what} must be a tensor or an array, not {type(x).__name__}: {error}") from error
         x = x.to(weight.dtype) if x.is_floating_point() else x
+    if x.layout != torch.strided:
+        raise TypeError(f"{what} is a sparse tensor: pass {what}.to_dense()")
     if not x.is_floating_point():
         raise TypeError(f"{what} is {x.dtype}, a net takes floating states: pass {what}.to({weight.dtype})")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):

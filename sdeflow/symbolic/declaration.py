@@ -40,6 +40,7 @@ Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coeffic
 AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
 _ELEMENTWISE = (x,)
+_LONGEST_NUMBER = 2**13  # bits of the numerator and the denominator of a number: some 2,500 digits
 
 
 @dataclass(frozen=True)
@@ -353,9 +354,33 @@ def _listed(components: tuple[sp.Symbol, ...]) -> str:
 def _real(value: object, name: str) -> float:
     if isinstance(value, sp.Expr) and value.is_number and value.is_real:
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise DeclarationError(f"{name} must be a finite real number, not {value!r}.")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DeclarationError(f"{name} must be a finite real number within double precision, not {_shown(value)}.")
+    return number
+
+
+def _shown(value: object) -> str:
+    """``value`` as messages show it: of a long integer, which Python may refuse to write, its size."""
+    if isinstance(value, int | sp.Integer) and int(value).bit_length() > 256:
+        return f"one of about {int(int(value).bit_length() * math.log10(2)) + 1} digits"
+    return repr(value)
+
+
+def _require_short_numbers(value: sp.Expr, name: str) -> None:
+    """Refuses fractions that no double comes near, and that Python may refuse to write."""
+    for number in value.atoms(sp.Rational):
+        bits = max(abs(number.p).bit_length(), number.q.bit_length())
+        if bits > _LONGEST_NUMBER:
+            raise DeclarationError(
+                f"{name} holds an exact number of about {int(bits * math.log10(2)) + 1} digits, and doubles end at "
+                "1.8e308: write it with fewer digits, as sympy.Float, or in another unit."
+            )
 
 
 def _first_time(cutoff: object, T: float) -> float | None:
@@ -408,6 +433,7 @@ def coefficient_of(
             f"{name} must be a scalar SymPy expression in sdeflow.x and sdeflow.t, a function of (x, t), text "
             f"or a number, not {type(value).__name__}: {value!r}"
         )
+    _require_short_numbers(value, name)
     if value.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
         raise ScheduleError(f"{name} = {value} is not finite.")
     # A float of fewer digits than a double would spoil every number that it meets.

@@ -146,6 +146,8 @@ def _restored(source: Callable | tuple, name: str, order: int, args: tuple) -> S
 def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Times and values of a table, checked."""
     try:
+        if any(isinstance(part, np.ma.MaskedArray) for part in (source, *source)):
+            raise DeclarationError(f"{name}: a masked array has entries without a value: leave these out of the table.")
         array = np.asarray(source, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DeclarationError(f"{name}: a schedule is a function of t or a table (times, values): {error}") from error
