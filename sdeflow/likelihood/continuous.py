@@ -94,8 +94,8 @@ def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Ten
 
     The finer solve has errors of its own, and may agree by chance. They are told by
 
-        a loose tolerance    a solve at a hundredth of it: the error does not fall as the tolerance does there
         the same method      a tenth of the difference to a looser one: ten times the tolerance, or half the steps
+        a loose tolerance    a solve at a hundredth of it too: the error does not fall as the tolerance does there
         rk4 for another      what rk4 changes by in half of its own steps
 
     Where nothing finer comes to an end, it is the whole difference to the looser one.
@@ -103,15 +103,16 @@ def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Ten
     finer = plan.finer()
     try:
         best = solve(finer)
-        if plan.steps is None and max(plan.rtol, plan.atol) >= _LOOSE:
-            doubt = value - solve(finer.finer())
-        elif plan.solver == finer.solver:
-            doubt = 0.1 * (value - solve(plan.looser()))
+        parts = [value - best, torch.finfo(torch.float64).eps * value]
+        if plan.solver != finer.solver:
+            parts.append(best - solve(finer.looser()))
         else:
-            doubt = best - solve(finer.looser())
+            parts.append(0.1 * (value - solve(plan.looser())))
+        if plan.steps is None and max(plan.rtol, plan.atol) >= _LOOSE:
+            parts.append(value - solve(finer.finer()))
     except SolverError:
         return (value - solve(plan.looser())).abs()
-    return torch.stack([value - best, doubt, torch.finfo(torch.float64).eps * value]).norm(dim=0)
+    return torch.stack(parts).norm(dim=0)
 
 
 def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> FixedProbes | None:
