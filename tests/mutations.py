@@ -149,7 +149,7 @@ MUTATIONS = (
        ("quadrature",)),
     _m("offset across panels", "quadrature.py", "m + torch.exp(A) * m0", "m + m0", ("quadrature",)),
     _m("G N G", "quadrature.py", "N + G @ N0 @ G.mT", "N + G @ N0 @ G", ("turning",)),
-    _m("push of a panel", "quadrature.py", "integral(inverse @ b[..., None], width)", "integral(phi @ b[..., None], width)",
+    _m("push of a panel", "quadrature.py", "integral(inverse @ b[..., None]", "integral(phi @ b[..., None]",
        ("turning",)),
     _m("rate of the log-SNR", "coefficients.py", "-0.5 * self.of_sde(t)[2] / std.square()",
        "-self.of_sde(t)[2] / std.square()", ("offset",)),
