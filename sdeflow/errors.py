@@ -162,6 +162,10 @@ class LongSolveWarning(UserWarning):
     """A solve takes many calls of a large network, and no progress bar shows it."""
 
 
+class CoarseStepsWarning(UserWarning):
+    """The steps of a solve are long against what the drift does in them, and the method does not know the kernel."""
+
+
 class HiddenParametersWarning(UserWarning):
     """A score's network is a function that calls a module: the score does not hold its parameters."""
 

@@ -223,7 +223,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         breaks = _breaks(kernel)
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
         normalised, first = None if many_scales else where, _first(kernel, curve)
-        check = None if many_scales else partial(require_stable, kernel, variable.name)
+        check = None if many_scales else partial(require_stable, kernel, variable.name, scale)
         return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check)
 
 

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.errors import CoarseStepsWarning, warn
 from sdeflow.kernel import FORGOTTEN, Kernel
 
 __all__ = ["require_resolved", "require_stable"]
 
-_MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 30.0  # the last three over the number of steps
+_MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 60.0  # the last three over the number of steps
 _NOISE = -1.0  # the half-log-SNR from which on data counts as noise
 
 
@@ -56,7 +57,7 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates
             )
         if not kernel.coupled:
             if not kernel.values.shape:
-                require_stable(kernel, "t", times, propagates)
+                require_stable(kernel, "t", scale, times, propagates)
             return
         if propagates:
             return
@@ -70,20 +71,26 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates
             )
 
 
-def require_stable(kernel: Kernel, grid: str, times: np.ndarray, propagates: bool) -> None:
-    """A ValueError where a method that does not know the kernel jumps over what f does, elementwise.
+def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, propagates: bool) -> None:
+    """A warning or a ValueError where a method that does not know the kernel jumps over what f does, elementwise.
 
-    Its steps are to be short against 1 / |f'| where the data is not yet noise, and against the time in which the
+    Its steps are to be short against the time in which the flow of data of the scale c moves it e-fold, 1 over S' / S
+    with S² = alpha² c² + sigma², where the data is not yet noise (f alone may be large, as noise makes up for it in a
+    variance-preserving SDE; a pulse of f alone is not made up for), and against the time in which the
     reverse equation contracts e-fold, sigma² / g², where x_0 is forgotten. Elsewhere the angle says enough.
 
     Args:
         kernel: the kernel, of one schedule for all coordinates.
         grid: the name of the grid.
+        scale: the data's scale c.
         times: rising, (n,).
         propagates: whether the method knows the kernel: nothing is asked of it then.
 
+    Warns:
+        CoarseStepsWarning: where the data is moved far within a step.
+
     Raises:
-        ValueError: with the solvers that serve.
+        ValueError: where x_0 is forgotten and steps are longer than the contraction allows.
     """
     if propagates:
         return
@@ -92,16 +99,21 @@ def require_stable(kernel: Kernel, grid: str, times: np.ndarray, propagates: boo
         level = kernel.half_log_snr(probes)
         length = torch.as_tensor(np.diff(times)[np.searchsorted(times, probes.numpy()).clip(1, steps) - 1])
         near = torch.minimum(length, probes)  # where f is infinite at t = 0, its integral is not
-        drift = torch.where(level > _NOISE, near * kernel.sde_coefficients(probes)[0].abs(), 0.0)
+        (alpha, sigma, _), (a, _, gram) = kernel.coefficients(probes), kernel.sde_coefficients(probes)
+        growth = a + 0.5 * gram / ((alpha * scale).square() + sigma.square())
+        drift = torch.where(level > _NOISE, near * growth.abs(), 0.0)
         contraction = torch.where(level < FORGOTTEN, length * -2.0 * kernel.half_log_snr_rate(probes), 0.0)
-    for moved, most in ((drift, max(_MOST, _FEW_DRIFT / steps)), (contraction, 1.0)):
+    for moved, most in ((contraction, 1.0), (drift, max(_MOST, _FEW_DRIFT / steps))):
         largest, at = moved.max(0)
         if float(largest) > most:
-            raise ValueError(
+            message = (
                 f'grid="{grid}": {steps} steps are too long for this solver. At t = {float(probes[at]):.4g} the drift '
                 f"moves the state e-fold {float(largest):.3g} times in one step; take more steps, a shorter T, "
                 "or the default solver, which is exact in what is linear in the state."
             )
+            if moved is contraction:
+                raise ValueError(message)
+            warn(message, CoarseStepsWarning)
 
 
 def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
