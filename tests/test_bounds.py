@@ -171,6 +171,21 @@ def test_the_decoders_variance_is_that_of_its_mean():
     assert 0.7 < ratio < 1.4
 
 
+def test_the_priors_variance_is_that_of_its_mean():
+    """The squared standard error, where the prior's part is all of it, against its variance over rows of one datum."""
+
+    class Laplace(Exact):
+        def log_prob(self, x):
+            return torch.distributions.Laplace(0.0, 1.0).log_prob(x.double()).flatten(1).sum(1)
+
+    sde = SDE(-x / 2, 1)
+    exact = one(sde)  # Gaussian data: the reference's part has no variance
+    data = torch.full((1000, 1), 0.6, dtype=torch.float64)
+    bound = elbo(sde.reverse(exact, prior=Laplace(exact)).model, data, at="cutoff", draws=16, seed=5)
+    ratio = float(bound.stderr.square().mean() / bound.prior.var())
+    assert 0.7 < ratio < 1.4
+
+
 def test_schedules_per_coordinate_and_in_a_basis():
     k = torch.linspace(0.3, 2.0, 6, dtype=torch.float64).reshape(2, 3)
     pixels = SDE("-k*x", "sqrt(2*k)", params={"k": k}, T=3)
