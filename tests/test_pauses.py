@@ -1,6 +1,8 @@
 """Every declared SDE is sampled right by default and on every grid: by exact propagation of Gaussian data."""
 
 import os
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import sympy as sp
@@ -230,11 +232,23 @@ def refusable(name, grid, plain):
     )
 
 
+TOLD = (ValueError, errors.CoarseStepsWarning)  # that a grid cannot serve, or hardly
+
+
+@contextmanager
+def told(match):
+    with warnings.catch_warnings(), pytest.raises(TOLD, match=match):
+        warnings.simplefilter("error", errors.CoarseStepsWarning)
+        yield
+
+
 def error_or_refusal(name, gaussians, kind, monkeypatch, grid, **options):
-    """The error; None where the grid refuses what it may refuse."""
+    """The error; None where the grid refuses what it may refuse, or warns of it."""
     try:
-        return error(gaussians, kind, monkeypatch, grid=grid, **options)
-    except ValueError as refusal:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", errors.CoarseStepsWarning)
+            return error(gaussians, kind, monkeypatch, grid=grid, **options)
+    except TOLD as refusal:
         assert f'grid="{grid}"' in str(refusal)
         assert refusable(name, grid, "solver" in options), str(refusal)
         return None
@@ -278,13 +292,13 @@ def test_grids_that_cannot_serve_are_refused_and_say_what_serves():
         at[name] = sde.flow_ode(lambda x, t: -x, prior=sde.prior)
     for name in ("g(0) infinite", "stiff"):
         for solver, steps in ((None, 30), ("heun", 300)):
-            with pytest.raises(ValueError, match='"angle" or "log_snr"'):
+            with told('"angle" or "log_snr"'):
                 at[name].decode(z, solver, steps=steps, grid="t")
-    with pytest.raises(ValueError, match=r"from t = 0 to 0\.8 alone takes 0\.67 of the 1\.57 rad"):
+    with told(r"from t = 0 to 0\.8 alone takes 0\.67 of the 1\.57 rad"):
         at["EDM with a floor"].decode(z, "heun", steps=100, grid="t")
     at["EDM with a floor"].decode(z, "heun", grid=torch.linspace(0, 80, 101))
     for grid in GRIDS:
-        with pytest.warns(errors.CoarseStepsWarning, match=f'grid="{grid}".*the default solver'):
+        with told(f'grid="{grid}".*the default solver'):
             at["a pulse of the drift"].decode(z, "heun", steps=100, grid=grid)
 
 
@@ -316,7 +330,7 @@ def test_log_prob_is_right_in_every_mode(name):
     truth = gaussians.log_prob(points, gaussians.sde.cutoff)
     for mode, (options, bound) in MODES.items():
         if mode == "rk4" and name in NEVER_PLAIN:
-            with pytest.raises(ValueError, match="too long for this solver"):
+            with told("too long for this solver"):
                 flow.log_prob(points.reshape(-1, *gaussians.event), **options)
             continue
         found = flow.log_prob(points.reshape(-1, *gaussians.event), **options)
@@ -345,9 +359,9 @@ def test_propagation_finds_planted_mistakes(monkeypatch):
     monkeypatch.setattr(Rows, "normal", lambda *given, **options: 1.03 * normal(*given, **options))
     assert error(gaussians, "sde", monkeypatch) > 0.02
     monkeypatch.undo()
+    sound = error(gaussians, "ode", monkeypatch, grid="angle", solver="heun", steps=200)
     monkeypatch.setattr("sdeflow.solvers.clock._OF_TIME", 1e-5)
-    with pytest.raises(ValueError, match="too long for this solver"):
-        error(gaussians, "ode", monkeypatch, grid="angle", solver="heun", steps=200)
+    assert error(gaussians, "ode", monkeypatch, grid="angle", solver="heun", steps=200) > 10.0 * sound
 
 
 @pytest.mark.parametrize(("scales", "steps", "excess"), [(300, 5, 0.14), (100, 5, 0.20), (300, 1, 1.08)])

@@ -1,4 +1,4 @@
-r"""Whether steps that are uniform in t serve an SDE at all: a grid that cannot is refused; its numbers would be wrong.
+r"""Whether the steps of a grid serve an SDE: a grid that cannot is refused, and one that hardly can is warned of.
 
 Three things are asked of times of a kernel, none of which needs the score:
 
@@ -50,10 +50,11 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates
         t, steps = torch.as_tensor(times), len(times) - 1
         widest, at = _angles(kernel, t, scale).max(0)
         if float(widest) > max(_MOST, _FEW / steps):
-            raise ValueError(
-                f'grid="t": {steps} uniform steps in t are too long here. The one from t = {times[int(at)]:.4g} to '
+            warn(
+                f'grid="t": {steps} uniform steps in t are long here. The one from t = {times[int(at)]:.4g} to '
                 f"{times[int(at) + 1]:.4g} alone takes {float(widest):.2f} of the {math.pi / 2:.2f} rad between data "
-                f"and noise; {remedy} More steps, or your own times in a tensor, serve too."
+                f"and noise; {remedy} More steps, or your own times in a tensor, serve too.",
+                CoarseStepsWarning,
             )
         if not kernel.coupled:
             if not kernel.values.shape:
