@@ -158,9 +158,8 @@ def make_plan(
         if max_calls is not None and plan.expected_calls > max_calls:
             raise ValueError(f"{steps} steps of {chosen} take {plan.expected_calls} calls, over max_calls={max_calls}.")
         require_calls(plan.expected_calls, f"{steps} steps of {chosen}", max_calls)
-        plan.max_calls = (
-            4 * plan.expected_calls + 10
-        )  # Adams methods begin anew at break points, with four calls a step
+        # Adams methods begin anew at break points, with four calls a step.
+        plan.max_calls = 4 * plan.expected_calls + 10
     return plan
 
 

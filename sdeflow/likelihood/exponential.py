@@ -229,8 +229,8 @@ def _off_by(
     Where the error falls by a factor r from a grid to the next, the finer one has r / (1 - r) of their difference as
     its error; twice that is taken, for learned scores are rough in time. Of r the defects tell, which fall one order
     more slowly than the error and have no signs that cancel. Two grids may agree by chance, so the error is no less
-    than r times that of the grid before, or than what a grid
-    with this defect is off by as a rule, whichever of the two is less.
+    than r times that of the grid before, or than what a grid with this defect is off by as a rule, whichever of the two
+    is less.
 
     Args:
         found: on the finer grid.

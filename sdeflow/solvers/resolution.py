@@ -1,15 +1,18 @@
 r"""Whether the steps of a grid serve an SDE: a grid that cannot is refused, and one that hardly can is warned of.
 
-Three things are asked of times of a kernel, none of which needs the score:
+None of what is asked of a kernel and the times of a solve needs the score. Refused are, since no number of steps helps
+or the state explodes:
 
-  - f and g are finite at t = 0, however near to it the cutoff is;
-  - no step covers more than a quarter of a radian of the angle atan2(sigma, alpha c), of which all steps together cover
-    at most π/2 (of a coupled state with the half-log-SNR for log(alpha / sigma));
-  - of coupled states, which move on while the log-SNR of their data hardly does, for methods that do not know the
-    kernel: at no time is a step longer than a quarter of the time in which the reverse equation contracts e-fold, 1
-    over the largest eigenvalue of Σ⁻¹ g gᵀ with Σ = alpha C alphaᵀ + sigma sigmaᵀ, C = c² for the data's components.
+  - uniform steps in t where f or g is infinite at t = 0, however near to it the cutoff is;
+  - for a coupled state, which moves on while the log-SNR of its data hardly does, and a method that does not know the
+    kernel: uniform steps in t longer than a quarter of the time in which the reverse equation contracts e-fold, 1 over
+    the largest eigenvalue of Σ⁻¹ g gᵀ with Σ = alpha C alphaᵀ + sigma sigmaᵀ, C = c² for the data's components;
+  - for such a method elementwise: steps longer than that time, sigma² / g², where x_0 is forgotten.
 
-In few steps, more is allowed: they are coarse on any grid.
+Warned of are uniform steps in t of which one covers more than a quarter of a radian of the angle
+atan2(sigma, alpha c), of which all together cover at most π/2 (of a coupled state with the half-log-SNR for
+log(alpha / sigma)); and, for methods that do not know the kernel, steps in which data is moved far. In few steps, more
+is allowed: they are coarse on any grid.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ _NOISE = -1.0  # the half-log-SNR from which on data counts as noise
 
 
 def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates: bool) -> None:
-    """A ValueError where steps between uniform ``times`` cannot serve.
+    """A ValueError where steps between uniform ``times`` cannot serve, a warning where they hardly can.
 
     Args:
         kernel: the kernel.
         scale: the data's scale c.
         times: rising, (n,).
         propagates: whether the method knows the kernel, and takes what is linear in the state exactly.
+
+    Warns:
+        CoarseStepsWarning: where one step takes much of the way between data and noise.
 
     Raises:
         ValueError: with the grids that serve.
@@ -104,17 +110,26 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
         growth = a + 0.5 * gram / ((alpha * scale).square() + sigma.square())
         drift = torch.where(level > _NOISE, near * growth.abs(), 0.0)
         contraction = torch.where(level < FORGOTTEN, length * -2.0 * kernel.half_log_snr_rate(probes), 0.0)
-    for moved, most in ((contraction, 1.0), (drift, max(_MOST, _FEW_DRIFT / steps))):
-        largest, at = moved.max(0)
-        if float(largest) > most:
-            message = (
-                f'grid="{grid}": {steps} steps are too long for this solver. At t = {float(probes[at]):.4g} the drift '
-                f"moves the state e-fold {float(largest):.3g} times in one step; take more steps, a shorter T, "
-                "or the default solver, which is exact in what is linear in the state."
-            )
-            if moved is contraction:
-                raise ValueError(message)
-            warn(message, CoarseStepsWarning)
+    forgetting, moving = (
+        _too_long(grid, steps, probes, moved, most)
+        for moved, most in ((contraction, 1.0), (drift, max(_MOST, _FEW_DRIFT / steps)))
+    )
+    if forgetting:
+        raise ValueError(forgetting)
+    if moving:
+        warn(moving, CoarseStepsWarning)
+
+
+def _too_long(grid: str, steps: int, probes: Tensor, moved: Tensor, most: float) -> str:
+    """What to say where some step moves the logarithm of the state by more than ``most``; empty where none does."""
+    largest, at = moved.max(0)
+    if float(largest) <= most:
+        return ""
+    return (
+        f'grid="{grid}": {steps} steps are too long for this solver. At t = {float(probes[at]):.4g} the drift '
+        f"moves the state e-fold {float(largest):.3g} times in one step; take more steps, a shorter T, "
+        "or the default solver, which is exact in what is linear in the state."
+    )
 
 
 def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:

@@ -167,6 +167,7 @@ def _vectorised(function: Callable, name: str) -> Callable[[np.ndarray], np.ndar
     """``function`` on arrays, called with an array where it takes one, else number by number, else by ``CALLS``."""
 
     def values(points: np.ndarray) -> np.ndarray:
+        """The function at ``points``, in their shape."""
         failures = []
         for call in (_at_once, _number_by_number, *CALLS):
             try:
@@ -178,9 +179,8 @@ def _vectorised(function: Callable, name: str) -> Callable[[np.ndarray], np.ndar
                 return np.broadcast_to(out.reshape(()), points.shape)
             if out.size == points.size and (out.shape == points.shape or call is _number_by_number):
                 return out.reshape(points.shape)
-        raise DeclarationError(f"{name}: the function could not be called with a time: {failures[-1]}") from failures[
-            -1
-        ]
+        last = failures[-1]
+        raise DeclarationError(f"{name}: the function could not be called with a time: {last}") from last
 
     return values
 
