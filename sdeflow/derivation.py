@@ -39,7 +39,7 @@ from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.mathml import mathml
 from sdeflow.symbolic.moments import Moments, rationalised
 from sdeflow.symbolic.patience import rehearsed, small
-from sdeflow.symbolic.pearson import exact_form
+from sdeflow.symbolic.pearson import exact_form, why_not_exact
 
 __all__ = ["Derivation", "derive"]
 
@@ -154,8 +154,8 @@ def _steps(sde: DeclaredSDE) -> list[Step]:
     declaration, numbers = sde.declaration, sde.values.numbers
     if declaration.affine is not None:
         steps = _affine_steps(sde.kernel, numbers)
-    elif (form := exact_form(declaration, numbers)) is None:
-        steps = general_steps(declaration, numbers)
+    elif (form := exact_form(declaration, numbers, sde.values.tensors)) is None:
+        steps = general_steps(declaration, numbers, why_not_exact(declaration, numbers, sde.values.tensors))
     else:
         steps = (reducible_steps if isinstance(form, Reduction) else pearson_steps)(declaration, form, numbers)
     return steps + equation_steps(declaration, numbers)

@@ -18,7 +18,7 @@ from sdeflow.symbolic.derivation import is_smooth
 from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.moments import moments_of
 from sdeflow.symbolic.patience import patiently
-from sdeflow.symbolic.pearson import exact_form
+from sdeflow.symbolic.pearson import exact_form, why_not_exact
 
 __all__ = ["explain"]
 
@@ -66,13 +66,7 @@ def _other_way(
     declaration: Declaration, numbers: dict[sp.Symbol, float], tensors: list[sp.Symbol]
 ) -> tuple[str, str, str]:
     """The way of an SDE that is not affine, why, and what is available."""
-    form, obstacle = exact_form(declaration, numbers), f"no Gaussian kernel, for {declaration.obstacle}"
-    if tensors and form is not None and form.at_values:
-        obstacle += (
-            f"; it has an exact kernel at the parameters' present values only, and {', '.join(map(str, tensors))} is a "
-            "tensor, which may take others"
-        )
-        return "local linearisation", obstacle, _BY_SIMULATION.format(", by a Gaussian law over short times")
+    form, obstacle = exact_form(declaration, numbers, tensors), f"no Gaussian kernel, for {declaration.obstacle}"
     if isinstance(form, Reduction):
         drift = form.a * sp.Symbol("y") + form.b
         why = f"{obstacle}; but y = {form.map.to_line} has the drift {drift}, affine in y, and noise free of it"
@@ -82,19 +76,8 @@ def _other_way(
         why = f"{obstacle}, and no change of state makes it affine; but f is affine and g² quadratic in x: a "
         why += f"{form.kind} diffusion of shape {', '.join(map(str, form.shape))}"
         return "Pearson", why, "exact kernel, moments and draws, training on its score, solvers, likelihood"
-    why = f"{obstacle}; {_unreduced(declaration)}"
+    why = f"{obstacle}; {why_not_exact(declaration, numbers, tensors)}"
     if is_smooth(declaration):
         return "local linearisation", why, _BY_SIMULATION.format(", by a Gaussian law over short times")
     needs = "a drift with a Jacobian everywhere"
     return "simulation", f"{why}; local linearisation needs {needs}", _BY_SIMULATION.format("")
-
-
-def _unreduced(declaration: Declaration) -> str:
-    """Why neither Lamperti nor Pearson serves."""
-    if declaration.coupled:
-        return "a change of state is only looked for in one dimension"
-    if declaration.P0:
-        return "with P0 > 0 a change of state has no Gaussian start"
-    if not declaration.state_dependent_noise:
-        return "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
-    return "none of the changes of state tried makes it affine, and it is no square root or Jacobi diffusion"

@@ -41,6 +41,7 @@ from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, para
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
 from sdeflow.symbolic.path import declare_path, is_table
 from sdeflow.symbolic.patience import budget, deadline, rehearsed, small
+from sdeflow.symbolic.pearson import why_not_exact
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
@@ -283,7 +284,8 @@ class SDE:
         if self.declaration.affine is not None:
             return Kernel(self.declaration, self.values, self.basis)
         if self._exact_kernel is None:
-            self.declaration.require_affine("The perturbation kernel")
+            why = why_not_exact(self.declaration, self.values.numbers, self.values.tensors)
+            self.declaration.require_affine("The perturbation kernel", why)
         return self._exact_kernel
 
     @cached_property

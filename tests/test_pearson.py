@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 from scipy.stats import beta, chi2, ncx2
 from test_reducible import case, fokker_planck_residual, log_density, numbers_of, quadrature, score_error
 
-from sdeflow import t, x, x_0
+from sdeflow import SDE, t, x, x_0
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.jacobi import JacobiKernel
 from sdeflow.noncentral import log_bessel
@@ -276,6 +276,44 @@ def test_what_is_refused(name):
     assert pearson_kernel(declaration, VALUES) is None
     with pytest.raises(NotAffineError, match="diffusion with constant, positive shape"):
         JacobiKernel(declaration, VALUES)
+
+
+@pytest.mark.parametrize(
+    ("f", "g", "reason"),
+    [
+        (kappa * (theta - x), ROOT, "the shape delta = 4*kappa*theta/sigma**2 must be positive, and is not at these"),
+        (-x, sp.sqrt(x), "the shape delta = 0 must be positive"),
+        (1 + t - x, sp.sqrt(x), "the shape delta = 4*t + 4 must not depend on t"),
+        (1 - x, sp.sqrt(x + t), "the zero of g² at x = -t moves with t"),
+        (-x, sp.sqrt(x * (1 - x)), "the shape A = 0 must be positive"),
+        (1 + x, sp.sqrt(x * (1 - x)), "the shape B = -4 must be positive"),
+        (-x, sp.sqrt((x + t) * (1 - x)), "the zeros of g² move with t"),
+        (2 - x, sp.sqrt(1 + x**2), "the factor 1 of x² in g² must be negative"),
+        (-(x**2), sp.sqrt(x), "f is not affine in x"),
+        (-x, x**2, "g² is of degree 4 in x"),
+        (-x, sp.cos(x), "g² is no polynomial of x"),
+        (-(x**2), x, "the drift of y = log(x) is not affine in y"),
+        (x, sp.sqrt(x) + x, "g is neither a polynomial of x of second degree at most"),
+        (x, sp.sqrt(1 - x**2), "the factor -1 of x² in g² must be positive"),
+        (-x, x**2, "g has no two zeros with the state between them"),
+    ],
+)
+def test_the_refusal_of_an_exact_kernel_says_why(f, g, reason):
+    values = {symbol: -value if symbol == kappa else value for symbol, value in VALUES.items()}
+    sde = SDE(f, g, params={symbol: values[symbol] for symbol in (f + g).free_symbols - {x, t}})
+    assert sde.kind == "general"
+    assert reason in " ".join(sde.explain().split())
+    with pytest.raises(NotAffineError) as caught:
+        sde.kernel  # noqa: B018
+    assert reason in str(caught.value)
+
+
+def test_a_tensor_parameter_keeps_the_kernel_that_holds_for_all_its_values():
+    """At 4 κθ = σ² a fold would serve, but for these values alone."""
+    sde = SDE(kappa * (theta - x), ROOT, params={kappa: 1.0, theta: torch.tensor([0.25]), sigma: 1.0})
+    assert sde.kind == "pearson" and "Pearson" in sde.explain() and "χ²" in str(sde.derivation())
+    moving = SDE(kappa * (1 - x) + theta * t, sp.sqrt(x), params={kappa: 1.0, theta: torch.zeros(2)})
+    assert moving.kind == "general" and "at the parameters' present values only" in " ".join(moving.explain().split())
 
 
 def test_a_dimension_may_be_constant_at_the_parameters_values_only():

@@ -145,11 +145,12 @@ class Declaration:
         """The affine split of each drift, or None."""
         return [affine_split(f, self.state) for f in self.drifts]
 
-    def require_affine(self, purpose: str) -> AffineDrift:
-        """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way."""
+    def require_affine(self, purpose: str, also: str = "") -> AffineDrift:
+        """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way, and what else."""
         if self.affine is None:
+            why = f"{self.obstacle}; {also}" if also else self.obstacle
             raise NotAffineError(
-                f"{purpose}: this SDE has no Gaussian perturbation kernel, for {self.obstacle}. Still available: "
+                f"{purpose}: this SDE has no Gaussian perturbation kernel, for {why}. Still available: "
                 "sde.simulate(), sde.reverse() and sde.flow_ode() as equations, training by simulation (fit on a "
                 'Score that predicts="score"), and with a score their sample(), encode(), decode() and log_prob().'
             )

@@ -44,7 +44,9 @@ from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x
 
-__all__ = ["Map", "Reduction", "line_mean", "line_var", "rationals", "reduce", "sign_at", "y"]
+__all__ = [
+    "Map", "Reduction", "line_mean", "line_var", "rationals", "reduce", "reduction_or_reason", "shown", "sign_at", "y",
+]  # fmt: skip
 
 y = sp.Dummy("y", real=True)  # a Dummy: no parameter can be the same symbol
 """The state on the line, where the SDE is affine."""
@@ -114,8 +116,18 @@ class Reduction:
         return not self.at_values and signs and _is_regular(self.map, self.a, self.b, numbers)
 
 
+_TOO_LONG = "SymPy needs too long to find one"
+_SHOWN = 120  # characters of an expression in a reason
+
+
 def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
-    """The reduction of dx = f dt + g dw (Itô), or None where no map of the table makes it affine in good time.
+    """The reduction of dx = f dt + g dw (Itô), or None: :func:`reduction_or_reason` without the reason."""
+    found = reduction_or_reason(f, g, values)
+    return found if isinstance(found, Reduction) else None
+
+
+def reduction_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | str:
+    """The reduction of dx = f dt + g dw (Itô), or in a clause why no map of the table makes it affine in good time.
 
     It is tried for all values of the parameters first, then for those given.
 
@@ -124,15 +136,16 @@ def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = No
         g: the diffusion, likewise.
         values: numbers of the parameters; they also tell signs, such as that of u = 1 - x.
     """
-    return patiently(_reduced, rationalised(f), rationalised(g), rationals(values))
+    return patiently(_reduced, rationalised(f), rationalised(g), rationals(values), otherwise=_TOO_LONG)
 
 
-def _reduced(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Reduction | None:
+def _reduced(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Reduction | str:
     """For all values of the parameters, or for those given."""
     found = _reduce(f, g, numbers)
-    if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
+    if isinstance(found, Reduction) or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
-    return _reduce(f.subs(numbers), g.subs(numbers), {}, at_values=True)
+    at_values = _reduce(f.subs(numbers), g.subs(numbers), {}, at_values=True)
+    return at_values if isinstance(at_values, Reduction) else found
 
 
 def rationals(values: Mapping[sp.Symbol, float] | None) -> dict[sp.Symbol, sp.Rational]:
@@ -149,21 +162,29 @@ def sign_at(expr: sp.Expr, numbers: Mapping[sp.Symbol, sp.Expr]) -> int | None:
     return int(sp.sign(value))
 
 
-def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values: bool = False) -> Reduction | None:
+def shown(expr: sp.Expr) -> str:
+    """ " = expr" as reasons show it; empty where it is long."""
+    text = str(expr.subs(y, sp.Symbol("y")))
+    return f" = {text}" if len(text) <= _SHOWN else ""
+
+
+def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values: bool = False) -> Reduction | str:
     change = _map_of(g, numbers)
-    if change is None:
-        return None
+    if isinstance(change, str):
+        return change
     drift = _line_drift(f, g, change)
     affine = Declaration(drift, sp.Integer(1)).affine
     if affine is None:
-        return None
+        return f"the drift of y{shown(change.to_line)} is not affine in y"
     a, b = affine
     if b.has(sp.zoo, sp.nan):  # terms that cancel, but not one by one at y = 0, where a fold has its end
         b = drift - a * x
     a, b = (sp.simplify(e) if sp.count_ops(e) < 100 else e for e in (a, b))
     if not _is_regular(change, a, b, {}) or not _is_regular(change, a, b, numbers):
-        return None
-    return None if change.fold and b != 0 else Reduction(change, a, b, at_values)
+        return f"y{shown(change.to_line)} is not finite and real at the parameters' values"
+    if change.fold and b != 0:
+        return f"y{shown(change.to_line)} ends at 0, where its drift{shown(a * y + b)} does not vanish"
+    return Reduction(change, a, b, at_values)
 
 
 def _is_regular(change: Map, a: sp.Expr, b: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> bool:
@@ -196,30 +217,37 @@ def _in_exponentials(drift: sp.Expr, line: sp.Symbol) -> sp.Expr:
     return sp.expand(drift).subs(sp.log(z), line).subs(z, sp.exp(line))
 
 
-def _map_of(g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Map | None:
-    """The table's map for g, or None."""
+def _map_of(g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Map | str:
+    """The table's map for g, or why there is none."""
     c, h = g.as_independent(x, as_Add=False)
     if not h.has(x):
         return Map("identity", y, x, g, -sp.oo, sp.oo, sp.Integer(0), False, line_mean, line_var)
     root = h.is_Pow and h.exp == sp.Rational(1, 2)
     polynomial = h.base if root else h
     if not polynomial.is_polynomial(x):
-        return None
+        return _NOT_TABLED
     lead, *rest = (sp.factor(e) for e in sp.Poly(polynomial, x).all_coeffs())
     if len(rest) == 1:
         return (_square if root else _exp)(c, lead, rest[0] / lead, numbers)
     if len(rest) != 2:
-        return None
+        return _NOT_TABLED
     middle = -rest[0] / (2 * lead)
     spread = sp.factor(rest[1] / lead - middle**2)  # h or h² is lead ((x - middle)² + spread)
     return (_hyperbolic if root else _logistic)(c, lead, middle, spread, numbers)
 
 
-def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
+_NOT_TABLED = "g is neither a polynomial of x of second degree at most, nor the root of one, times a function of t"
+
+
+def _unsigned(expr: sp.Expr) -> str:
+    return f"the sign of {expr}, on which the domain depends, is not known"
+
+
+def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | str:
     """g = c lead u, u = x + k, on the side where lead u > 0."""
     side = sign_at(lead, numbers) if not lead.has(t) else 1  # a noise may pass through 0; the side is then u > 0
     if not side:
-        return None
+        return _unsigned(lead)
     lower, upper = (-k, sp.oo) if side > 0 else (-sp.oo, -k)
     mean = -k + side * sp.exp(line_mean + line_var / 2)
     var = sp.exp(2 * line_mean + line_var) * (sp.exp(line_var) - 1)
@@ -228,11 +256,11 @@ def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
     return Map("exp", to_state, to_line, c * lead, lower, upper, y, False, mean, var, signs)
 
 
-def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
+def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | str:
     """g = c sqrt(lead u), u = x + k, on the side where lead u >= 0."""
     side = sign_at(lead, numbers)
     if not side:
-        return None
+        return _unsigned(lead)
     lower, upper = (-k, sp.oo) if side > 0 else (-sp.oo, -k)
     to_state, to_line = -k + side * y**2 / 4, 2 * sp.sqrt(side * (x + k))
     mean = -k + side * (line_mean**2 + line_var) / 4
@@ -241,13 +269,13 @@ def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | None:
     return Map("square", to_state, to_line, noise, lower, upper, sp.log(y / 2), True, mean, var, ((lead, side),))
 
 
-def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
+def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | str:
     """g = c sqrt(lead ((x - middle)² + spread))."""
     if sign_at(lead, numbers) != 1:
-        return None
+        return f"the factor {lead} of x² in g² must be positive, for else y = ∫ dx / g covers a part of the line only"
     side = sign_at(spread, numbers)
     if not side:
-        return None
+        return _unsigned(spread)
     w, noise = sp.sqrt(side * spread), c * sp.sqrt(lead)
     growth, to_line, signs = sp.exp(line_var), (x - middle) / w, ((lead, 1), (spread, side))
     var = w**2 * (growth - 1) * (growth * sp.cosh(2 * line_mean) + side) / 2
@@ -262,10 +290,10 @@ def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, num
     return Map("cosh", middle + w * sp.cosh(y), sp.acosh(to_line), noise, *ends, log_slope, True, mean, var, signs)
 
 
-def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | None:
+def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | str:
     """g = c lead ((x - middle)² + spread) between its two zeros."""
     if sign_at(spread, numbers) != -1:
-        return None
+        return "g has no two zeros with the state between them, and y = ∫ dx / g covers a part of the line only"
     r = sp.sqrt(-spread)
     to_line = sp.log((x - middle + r) / (middle + r - x))
     log_slope = sp.log(r / 2) - 2 * sp.log(sp.cosh(y / 2))

@@ -34,19 +34,19 @@ outside them, have spectra with a continuous part, and are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, sign_at
+from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, reduction_or_reason, shown, sign_at
 from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x, x_0
 
-__all__ = ["Pearson", "classify", "decay", "exact_form", "spread"]
+__all__ = ["Pearson", "classify", "decay", "exact_form", "spread", "why_not_exact"]
 
 decay = sp.Dummy("alpha", positive=True)  # a Dummy: no parameter can be the same symbol
 """alpha of the affine SDE behind a Pearson diffusion."""
@@ -94,72 +94,122 @@ class Pearson:
 
 
 def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
-    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None where it is neither, or SymPy needs too long.
+    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None: :func:`_pearson_or_reason` without the reason."""
+    found = _pearson_or_reason(f, g, values)
+    return found if isinstance(found, Pearson) else None
+
+
+def _pearson_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | str:
+    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or in a clause why it is none of the two families.
 
     Args:
         f: the drift, in x, t and parameters.
         g: the diffusion, likewise.
         values: numbers of the parameters, which decide the signs of delta, A and B.
     """
-    return patiently(_classified, rationalised(f), rationalised(g), rationals(values))
+    found = patiently(_classified, rationalised(f), rationalised(g), rationals(values))
+    return "SymPy needs too long to tell" if found is None else found
 
 
-def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | None:
+def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:
     """For all values of the parameters, or for those given."""
     found = _classify(f, g, numbers)
-    if found is not None or not (f.free_symbols | g.free_symbols) & set(numbers):
+    if isinstance(found, Pearson) or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
-    found = _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
-    return None if found is None else replace(found, at_values=True)
+    there = _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
+    return replace(there, at_values=True) if isinstance(there, Pearson) else found
 
 
-def exact_form(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> Reduction | Pearson | None:
-    """What gives an SDE that is not affine an exact kernel: a change of state, the Pearson class, or None."""
+def exact_form(
+    declaration: Declaration, values: Mapping[sp.Symbol, float], tensors: Collection[sp.Symbol] = ()
+) -> Reduction | Pearson | None:
+    """What gives an SDE that is not affine an exact kernel: a change of state, the Pearson class, or None.
+
+    A form that holds at the present values only serves no parameter that is one of ``tensors``, which may take others.
+    """
     if declaration.coupled or declaration.P0:
         return None
+    for find in (reduce, classify):
+        form = find(declaration.f, declaration.g, values)
+        if form is not None and not (tensors and form.at_values):
+            return form
+    return None
+
+
+def why_not_exact(
+    declaration: Declaration, values: Mapping[sp.Symbol, float], tensors: Collection[sp.Symbol] = ()
+) -> str:
+    """Why an SDE that is not affine has no exact kernel here, in a clause: where :func:`exact_form` gives None."""
+    if declaration.coupled:
+        return "a change of state is only looked for in one dimension"
+    if declaration.P0:
+        return "with P0 > 0 a change of state has no Gaussian start"
+    if not declaration.state_dependent_noise:
+        return "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
     coefficients = declaration.f, declaration.g, values
-    return reduce(*coefficients) or classify(*coefficients)
+    no_map, no_family = reduction_or_reason(*coefficients), _pearson_or_reason(*coefficients)
+    if not (isinstance(no_map, str) and isinstance(no_family, str)):
+        names = ", ".join(map(str, tensors))
+        return f"it has an exact kernel at the parameters' present values only, and a tensor ({names}) may take others"
+    return (
+        f"no change of state tried makes it affine ({no_map}), and it is no square root or Jacobi diffusion with an "
+        f"exact kernel ({no_family})"
+    )
 
 
-def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | None:
+def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:
     square = sp.expand(g**2)
     if not square.has(x) or not square.is_polynomial(x):
-        return None
+        return "g² is no polynomial of x"
     affine = Declaration(f, sp.Integer(1)).affine
     coefficients = sp.Poly(square, x).all_coeffs()
-    if affine is None or len(coefficients) > 3:
-        return None
+    if affine is None:
+        return "f is not affine in x"
+    if len(coefficients) > 3:
+        return f"g² is of degree {len(coefficients) - 1} in x"
     return (_square_root if len(coefficients) == 2 else _jacobi)(*affine, coefficients, numbers)
 
 
-def _square_root(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | None:
+def _square_root(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | str:
     slope, constant = coefficients
     side = sign_at(slope, numbers)
+    if not side:
+        return f"the sign of {slope}, the slope of g² in x, is not known"
     origin = _constant(-constant / slope)
-    if not side or origin is None:
-        return None
-    delta = _constant(4 * (a * origin + b) / slope)
-    if delta is None or sign_at(delta, numbers) != 1:
-        return None
+    if origin is None:
+        return f"the zero of g² at x{shown(-constant / slope)} moves with t, or is not finite"
+    dimension = 4 * (a * origin + b) / slope
+    delta = _constant(dimension)
+    if delta is None:
+        return f"the shape delta{shown(dimension)} must not depend on t"
+    if sign_at(delta, numbers) != 1:
+        return f"{_not_positive('the shape delta', delta)}: x ends at the zero of g², or passes beyond"
     u_0 = decay**2 * side * (x_0 - origin)
     mean, var = origin + side * (u_0 + delta * spread), 2 * spread * (2 * u_0 + delta * spread)
     noise, signs = sp.sqrt(side * slope) / 2, ((slope, side), (delta, 1))
     return Pearson("square root", origin, sp.Integer(side), (delta,), a / 2, noise, mean, var, signs)
 
 
-def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | None:
+def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | str:
     s, middle = -coefficients[0], _constant(-coefficients[1] / (2 * coefficients[0]))
-    if sign_at(s, numbers) != 1 or middle is None:
-        return None
-    squared = _constant(coefficients[2] / s + middle**2)  # of half the interval
-    if squared is None or sign_at(squared, numbers) != 1:
-        return None
+    if sign_at(s, numbers) != 1:
+        return f"the factor {-s} of x² in g² must be negative, for elsewhere the spectrum has a continuous part"
+    squared = None if middle is None else _constant(coefficients[2] / s + middle**2)  # of half the interval
+    if squared is None:
+        return "the zeros of g² move with t, or are not finite"
+    if sign_at(squared, numbers) != 1:
+        return "g² has no two real zeros"
     half = sp.sqrt(squared)
     p, length = middle - half, 2 * half
-    A = _constant(2 * (a * p + b) / (length * s))
-    B = _constant(-2 * (a * (p + length) + b) / (length * s))
-    if A is None or B is None or sign_at(A, numbers) != 1 or sign_at(B, numbers) != 1:
-        return None
+    shape = []
+    for name, towards in (("A", 2 * (a * p + b) / (length * s)), ("B", -2 * (a * (p + length) + b) / (length * s))):
+        found = _constant(towards)
+        if found is None:
+            return f"the shape {name}{shown(towards)} must not depend on t"
+        if sign_at(found, numbers) != 1:
+            return f"{_not_positive(f'the shape {name}', found)}: x ends at a zero of g², or passes beyond"
+        shape.append(found)
+    A, B = shape
     theta = A + B
     D = (x_0 - p) / length - A / theta
 
@@ -175,6 +225,10 @@ def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) 
     )
     signs = ((s, 1), (squared, 1), (A, 1), (B, 1))
     return Pearson("Jacobi", p, length, (A, B), sp.Integer(0), sp.sqrt(s), mean, var, signs)
+
+
+def _not_positive(name: str, value: sp.Expr) -> str:
+    return f"{name}{shown(value)} must be positive{'' if value.is_number else ', and is not at these parameters'}"
 
 
 def _constant(expr: sp.Expr) -> sp.Expr | None:

@@ -92,9 +92,9 @@ def is_smooth(declaration: Declaration) -> bool:
     return all(kink_in_state(f, declaration.state) is None for f in declaration.drifts)
 
 
-def general_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
-    """What can be said of an SDE without a kernel of its own."""
-    text = f"There is no Gaussian kernel, for {declaration.obstacle}; nor does a table of maps or kernels serve it."
+def general_steps(declaration: Declaration, numbers: Numbers, why: str) -> list[Step]:
+    """What can be said of an SDE without a kernel of its own; ``why`` says in a clause that it has no exact one."""
+    text = f"There is no Gaussian kernel, for {declaration.obstacle}; nor another exact one, for {why}."
     steps = [declared(declaration), Step("Classification", text, (), "general")]
     if is_smooth(declaration):
         steps.append(_local(declaration, numbers))
