@@ -13,6 +13,12 @@ absorb      a path that reaches an end stays there: an absorbing end, such as ba
 
 Each has a bias of the scheme, which falls with the step: of order h^1/2 at an end that is often reached. Where the SDE
 has an exact kernel, ``solver="exact"`` has none.
+
+**Gradients** of truncated and reflected states are those of the steps taken. Near an end a derivative such as that of
+sqrt(x) has heavy tails, and so has its mean over paths. Absorption has no such gradient: whether a path is absorbed
+jumps as a parameter moves, so that the mean of the paths' derivatives is not the derivative of the mean. Measured on
+dx = 2 (θ - x) dt + 0.6 sqrt(x) dw at θ = 0.04 from 0.05, in 25 steps: d E[x_1] / dθ of the absorbed chain is
+0.55 ± 0.01, and the mean over its paths 0.369 ± 0.002.
 """
 
 from __future__ import annotations
@@ -85,13 +91,14 @@ class Boundary:
 
     def __init__(self, kind: str, declaration: Declaration, values: Mapping[sp.Symbol, float | Tensor], x: Tensor):  # noqa: ANN204
         checked_choice(kind, "boundary", (*BOUNDARIES, None))
-        self.kind, self._coupled = kind, declaration.coupled
+        self.kind, self._coupled, self._values = kind, declaration.coupled, values
         found = ends_of(declaration)
         if not any(found):
             raise DeclarationError(
                 f'boundary="{kind}" needs a domain with an end, and f and g of this SDE are real everywhere: '
                 "leave it out."
             )
+        self._symbols = set().union(*(root.free_symbols for ends in found for root, _ in ends))
         self._roots, self._below = [], []
         zero = torch.zeros((), dtype=torch.float64)
         for part, component, ends in zip(self._components(x), declaration.state, found, strict=True):
@@ -125,6 +132,32 @@ class Boundary:
             lows.append(low)
             highs.append(high)
         return (torch.stack(lows, 1), torch.stack(highs, 1)) if self._coupled else (lows[0], highs[0])
+
+    def require_gradient(self) -> None:
+        """That the states have a gradient in whatever requires grad.
+
+        Raises:
+            ValueError: for absorption; for states at t = 0 that require grad and lie on an end; and, under truncation,
+                for a parameter that requires grad and moves an end.
+        """
+        if self.kind == "absorb":
+            raise ValueError(
+                'boundary="absorb" has no gradient: whether a path is absorbed jumps as a parameter or x_0 moves, and '
+                "no derivative of a path shows that. Simulate under torch.no_grad() with gradient=None, or take "
+                '"truncate" or "reflect"; where f and g are 0 at the end, "truncate" shows the same states.'
+            )
+        on_end, x = self._stopped
+        if x.requires_grad and bool(on_end.any()):
+            raise ValueError(
+                "x_0 requires grad and lies on an end of the domain, where the states have no derivative in it: start "
+                "inside, or detach x_0."
+            )
+        moved = [s for s, v in self._values.items() if s in self._symbols and getattr(v, "requires_grad", False)]
+        if self.kind == "truncate" and moved:
+            raise ValueError(
+                f"an end of the domain moves with {', '.join(map(str, moved))}, which requires grad: the derivative of "
+                'truncated coefficients in it is not known there. Freeze it, or take boundary="reflect".'
+            )
 
     def nearest(self, x: Tensor, t: float) -> Tensor:
         """The nearest states of the domain."""

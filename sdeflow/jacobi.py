@@ -168,7 +168,7 @@ def _series(law: Standard) -> tuple:
     """The sums of :func:`_sums`: by NumPy, or by torch where a gradient is asked for."""
     u, u_0, _, tau, A, B = law.parts
     if law.needs_grad:
-        return _sums(u, u_0, tau, A, B, _count(float(tau.min()), float((A + B).max())), torch)
+        return _sums(u, u_0, tau, A, B, _count(float(tau.detach().min()), float((A + B).detach().max())), torch)
     return _numbers(*(as_array(part) for part in (u, u_0, tau, A, B)))
 
 

@@ -113,13 +113,13 @@ def simulate(
             (:mod:`sdeflow.boundary`). With solver="euler".
         gradient: "backprop" for states that can be differentiated in x_0 and in the parameters of the SDE, exactly
             through the steps taken, for the noise drawn. By default where x_0 requires grad; parameters have to be
-            meant.
+            meant. Not with boundary="absorb".
         max_calls: the budget of an adaptive solve, 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
 
     Raises:
         DataError: for an x_0 that is not a finite floating tensor, or not a state of this SDE.
-        ValueError: for times, steps or a solver that make no sense.
+        ValueError: for times, steps or a solver that make no sense, and for a gradient that a boundary= does not have.
         NonFiniteStateError: where a path explodes or leaves the domain of f and g.
         NotAffineError: for solver="exact" where the SDE has no exact kernel.
         DeclarationError: for a boundary= that the SDE does not have.
@@ -146,6 +146,8 @@ def simulate(
         return x.new_empty(len(times), *x.shape)
     working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     ends = None if boundary is None else _boundary(boundary, model, working, plan)
+    if graph and ends is not None:
+        ends.require_gradient()
     if noise is not None:
         _require_path(noise, seed, plan.solver, model.declaration.coupled)
     path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)

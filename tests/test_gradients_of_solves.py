@@ -12,6 +12,7 @@ from sdeflow import SDE, BrownianPath, ScoreError, catalog, x
 from sdeflow.solvers import SingleStep, Torchdiffeq, Torchsde
 
 double = torch.float64
+R = sp.Rational
 
 
 def small_flow():
@@ -32,12 +33,12 @@ def central(function, tensor, direction, h=1e-5):
     return (found[0] - found[1]) / (2 * h)
 
 
-def agree(function, tensors, rtol=2e-5):
+def agree(function, tensors, rtol=2e-5, h=1e-5):
     """Whether backpropagation of ``function(gradient)`` has the central differences along a fixed direction."""
     gradients = torch.autograd.grad(function("backprop"), tensors)
     for tensor, gradient in zip(tensors, gradients, strict=True):
         direction = torch.linspace(-1.0, 1.3, tensor.numel(), dtype=double).reshape(tensor.shape)
-        measured = central(lambda: function(None), tensor.data, direction)
+        measured = central(lambda: function(None), tensor.data, direction, h)
         assert abs(float((gradient * direction).sum()) - measured) < rtol * (1.0 + abs(measured)), tensor.shape
 
 
@@ -102,6 +103,101 @@ def test_a_coupled_simulation_has_gradients():
         lambda gradient: sde.simulate(start, [1.0], steps=10, seed=1, gradient=gradient).pow(3).sum(),
         [start, stiffness],
     )
+
+
+k, theta, size, end = sp.symbols("kappa theta sigma e", positive=True)
+
+
+def learned(*numbers):
+    return [nn.Parameter(torch.tensor(number, dtype=double)) for number in numbers]
+
+
+def cir_with_its_numbers():
+    numbers = learned(2.0, 0.04, 0.6)
+    return SDE(k * (theta - x), size * sp.sqrt(x), params=dict(zip((k, theta, size), numbers, strict=True))), numbers
+
+
+@pytest.mark.parametrize("solver", ["euler", Torchsde("euler")], ids=str)
+@pytest.mark.parametrize("boundary", ["truncate", "reflect"])
+def test_a_square_root_process_at_its_end_has_gradients(boundary, solver):
+    sde, numbers = cir_with_its_numbers()
+    start = torch.full((40, 1), 0.05, dtype=double, requires_grad=True)
+
+    def loss(gradient):
+        states = sde.simulate(start, [0.5, 1.0], solver, 20, seed=0, boundary=boundary, gradient=gradient)
+        return (10 * states).square().mean()
+
+    agree(loss, [start, *numbers], h=1e-8)
+    beyond = sde.simulate(start.detach(), [k / 20 for k in range(1, 21)], solver, 20, seed=0, boundary="truncate")
+    assert bool((beyond == 0).any(0).sum() > 10)  # paths that were cut
+
+
+def test_heston_by_truncation_has_gradients():
+    _, v = sdeflow.state("y v")
+    rho = sp.Symbol("rho")
+    numbers = learned(2.0, 0.04, 0.6, -0.7)
+    sde = SDE(
+        [R(1, 20) - v / 2, k * (theta - v)],
+        [[sp.sqrt(v), 0], [rho * size * sp.sqrt(v), size * sp.sqrt(1 - rho**2) * sp.sqrt(v)]],
+        params=dict(zip((k, theta, size, rho), numbers, strict=True)),
+    )
+    start = torch.tensor([[0.0, 0.04]], dtype=double).repeat(40, 1).requires_grad_()
+
+    def loss(gradient):
+        states = sde.simulate(start, [0.5, 1.0], steps=20, seed=0, boundary="truncate", gradient=gradient)
+        return (3 * states).exp().mean()
+
+    agree(loss, [start, *numbers], h=1e-8)
+
+
+def test_a_reflected_ornstein_uhlenbeck_process_has_the_gradients_of_its_mean():
+    """|y| of an Ornstein-Uhlenbeck process y, whose Euler chain is |N(m, v)| too. The drift 0 sqrt(x) has the end 0."""
+    replicas, n, steps, h = 64, 100, 25, 1 / 25
+    rate, noise, start = (
+        torch.full((replicas,), number, dtype=double, requires_grad=True) for number in (1.5, 0.8, 0.3)
+    )
+    sde = SDE(-k * x + theta * sp.sqrt(x), size, params={k: rate, size: noise, theta: 0.0})
+    states = sde.simulate(
+        start.expand(n, replicas), [1.0], steps=steps, seed=0, boundary="reflect", gradient="backprop"
+    )
+    found = torch.autograd.grad(states.mean((0, 1)).sum(), (rate, noise, start))
+    a, s, y = (part[0].detach().requires_grad_() for part in (rate, noise, start))
+    m, v = (1 - a * h) ** steps * y, s**2 * h * sum((1 - a * h) ** (2 * j) for j in range(steps))
+    mean = (2 * v / torch.pi).sqrt() * torch.exp(-(m**2) / (2 * v)) + m * torch.erf(m / (2 * v).sqrt())
+    for ours, truth in zip(found, torch.autograd.grad(mean, (a, s, y)), strict=True):
+        assert abs(float(ours.mean() - truth)) < 4 * float(ours.std()) / replicas**0.5
+
+
+def test_an_end_that_moves_with_a_parameter():
+    """Reflected, its gradient is exact; truncated, the coefficients' derivative on the end is unknown: refused."""
+    (moved,) = learned(0.01)
+    sde = SDE(2 * (R(1, 25) - x), R(3, 5) * sp.sqrt(x - end), params={end: moved})
+    start = torch.full((40, 1), 0.05, dtype=double)
+
+    def loss(gradient, boundary="reflect"):
+        return sde.simulate(start, [1.0], steps=20, seed=0, boundary=boundary, gradient=gradient).square().mean()
+
+    agree(loss, [moved], h=1e-8)
+    with pytest.raises(ValueError, match="moves with e"):
+        loss("backprop", "truncate")
+    assert not loss(None, "truncate").requires_grad
+
+
+def test_gradients_that_an_end_does_not_have():
+    sde, _ = cir_with_its_numbers()
+    start = torch.full((3, 1), 0.05, dtype=double)
+    with pytest.raises(ValueError, match="absorbed jumps"):
+        sde.simulate(start, [1.0], steps=5, seed=0, boundary="absorb", gradient="backprop")
+    asked = torch.tensor([[0.1], [0.0]], dtype=double, requires_grad=True)
+    for boundary in ("truncate", "reflect"):
+        with pytest.raises(ValueError, match="lies on an end"):
+            sde.simulate(asked, [1.0], steps=5, seed=0, boundary=boundary)
+        states = sde.simulate(asked.detach(), [1.0], steps=5, seed=0, boundary=boundary, gradient="backprop")
+        found = torch.autograd.grad(states.sum(), list(sde.values.tensors.values()))
+        assert all(bool(torch.isfinite(part).all()) for part in found)
+    feller = SDE(-x, sp.sqrt(x))  # f = g = 0 at the end: truncation shows what absorption does
+    shown = [feller.simulate(start, [1.0], steps=50, seed=0, boundary=kind) for kind in ("truncate", "absorb")]
+    assert torch.equal(*shown) and bool((shown[0] == 0).any())
 
 
 def test_a_gradient_that_cannot_be_had_is_an_error():
