@@ -179,6 +179,8 @@ FIXED = [name for name in Torchdiffeq.methods if not Torchdiffeq(name).adaptive]
 @pytest.mark.parametrize("solver", [solvers.Euler(), solvers.Heun(), *map(Torchdiffeq, FIXED)], ids=str)
 def test_the_steps_sum_to_the_interval(solver):
     sde, score, times = constant()
+    if "adams" in str(solver):  # which take even times
+        times = torch.linspace(0.001, 1.0, 6, dtype=double)
     flow = sde.flow_ode(score, prior=sde.prior)
     zeros = torch.zeros(2, 1, dtype=double)
     torch.testing.assert_close(flow.decode(zeros, solver, grid=times), zeros - 0.999)
@@ -222,6 +224,42 @@ def test_orders_on_uneven_grids(solver, order, least):
             rows.append((math.log(n), math.log(float((found - truth).square().mean().sqrt()))))
     slope = -np.polyfit(*zip(*rows, strict=True), 1)[0]
     assert abs(slope - order) < 0.4, slope
+
+
+ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+
+
+@pytest.mark.parametrize("method", ADAMS)
+def test_adams_weights_are_those_of_equal_steps(method, monkeypatch):
+    """Uneven times are refused, since its order falls to 1 there; even ones between break points are not."""
+    sde, flow, z, truth = converged()
+    with pytest.raises(ValueError, match="equal steps"):
+        flow.decode(z, method, grid=random_times(sde, 40, 0, spread=0.5))
+
+    def slope(grid, least=48):
+        found = [flow.decode(z, method, grid=grid(n)) for n in (least, 2 * least, 4 * least)]
+        size = [math.log2(float((y - truth).square().mean().sqrt())) for y in found]
+        return 0.5 * (size[0] - size[-1])
+
+    assert slope(lambda n: torch.linspace(sde.cutoff, sde.T, n + 1)) > 2.75  # float32: even to rounding
+    with monkeypatch.context() as patch:
+        patch.setattr("sdeflow.solvers.torchdiffeq._UNEVEN", 1.0)
+        assert slope(lambda n: random_times(sde, n, 0, spread=0.5)) < 1.5
+
+
+@pytest.mark.parametrize("method", ADAMS)
+def test_adams_begins_anew_at_jumps(method):
+    """Even times on each side of a pause, of lengths that differ; the flow of a Gaussian, exactly."""
+    beta = sp.Piecewise((2, time_symbol < 0.3), (0, time_symbol < 0.5), (12, True))
+    sde = SDE(-beta * x / 2, sp.sqrt(beta), cutoff=0.01)
+    start, end = (float(sde.kernel.marginal(0.0, 0.5, t).std) for t in (0.01, 1.0))
+    law = torch.zeros(1, 1, dtype=double), torch.full((1,), 0.25, dtype=double)
+    flow, errors = sde.flow_ode(scores.GaussianMixture(sde, *law)), []
+    for n in (32, 64):
+        times = [torch.linspace(a, b, n + 1, dtype=double) for a, b in ((0.01, 0.3), (0.5, 1.0))]
+        found = flow.decode(torch.full((1, 1), end, dtype=double), method, grid=torch.cat(times))
+        errors.append(abs(float(found) / start - 1.0))
+    assert errors[1] < 1e-4 and math.log2(errors[0] / errors[1]) > 2.75
 
 
 def test_ddim_and_ancestral_steps_by_hand():

@@ -123,6 +123,17 @@ def test_fixed_methods_converge_with_their_order(method, grid):
         assert abs(slopes[-1] - ORDERS[method]) < 0.25
 
 
+def test_explicit_adams_does_not_explode(monkeypatch):
+    """On the flow of a Gaussian, which is linear; with torchdiffeq's own order it does."""
+    sde = catalog.VE()
+    flow = sde.flow_ode(gaussian(sde, std=0.5, d=1))
+    z = torch.ones(1, 1, dtype=torch.float64)
+    truth = flow.decode(z, "dopri8", rtol=1e-11, atol=1e-11)
+    assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) < 2e-3
+    monkeypatch.setattr("sdeflow.solvers.torchdiffeq._ADAMS_ORDER", 12)
+    assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) > 1e6
+
+
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"])
 def test_adaptive_methods_meet_their_tolerance(method):
     sde = catalog.VP()

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,9 @@ __all__ = ["Torchdiffeq"]
 _FIRST, _LONGEST = 0.02, 0.25  # steps of the whole way, where it is relative to the state's scale
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+_ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+_ADAMS_ORDER = 5  # their max_order: one above the explicit one's order, 4. It rises to 11 by default, which explodes
+_UNEVEN = 1e-4  # of a step
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
@@ -46,8 +50,9 @@ class Torchdiffeq:
         ValueError: for an unknown method, and for ``scipy`` of another one.
 
     Note:
-        The Adams methods have the weights of equal steps. Between given times that are uneven they are of order 1:
-        take rk4, or a named grid.
+        The Adams methods have the weights of equal steps: given times that are uneven between two break points of f and
+        g are refused. Their order is at most 4 (explicit) and 5: by default torchdiffeq's rises to 11 with the steps,
+        and explodes where a step moves the state by 0.4 %.
     """
 
     method: str = "dopri5"
@@ -91,6 +96,9 @@ class Torchdiffeq:
             first, last = flow.size(points[0]), flow.size(points[-1])
             y = self._integrated(problem, observed, flow, y / first, points, rtol, atol / last)
             return problem.finish(y * last)
+        if self.method in _ADAMS:
+            for part in problem.smooth_parts(points):
+                self._require_even(part)
         for part in problem.smooth_parts(points):
             y = self._integrated(problem, observed, flow, y, part, rtol, atol)
         return problem.finish(y)
@@ -112,6 +120,8 @@ class Torchdiffeq:
                 options.update(first_step=_FIRST, max_step=_LONGEST)
         else:
             options = {"grid_constructor": lambda func, y0, t: grid}
+            if self.method in _ADAMS:
+                options["max_order"] = _ADAMS_ORDER
         drift = observed or (problem.drift if flow is None else flow.drift)
         try:
             with warnings.catch_warnings():
@@ -128,6 +138,16 @@ class Torchdiffeq:
         if observed is not None:
             observed.step_ended(float(ts[-1]), out[-1])
         return out[-1]
+
+    def _require_even(self, points: Sequence[float]) -> None:
+        """A ValueError where steps between ``points`` differ in length."""
+        lengths = np.diff(points)
+        if (lengths.max() - lengths.min()) > _UNEVEN * lengths.max():
+            raise ValueError(
+                f"grid: the weights of {self.method} are those of equal steps, and the given times are "
+                f"{lengths.min():.4g} to {lengths.max():.4g} apart; take rk4, a named grid, or even times between "
+                "the break points of f and g."
+            )
 
     def _failure(self, problem: Problem, error: Exception) -> SolverError:
         """torchdiffeq's warnings and assertions as what they mean."""
