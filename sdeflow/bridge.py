@@ -18,6 +18,9 @@ y_T = H(z, T), and x_t = X(y_t, t) of the bridge of y, so that
 
 Where the map folds, z is reached by y_T = ±H(z, T), and the bridge of y is a mixture of two, of weights proportional to
 p(y_T | y_t); in the drift H(z, T) gains the factor tanh(H(z, T) (m_Tt + Φ_Tt H(x, t)) / P_T|t).
+
+**Square-root processes** are conditioned through their own kernel (:mod:`sdeflow.square_root`): the drift
+f + g² ∂/∂x log p(x_T | x_t = x) is a ratio of Bessel functions, and a bridge is drawn exactly.
 """
 
 from __future__ import annotations
@@ -35,16 +38,17 @@ from sdeflow.kernel import Kernel
 from sdeflow.linear import Linear
 from sdeflow.noise import NoiseStream, resolve_seed
 from sdeflow.reducible import ReducibleKernel
-from sdeflow.symbolic.conditioned import bridge_drift, reducible_bridge_drift
+from sdeflow.square_root import Pinned, SquareRootKernel
+from sdeflow.symbolic.conditioned import bridge_drift, reducible_bridge_drift, square_root_bridge_drift
 from sdeflow.symbolic.equations import Equation, forward
 
-__all__ = ["Bridge", "ReducibleBridge"]
+__all__ = ["Bridge", "ReducibleBridge", "SquareRootBridge"]
 
 
 class _Bridge(ABC):
     """What every bridge shares: the equation, single times and paths, from the law of a subclass."""
 
-    kernel: Kernel | ReducibleKernel
+    kernel: Kernel | ReducibleKernel | SquareRootKernel
     x_T: Tensor
     T: float
 
@@ -84,6 +88,12 @@ class _Bridge(ABC):
             s, exactly = t, True
             out.append(x)
         return torch.stack(out)
+
+    def _end_beside(self, x: Tensor) -> Tensor:
+        """x_T, shaped as the states x."""
+        end = self.x_T.to(x.device)
+        end = end[None] if end.ndim and end.ndim == x.ndim - 1 else end  # one event for all
+        return checked_start(end, x, "x_T", "x_0")
 
     def __repr__(self) -> str:
         equation = forward(self.kernel.declaration)
@@ -144,9 +154,7 @@ class Bridge(_Bridge):
         """
         kernel, state = self.kernel, x.to(torch.float64)
         start = kernel.to_basis(state)
-        end = self.x_T.to(x.device)
-        end = end[None] if end.ndim and end.ndim == x.ndim - 1 else end  # one event for all
-        end = kernel.to_basis(checked_start(end, x, "x_T", "x_0"))
+        end = kernel.to_basis(self._end_beside(x))
         now, whole = kernel.transition(state, s, t, exactly), kernel.transition(state, s, self.T, exactly)
         if t >= self.T:  # x_T itself: by the formula below it would be rounded in units of sigma_T
             return end, now.sigma.scaled(0.0)
@@ -233,6 +241,77 @@ class ReducibleBridge(_Bridge):
         whole = self.kernel.inner.transition(y, s, self.T, exactly=True)
         end = self.line.x_T.to(y.device).expand(y.shape)
         return torch.sigmoid(2.0 * end * (whole.alpha(y) + whole.offset) / whole.sigma.values.square())
+
+
+class SquareRootBridge(_Bridge):
+    """A square-root process (CIR, squared Bessel) conditioned on x_T.
+
+    Args:
+        kernel: the SDE's kernel.
+        x_T: where it ends, in the domain: (batch, *event) or one event (*event) for all; a number for all coordinates.
+
+    Attributes:
+        T: the time of the end.
+
+    Raises:
+        DataError: for an x_T outside the domain.
+    """
+
+    def __init__(self, kernel: SquareRootKernel, x_T: Tensor | float) -> None:
+        self.kernel = kernel
+        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
+        self.T = kernel.T
+        kernel.require_inside(self.x_T, "x_T")
+
+    @property
+    def drift(self) -> sp.Expr:
+        """f + g² ∂/∂x log p(x_T | x_t = x), SymPy, with x_T a symbol.
+
+        Where the moments are integrals, T stands in it as a symbol. Where SymPy takes too long, h(x, t) stands for that
+        derivative.
+        """
+        return square_root_bridge_drift(self.kernel.declaration, self.kernel.pearson, self.kernel.inner.shown)
+
+    def moments(self, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The true mean and standard deviation of x_t given x_0 and x_T, each (batch, *event).
+
+        Args:
+            x_0: (batch, *event), in the domain.
+            t: a number in [0, T].
+        """
+        x_0, t = checked_point(x_0, "x_0"), _within(t, self.T)
+        known = self._known(x_0, 0.0, t)
+        if known is not None:
+            return known, torch.zeros_like(known)
+        mean, std = Pinned(self.kernel, x_0, self._end_beside(x_0), 0.0, t).moments()
+        return mean.to(x_0.dtype), std.to(x_0.dtype)
+
+    def log_prob(self, x_t: Tensor, x_0: Tensor, t: float) -> Tensor:
+        """log p(x_t | x_0, x_T) in nats, (batch,) in float64; -inf for an x_t outside the domain.
+
+        Args:
+            x_t: (batch, *event).
+            x_0: of the same shape, or one for all.
+            t: a number in (0, T).
+
+        Raises:
+            ScheduleError: for another t: there the state is known, and has no density.
+        """
+        x_t = checked_point(x_t, "x_t")
+        x_0, t = checked_start(x_0, x_t), _within(t, self.T)
+        if not 0.0 < t < self.T:
+            raise ScheduleError(f"a bridge has a density for t in (0, T) = (0, {self.T:g}), and none at t = {t:g}.")
+        return Pinned(self.kernel, x_0, self._end_beside(x_t), 0.0, t).log_prob(x_t).reshape(len(x_t), -1).sum(1)
+
+    def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
+        known = self._known(x, s, t)
+        return Pinned(self.kernel, x, self._end_beside(x), s, t).draw(noise) if known is None else known
+
+    def _known(self, x: Tensor, s: float, t: float) -> Tensor | None:
+        """The state at t where it is that at s or x_T."""
+        if t >= self.T:
+            return self._end_beside(x).to(x.dtype)
+        return x if t <= s else None
 
 
 def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:

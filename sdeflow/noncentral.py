@@ -30,7 +30,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["log_bessel", "log_density", "slope"]
+__all__ = ["bessel_counts", "log_bessel", "log_density", "slope"]
 
 _LARGE = 40.0  # z from which Debye's expansion is used: its first term left out is 1e-15 there
 _ORDER = 13  # terms of that expansion
@@ -65,6 +65,43 @@ def log_bessel(nu: Tensor, r: Tensor) -> Tensor:
         return _power_series(0.25 * r.square(), nu).log() - torch.lgamma(nu + 1.0) - r
 
     return _by_size(lambda r, _, nu: large(r, nu), lambda r, _, nu: small(r, nu), r, r, nu)
+
+
+def bessel_counts(z_squared: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of Bessel's distribution P(n) = (z / 2)^{2n + nu} / (I_nu(z) n! Γ(n + nu + 1)), differentiable.
+
+    2 E[N] + nu = z I_nu'(z) / I_nu(z) and E[N (N + nu)] = z² / 4. With ζ = sqrt(nu² + z²) the mean is (ζ - nu) / 2 + ε,
+    ε from Debye's expansion, and the variance -ε (ζ + ε), in which nothing cancels.
+
+    Args:
+        z_squared: z², >= 0, in float64.
+        nu: the order, nu > -1, of the shape of z².
+    """
+
+    def parts(z_squared: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zeta = torch.sqrt(nu.square() + z_squared)
+        value, rate = _correction(zeta, nu)
+        return zeta, 0.5 * z_squared / (zeta + nu), 0.25 * z_squared / zeta * (2.0 * rate / value - 1.0 / zeta)
+
+    def large_mean(z_squared: Tensor, _: Tensor, nu: Tensor) -> Tensor:
+        _, middle, excess = parts(z_squared, nu)
+        return middle + excess
+
+    def large_variance(z_squared: Tensor, _: Tensor, nu: Tensor) -> Tensor:
+        zeta, _, excess = parts(z_squared, nu)
+        return -excess * (zeta + excess)
+
+    def small_mean(z_squared: Tensor, _: Tensor, nu: Tensor) -> Tensor:
+        y = 0.25 * z_squared
+        return y / (nu + 1.0) * _power_series(y, nu + 1.0) / _power_series(y, nu)
+
+    def small_variance(z_squared: Tensor, _: Tensor, nu: Tensor) -> Tensor:
+        mean = small_mean(z_squared, _, nu)
+        return 0.25 * z_squared - mean * (mean + nu)
+
+    one = torch.ones_like(z_squared)
+    mean = _by_size(large_mean, small_mean, z_squared, one, nu)
+    return mean, _by_size(large_variance, small_variance, z_squared, one, nu)
 
 
 def _by_size(large, small, c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:  # noqa: ANN001

@@ -352,6 +352,10 @@ class PearsonKernel(ABC):
         with torch.no_grad():
             return tuple(part * self._per_dimension - 1.0 for part in self._form()[2])
 
+    def require_inside(self, x: Tensor, name: str) -> None:
+        """A DataError where ``x`` lies outside the domain."""
+        self._standard_start(x, *self._form(x)[:2], name)
+
     def damping(self, x: Tensor, t: Tensor) -> Tensor:
         """A factor in [0, 1) that falls as the distance from an end, in float64: it makes g ∇ log p bounded there."""
         origin, scale, _ = self._form(x)
@@ -374,13 +378,13 @@ class PearsonKernel(ABC):
         path = self.inner.transition(x, s, t) if s else self.inner.path(x, self.inner.times_for(x, t))
         return path.alpha.values, path.sigma.values.square()
 
-    def _standard_start(self, x_0: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+    def _standard_start(self, x_0: Tensor, origin: Tensor, scale: Tensor, name: str = "x_0") -> Tensor:
         u_0 = (x_0.to(torch.float64) - origin) / scale
         inside = self._inside(u_0)
         if not bool(inside.all()):
             low, high = (end.expand_as(u_0)[~inside][0] for end in self._ends(origin, scale))
             raise DataError(
-                f"x_0 = {float(x_0.expand_as(u_0)[~inside][0]):g} lies outside the domain of this SDE, "
+                f"{name} = {float(x_0.expand_as(u_0)[~inside][0]):g} lies outside the domain of this SDE, "
                 f"{float(low):g} <= x <= {float(high):g}."
             )
         return u_0

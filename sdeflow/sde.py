@@ -12,7 +12,7 @@ import torch
 
 from sdeflow.basis import Basis, CentreOfMassFree
 from sdeflow.boundary import states_to_try
-from sdeflow.bridge import Bridge, ReducibleBridge
+from sdeflow.bridge import Bridge, ReducibleBridge, SquareRootBridge
 from sdeflow.certificate import Certificate, certify
 from sdeflow.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.compile import Compiled, compile_expressions
@@ -36,6 +36,7 @@ from sdeflow.reducible import PushForward, ReducibleKernel
 from sdeflow.scores import ScoreFunction, as_score
 from sdeflow.simulation import simulate, start
 from sdeflow.solvers import Solver
+from sdeflow.square_root import SquareRootKernel
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
@@ -345,16 +346,18 @@ class SDE:
             return self.kernel.lift(data, seed)
         return start(self.declaration, data, NoiseStream(seed, "lift"))
 
-    def bridge(self, x_T: torch.Tensor | float) -> Bridge | ReducibleBridge:
-        """This SDE conditioned on x_T, for every linear SDE and every reducible one; see :mod:`sdeflow.bridge`.
+    def bridge(self, x_T: torch.Tensor | float) -> Bridge | ReducibleBridge | SquareRootBridge:
+        """This SDE conditioned on x_T: linear, reducible and square-root ones; see :mod:`sdeflow.bridge`.
 
         Raises:
-            NotAffineError: for an SDE that is neither.
+            NotAffineError: for any other SDE.
             DataError: for an x_T outside the domain.
         """
         if isinstance(self._exact_kernel, ReducibleKernel):
             return ReducibleBridge(self._exact_kernel, x_T)
-        self.declaration.require_affine("A bridge")
+        if isinstance(self._exact_kernel, SquareRootKernel):
+            return SquareRootBridge(self._exact_kernel, x_T)
+        self.declaration.require_affine("A bridge", "bridges are known of linear, reducible and square-root SDEs alone")
         return Bridge(self.kernel, x_T)
 
     def simulate(

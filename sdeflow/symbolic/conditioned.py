@@ -15,9 +15,10 @@ from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import Map
 from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.patience import patiently
+from sdeflow.symbolic.pearson import Pearson
 from sdeflow.symbolic.symbols import t, x
 
-__all__ = ["bridge_drift", "horizon", "named_drift", "reducible_bridge_drift"]
+__all__ = ["bridge_drift", "horizon", "named_drift", "reducible_bridge_drift", "square_root_bridge_drift"]
 
 _SECONDS = 2.0
 
@@ -45,6 +46,22 @@ def reducible_bridge_drift(declaration: Declaration, change: Map, moments: Momen
     """The same of an SDE that the map ``change`` makes affine, with these moments of the new state."""
     parts = declaration, change, moments.alpha, moments.offset, moments.var
     return patiently(_reducible, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
+
+
+def square_root_bridge_drift(declaration: Declaration, form: Pearson, moments: Moments) -> sp.Expr:
+    """f + g² ∂/∂x log p(x_T | x_t = x) of a square-root process in this standard form.
+
+    With u = (x - origin) / scale, a = alpha_T / alpha_t, v = sigma_T² - a² sigma_t² and r = a sqrt(u u_T) / v,
+
+        ∂/∂u log p = a / (2 v) (sqrt(u_T / u) I_{nu+1}(r) / I_nu(r) - a),     nu = delta / 2 - 1.
+
+    Args:
+        declaration: that process.
+        form: its standard form.
+        moments: those of the affine SDE behind it.
+    """
+    parts = declaration, form, moments.alpha, moments.var
+    return patiently(_square_root, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
 
 
 def named_drift(declaration: Declaration) -> sp.Expr | sp.ImmutableMatrix:
@@ -85,3 +102,14 @@ def _reducible(declaration: Declaration, change: Map, alpha: sp.Expr, offset: sp
     if change.fold:
         end = end * sp.tanh(end * mean / rest)
     return declaration.f + declaration.g**2 * sp.diff(change.to_line, x) * across * (end - mean) / rest
+
+
+def _square_root(declaration: Declaration, form: Pearson, alpha: sp.Expr, var: sp.Expr) -> sp.Expr:
+    T = _end(declaration, (alpha, var))
+    across = alpha.subs(t, T) / alpha
+    rest = var.subs(t, T) - across**2 * var
+    u, end = ((state - form.origin) / form.scale for state in (x, sp.Symbol("x_T", real=True)))
+    order, argument = form.shape[0] / 2 - 1, across * sp.sqrt(u * end) / rest
+    ratio = sp.besseli(order + 1, argument) / sp.besseli(order, argument)
+    h = across / (2 * rest) * (sp.sqrt(end / u) * ratio - across) / form.scale
+    return declaration.f + declaration.g**2 * h
