@@ -1,5 +1,6 @@
 """Every declared SDE is sampled right by default and on every grid: by exact propagation of Gaussian data."""
 
+import math
 import os
 import warnings
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 import sdeflow.sampling
 from sdeflow import SDE, catalog, errors, t, x
 from sdeflow.noise import NoiseStream
-from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, make_clock
+from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, make_clock
 
 double = torch.float64
 R = sp.Rational
@@ -300,6 +301,43 @@ def test_grids_that_cannot_serve_are_refused_and_say_what_serves():
     for grid in GRIDS:
         with told(f'grid="{grid}".*the default solver'):
             at["a pulse of the drift"].decode(z, "heun", steps=100, grid=grid)
+
+
+# Solver, steps, and whether that is too few: a warning, and a variance that is off by more than 30 %, go together.
+TURNS = {
+    "undamped": [("ode", "euler", 200, True), ("ode", "heun", 50, True), ("ode", "heun", 100, False),
+                 ("sde", Torchsde("heun"), 50, True), ("ode", "rk4", 50, False)],
+    "weakly driven": [("ode", Torchdiffeq("euler"), 100, True), ("sde", "euler", 100, True),
+                      ("sde", Torchsde("heun"), 100, False)],
+    "weak and free": [("ode", "euler", 100, False), ("sde", "euler", 100, False)],
+    "critically damped": [("ode", "euler", 100, True), ("ode", "heun", 50, False), ("sde", "euler", 50, False)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_plain_steps_too_long_for_a_turning_state_are_warned_of(name, monkeypatch):
+    monkeypatch.setitem(ENDS, "critically damped", catalog.CriticallyDampedLangevin)
+    gaussians = Gaussians(name)
+    for kind, solver, steps, coarse in TURNS[name]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", errors.CoarseStepsWarning)
+            found = error(gaussians, kind, monkeypatch, solver=solver, steps=steps)
+        told = [str(entry.message) for entry in caught if entry.category is errors.CoarseStepsWarning]
+        assert bool(told) == (found > 0.3) == coarse, (kind, solver, steps, found, told)
+        assert all('grid="log_snr"' in message and "turns" in message for message in told)
+
+
+def test_what_is_said_of_a_turning_state_is_its_error(monkeypatch):
+    """Euler's flow of an oscillator, whose amplitude grows by exp(½ Σ (h ω)²): ω = 3, T = 3."""
+    oscillator = SDE(lambda a, b, t: [3 * b, -3 * a], [0, R(1, 10)], state=("a", "b"), P0=[R(1, 2), 1], T=3)
+    monkeypatch.setitem(ENDS, "oscillator", lambda: oscillator)
+    gaussians = Gaussians("oscillator")
+    for steps in (50, 100):
+        with pytest.warns(errors.CoarseStepsWarning, match="turns") as caught:
+            found = error(gaussians, "ode", monkeypatch, solver="euler", steps=steps, grid="t")
+        said = float(str(caught[0].message).split("about ")[1].split()[0])
+        assert abs(said / (0.5 * 81 / steps) - 1.0) < 0.1
+        assert abs(0.5 * math.log1p(found) / said - 1.0) < 0.1
 
 
 @pytest.mark.parametrize("name", NAMES if LONG else ["a pause at T"])

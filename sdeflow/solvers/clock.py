@@ -42,7 +42,7 @@ from sdeflow.chebyshev import PiecewiseChebyshev
 from sdeflow.checks import checked_numbers, checked_real
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernel import Kernel
-from sdeflow.solvers.resolution import require_resolved, require_stable
+from sdeflow.solvers.resolution import Plain, require_resolved, require_stable, require_turning
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
 
@@ -82,7 +82,8 @@ class Clock:
         breaks: times inside at which f or g is not smooth, rising.
         stops: such times, and u there as ``levels`` has it, which are times of every grid with enough steps.
         normalised: u -> t and ζ ζ'/(c² + ζ²), for methods that carry u / √(alpha² c² + sigma²); None without.
-        check: of rising times, and whether the method that visits them knows the kernel; raises where they cannot do.
+        check: of rising times, and the method that visits them if it does not know the kernel; raises where they cannot
+            do, and warns where they hardly can.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Clock:
         breaks: np.ndarray | None = None,
         stops: tuple[np.ndarray, np.ndarray] | None = None,
         normalised: Curve | None = None,
-        check: Callable[[np.ndarray, bool], None] | None = None,
+        check: Callable[[np.ndarray, Plain | None], None] | None = None,
     ) -> None:
         self.cutoff, self.T, self.given, self._first = cutoff, T, given, first
         self._curve, self._levels = curve, levels
@@ -127,16 +128,16 @@ class Clock:
         if stops is not None:
             times[fixed] = self._stops[0]
         if self._check is not None:
-            self._check(times, True)
+            self._check(times, None)
         return times
 
-    def nodes(self, steps: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def nodes(self, steps: int, plain: Plain) -> tuple[np.ndarray, np.ndarray | None]:
         """u (steps + 1,) between which methods of any equation step, and at which numbers the break points are; None
         for even steps, where there are no break points, or too many."""
         shared = _shared(np.array([u for u, _ in self.breaks]), steps) if self.breaks else None
         u, fixed = shared or (np.linspace(0.0, 1.0, steps + 1), None)
         if self._check is not None:
-            self._check(np.array([self(v)[0] for v in u]), False)
+            self._check(np.array([self(v)[0] for v in u]), plain)
         return u, fixed
 
     def since_stop(self, times: np.ndarray) -> np.ndarray:
@@ -223,7 +224,8 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         breaks = _breaks(kernel)
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
         normalised, first = None if many_scales else where, _first(kernel, curve)
-        check = None if many_scales else partial(require_stable, kernel, variable.name, scale)
+        required = require_turning if kernel.coupled else require_stable
+        check = None if kernel.values.shape else partial(required, kernel, variable.name, scale)
         return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check)
 
 

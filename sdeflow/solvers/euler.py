@@ -108,7 +108,7 @@ class Heun:
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        for k, begin, end in problem.steps(problem.start(y, steps)):
+        for k, begin, end in problem.steps(problem.start(y, steps, order=2)):
             slope = problem.drift(begin, y, end - begin)
             ahead = problem.drift(end, y + slope, end - begin)
             y = y + 0.5 * (slope + ahead)

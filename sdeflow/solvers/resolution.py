@@ -11,13 +11,15 @@ or the state explodes:
 
 Warned of are uniform steps in t of which one covers more than a quarter of a radian of the angle
 atan2(sigma, alpha c), of which all together cover at most π/2 (of a coupled state with the half-log-SNR for
-log(alpha / sigma)); and, for methods that do not know the kernel, steps in which data is moved far. In few steps, more
-is allowed: they are coarse on any grid.
+log(alpha / sigma)); and, for methods that do not know the kernel, steps in which data is moved far, and steps in which
+a coupled state turns so far that all of them together change its size by a quarter. In few steps, more is allowed: they
+are coarse on any grid.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,23 +28,32 @@ from torch import Tensor
 from sdeflow.errors import CoarseStepsWarning, warn
 from sdeflow.kernel import FORGOTTEN, Kernel
 
-__all__ = ["require_resolved", "require_stable"]
+__all__ = ["Plain", "require_resolved", "require_stable", "require_turning"]
 
 _MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 60.0  # the last three over the number of steps
+_SINGULAR = 1e-12  # of the largest eigenvalue of Σ
 _NOISE = -1.0  # the half-log-SNR from which on data counts as noise
 
 
-def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates: bool) -> None:
+@dataclass(frozen=True)
+class Plain:
+    """A method that does not know the kernel: its order in smooth equations, and whether it solves the reverse SDE."""
+
+    order: int
+    stochastic: bool
+
+
+def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Plain | None) -> None:
     """A ValueError where steps between uniform ``times`` cannot serve, a warning where they hardly can.
 
     Args:
         kernel: the kernel.
         scale: the data's scale c.
         times: rising, (n,).
-        propagates: whether the method knows the kernel, and takes what is linear in the state exactly.
+        plain: the method; None where it knows the kernel, and takes what is linear in the state exactly.
 
     Warns:
-        CoarseStepsWarning: where one step takes much of the way between data and noise.
+        CoarseStepsWarning: where one step takes much of the way between data and noise, and as the checks below warn.
 
     Raises:
         ValueError: with the grids that serve.
@@ -64,9 +75,9 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates
             )
         if not kernel.coupled:
             if not kernel.values.shape:
-                require_stable(kernel, "t", scale, times, propagates)
+                require_stable(kernel, "t", scale, times, plain)
             return
-        if propagates:
+        if plain is None:
             return
         rate, at = _contraction(kernel, t, scale).max(0)
         length = (times[-1] - times[0]) / steps
@@ -76,9 +87,10 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, propagates
                 f"reverse equation contracts at a rate of {float(rate):.3g}, and a step is {length:.3g}; {remedy} More "
                 "steps, your own times in a tensor, or the default solver serve too."
             )
+        require_turning(kernel, "t", scale, times, plain)
 
 
-def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, propagates: bool) -> None:
+def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
     """A warning or a ValueError where a method that does not know the kernel jumps over what f does, elementwise.
 
     Its steps are to be short against the time in which the flow of data of the scale c moves it e-fold, 1 over S' / S
@@ -91,7 +103,7 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
         grid: the name of the grid.
         scale: the data's scale c.
         times: rising, (n,).
-        propagates: whether the method knows the kernel: nothing is asked of it then.
+        plain: the method; None where it knows the kernel: nothing is asked of it then.
 
     Warns:
         CoarseStepsWarning: where the data is moved far within a step.
@@ -99,7 +111,7 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
     Raises:
         ValueError: where x_0 is forgotten and steps are longer than the contraction allows.
     """
-    if propagates:
+    if plain is None:
         return
     steps, probes = len(times) - 1, kernel.numbers.probes
     with torch.no_grad():
@@ -118,6 +130,49 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
         raise ValueError(forgetting)
     if moving:
         warn(moving, CoarseStepsWarning)
+
+
+def require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
+    r"""A warning where a method that does not know the kernel loses its way as a coupled state turns.
+
+    In coordinates z = L⁻¹ x in which data of the scale c has unit covariance, Σ = L Lᵀ, the flow only turns it, by the
+    matrix K = ½ (W - Wᵀ), W = L⁻¹ A L, A the matrix of f; the score has no part in it. A method of order p is off
+    by (h \|K\|)^{p+1} / (p+1)! in a step of length h. These errors add up, but along the reverse equation each
+    falls on as exp(-∫ tr(L⁻¹ g gᵀ L⁻ᵀ) / k dt) until the end.
+
+    Args:
+        kernel: the kernel of a coupled state.
+        grid: the name of the grid.
+        scale: the data's scale c.
+        times: rising, (n,).
+        plain: the method; None where it knows the kernel: nothing is asked of it then.
+
+    Warns:
+        CoarseStepsWarning: where the sum is more than a quarter of the state's size.
+    """
+    if plain is None:
+        return
+    with torch.no_grad():
+        t, steps = torch.as_tensor(times), len(times) - 1
+        middle, length = 0.5 * (t[1:] + t[:-1]), t.diff()
+        size, axes = torch.linalg.eigh(_covariance(kernel, middle, scale))
+        size = size.clamp(min=_SINGULAR * size.amax(-1, keepdim=True)).sqrt()
+        whitened = axes.mT / size[..., None]  # L⁻¹
+        a, _, gram = kernel.sde_coefficients(middle)
+        w = whitened @ a @ (axes * size[..., None, :])
+        turned = length * torch.linalg.matrix_norm(0.5 * (w - w.mT), ord=2)
+        error = turned ** (plain.order + 1) / math.factorial(plain.order + 1)
+        if plain.stochastic:
+            forgotten = (whitened @ gram @ whitened.mT).diagonal(dim1=-2, dim2=-1).mean(-1) * length
+            error = error * torch.exp(forgotten - forgotten.cumsum(0))
+        total, (furthest, at) = float(error.sum()), turned.max(0)
+    if total > max(_MOST, _FEW / steps):
+        warn(
+            f'grid="{grid}": {steps} steps are long for this solver. The state turns by up to {float(furthest):.2g} '
+            f"rad in one, at t = {float(middle[at]):.4g}, and will be off by about {total:.2g} of its size; take more "
+            "steps, a method of higher order, or the default solver, which is exact in what is linear in the state.",
+            CoarseStepsWarning,
+        )
 
 
 def _too_long(grid: str, steps: int, probes: Tensor, moved: Tensor, most: float) -> str:
@@ -142,10 +197,14 @@ def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
     return angle.diff(dim=0).abs().flatten(1).amax(1) if angle.ndim > 1 else angle.diff().abs()
 
 
-def _contraction(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
-    """The largest eigenvalue of Σ⁻¹ g gᵀ at each time, (n,)."""
+def _covariance(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
+    """Σ at each time, (n, k, k)."""
     alpha, sigma, _ = kernel.coefficients(t)
     of_data = [0.0 if i in kernel.declaration.auxiliary else scale**2 for i in range(kernel.components)]
-    covariance = alpha @ torch.diag(torch.tensor(of_data, dtype=torch.float64)) @ alpha.mT + sigma @ sigma.mT
-    inverse = torch.linalg.pinv(covariance, hermitian=True)
+    return alpha @ torch.diag(torch.tensor(of_data, dtype=torch.float64)) @ alpha.mT + sigma @ sigma.mT
+
+
+def _contraction(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
+    """The largest eigenvalue of Σ⁻¹ g gᵀ at each time, (n,)."""
+    inverse = torch.linalg.pinv(_covariance(kernel, t, scale), hermitian=True)
     return torch.linalg.eigvals(inverse @ kernel.sde_coefficients(t)[2]).real.amax(-1)

@@ -87,9 +87,13 @@ class Torchdiffeq:
             self.method, 1
         )
 
+    @property
+    def _order(self) -> int:
+        return {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3}.get(self.method, 4)
+
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive)
+        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive, order=self._order)
         flow = problem.normalised() if self.adaptive else None
         observed = None if problem.on_step is None else _Observed(problem, points[0], flow)
         if flow is not None:

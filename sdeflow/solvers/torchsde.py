@@ -29,6 +29,7 @@ from sdeflow.solvers.problem import Problem
 __all__ = ["Torchsde"]
 
 _ITO = ("euler", "milstein", "srk")
+_FIRST_ORDER = ("euler", "milstein", "euler_heun")  # where there is no noise; the others are of order 2 then
 _STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
 
 
@@ -88,7 +89,7 @@ class Torchsde:
         if self.adaptive:
             points = problem.start(y, end=float(self.initial_steps), eager_checks=True)
         else:
-            points = problem.start(y, steps)
+            points = problem.start(y, steps, order=1 if self.method in _FIRST_ORDER else 2)
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         if system.noise_type == "general" and self.diagonal:
