@@ -584,7 +584,7 @@ def test_the_law_of_boltzmann_is_found_and_stays(name):
     rest = law.log_prob(states) + (energy(q) + v**2 / 2) / temperature
     torch.testing.assert_close(rest, rest[:1].expand(6), rtol=1e-8, atol=1e-8)
     of_velocity = law.log_prob(states) - law.of_position.log_prob(q[:, None])
-    normal = torch.distributions.Normal(0.0, math.sqrt(temperature))
+    normal = torch.distributions.Normal(*torch.tensor([0.0, math.sqrt(temperature)], dtype=torch.float64))
     torch.testing.assert_close(of_velocity, normal.log_prob(v), rtol=1e-8, atol=1e-8)
     n = 4000
     start = law.sample((n, 2), seed=0, dtype=torch.float64)
