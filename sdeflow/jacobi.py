@@ -7,7 +7,8 @@ With the orthonormal polynomials p_n of the stationary Beta(A, B) law, lambda_n 
 
 (the second because (½ u (1 - u) Beta p_n')' = -lambda_n Beta p_n; Karlin & Taylor 1981, 15.13). About sqrt(80 / tau)
 terms are needed. They cancel in the far tails, and everywhere where the drift is strong against the noise (A = B = 200,
-from a start far from the mean); there the density is that of a mixture of positive terms (:mod:`sdeflow.ancestral`).
+from a start far from the mean); there, and at clocks for which they are too many, the density is that of a mixture of
+positive terms (:mod:`sdeflow.ancestral`), down to a clock of 1e-7. It takes some 30 ms for each number.
 
 Draws invert the distribution function at late times; at early ones, and where the drift has moved the mean by several
 standard deviations of the noise, they follow the mixture: M lineages, of which L ~ Binomial(M, u_0) are of the first
@@ -36,7 +37,8 @@ __all__ = ["JacobiKernel"]
 
 Number = np.ndarray | Tensor | float | mpmath.mpf
 
-_MOST_TERMS = 6_000  # a clock of 4e-6
+_MOST_TERMS = 6_000  # a clock of 4e-6 where A + B is about 1, 1e-4 where it is 200
+_SHORTEST = 1e-7  # clock of the mixture, whose log-density has an error of some 1e-14 / tau
 _FIRST_CLOCK = 1e-4  # at the default cutoff of the Jacobi kernel, where about 1,000 terms are needed
 _MANY = 16.0  # lineages, from which their distribution function is had to 1e-11
 _DRIVEN = 4.0  # nats that the noise alone would pay for the drift's displacement, above which draws follow the mixture
@@ -82,16 +84,26 @@ class JacobiKernel(PearsonKernel):
         far = [part[lost] for part in (law.u, law.u_0, law.var, *law.shape)]
         if law.needs_grad:
             raise ScheduleError(
-                "the score of this Jacobi kernel is not differentiable where its eigenfunctions cancel, in the far "
-                "tails or under a strong drift; its log-density is: differentiate log_prob, or take the score under "
+                "the score of this Jacobi kernel is not differentiable where its eigenfunctions cancel or are too "
+                "many: in the far tails, under a strong drift or at early times. Its log-density is: differentiate "
+                "log_prob, or take the score under "
                 "torch.no_grad()."
             )
         return push.masked_scatter(lost, _Mixture.apply(*far)[1])
 
     def _summed(self, law: Standard) -> tuple[Tensor, Tensor, Tensor]:
         """Σ p_n(u) p_n(u_0) e^{-lambda_n tau}, its derivative in u, and where its digits are lost."""
+        tau, theta = law.var.detach(), float((law.shape[0] + law.shape[1]).detach().max()) if len(law.u) else 0.0
+        if bool((tau < _SHORTEST).any()):
+            raise ScheduleError(
+                f"the clock ∫ s dt = {float(tau.min()):.3g} is too small: below {_SHORTEST:g} the density and the "
+                "score of a Jacobi kernel cannot be computed in float64. Its moments and its draws (sample without "
+                'noise=, simulate with solver="exact") can. Ask for a later t, or take N(mean, std²) of moments().'
+            )
+        short = tau < _first_clock(theta)
+        law = Standard(law.u, law.u_0, law.alpha, torch.where(short, 1.0, law.var), law.shape)
         total, slope, _, size, _ = (torch.as_tensor(part, device=law.u.device) for part in _series(law))
-        lost = ~(torch.finfo(torch.float64).eps * size.detach() < _LOST * total.detach())
+        lost = short | ~(torch.finfo(torch.float64).eps * size.detach() < _LOST * total.detach())
         return total, torch.where(lost, 0.0, slope), lost
 
     def _draw(self, uniform: Callable[[], Tensor], law: Standard) -> Tensor:
@@ -183,10 +195,15 @@ def _count(tau: float, theta: float) -> int:
     count = _terms(tau, theta, 45.0)
     if count > _MOST_TERMS:
         raise ScheduleError(
-            f"the clock ∫ s dt = {tau:.3g} is too small: the Jacobi kernel would need {count} terms, "
-            f"and {_MOST_TERMS} are allowed; ask for a later t."
+            f"the clock ∫ s dt = {tau:.3g} is too small: the Jacobi kernel's distribution function would need {count} "
+            f"terms, and {_MOST_TERMS} are allowed. Draw without noise=, or ask for a later t."
         )
     return count
+
+
+def _first_clock(theta: float) -> float:
+    """The clock from which on the eigenfunctions needed are not too many."""
+    return 2.0 * (45.0 + (theta + 2.0) * math.log(_MOST_TERMS + 2.0)) / (_MOST_TERMS - 3.0) ** 2
 
 
 def _terms(tau: float, theta: float, nats: float) -> int:

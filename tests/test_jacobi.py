@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from scipy.special import betaln, xlog1py, xlogy
 
 from sdeflow import SDE, x
 from sdeflow.ancestral import draw_count, log_count, mixture
@@ -133,3 +134,25 @@ def test_what_is_not_differentiable_says_so():
     A = torch.nn.Parameter(torch.tensor(200.0, dtype=torch.float64))
     with pytest.raises(ScheduleError, match="differentiate log_prob"):
         jacobi(A, 200.0).kernel.score(doubles(0.6), doubles(0.02), 0.004)
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "tau", "u_0"), [(100.0, 100.0, 2e-5, 0.3), (1.0, 1.5, 2e-6, 0.02), (0.3, 0.4, 2e-6, 0.001)]
+)
+def test_at_clocks_of_too_many_terms_the_density_is_that_of_the_mixture(A, B, tau, u_0):
+    """Against the series with all its terms, and to mass one; the mixture's error is measured as 1e-14 / tau."""
+    kernel = jacobi(A, B).kernel
+    std = math.sqrt(tau * u_0 * (1 - u_0))
+    u = doubles(u_0 + 0.5 * std, u_0 + 3.0 * std)
+    start, whole = torch.full_like(u, u_0), (u[:, 0].numpy(), np.array(u_0), np.array(tau), np.array(A), np.array(B))
+    total, slope, *_ = _sums(*whole, _terms(tau, A + B, 45.0), np)
+    weight = xlogy(A - 1, whole[0]) + xlog1py(B - 1, -whole[0]) - betaln(A, B)
+    np.testing.assert_allclose(kernel.log_prob(u, start, tau), weight + np.log(total), atol=3e-14 / tau)
+    push = ((A - 1) / u - (B - 1) / (1 - u))[:, 0].numpy() + slope / total
+    np.testing.assert_allclose(kernel.score(u, start, tau)[:, 0], push, rtol=1e-6)
+    angle = np.linspace(-8, 8, 33) * math.sqrt(tau) + 2 * math.asin(math.sqrt(u_0))  # in which the noise is constant
+    angle = angle[angle > 0.05 * math.sqrt(tau)]
+    points = torch.as_tensor(np.sin(0.5 * angle) ** 2)[:, None]
+    log_p = kernel.log_prob(points, torch.full_like(points, u_0), tau)
+    mass = (log_p.exp().numpy() * 0.5 * np.sin(angle)).sum() * 0.5 * math.sqrt(tau)
+    assert abs(mass - 1) < 1e-6

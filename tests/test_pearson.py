@@ -10,6 +10,7 @@ import pytest
 import sympy as sp
 import torch
 from scipy.integrate import solve_ivp
+from scipy.special import ndtr
 from scipy.stats import beta, chi2, ncx2
 from test_reducible import case, fokker_planck_residual, log_density, numbers_of, quadrature, score_error
 
@@ -345,8 +346,12 @@ def test_errors_and_states_outside_the_domain(name):
 def test_a_jacobi_clock_that_is_too_small():
     kernel = build("Jacobi")
     assert abs(0.64 * kernel.cutoff - 1e-4) < 1e-12
-    with pytest.raises(ScheduleError, match="too small"):
-        kernel.log_prob(torch.tensor([[0.5]]), torch.tensor([[0.5]]), 1e-7)
+    start = torch.full((1000, 1), 0.5, dtype=torch.float64)
+    with pytest.raises(ScheduleError, match=r"too small.*draws"):
+        kernel.log_prob(start[:1], start[:1], 1e-7)
+    mean, std = (float(m[0]) for m in kernel.moments(start, 1e-7))
+    level = ndtr((kernel.sample(start, 1e-7, seed=0)[:, 0] - mean).numpy() / std)
+    assert np.abs(np.sort(level) - np.arange(1, 1001) / 1000).max() < 1.95 / math.sqrt(1000)  # Kolmogorov, at 1e-3
 
 
 def test_a_jacobi_diffusion_with_little_noise():
