@@ -225,6 +225,9 @@ SOLVERS = {
     **{f'``Torchdiffeq("{m}")``, {n} steps': by_solver(solver=Torchdiffeq(m), steps=n)
        for m, n in (("euler", 5), ("euler", 30), ("heun2", 5), ("heun2", 20), ("rk4", 5), ("rk4", 15))},
     **{f"dopri5, tolerance {tol:g}": by_solver(rtol=tol, atol=tol) for tol in (1e-2, 1e-3, 1e-5)},
+    **{f"{m}, tolerance {tol:g}": by_solver(solver=Torchdiffeq(m), rtol=tol, atol=tol)
+       for m, tol in (("adaptive_heun", 1e-2), ("fehlberg2", 1e-1), ("fehlberg2", 1e-3), ("bosh3", 1e-2),
+                      ("dopri8", 1e-2), ("dopri8", 1e-5))},
 }  # fmt: skip
 TRACES = {
     **{f"hutchinson, {m} probes": by_trace(trace="hutchinson", probes=m) for m in (2, 4, 8, 16)},

@@ -68,8 +68,8 @@ GEOMETRIC = SDE(x / 2, sp.Rational(4, 5) * x, T=1)  # dx = x/2 dt + 0.8 x dw
 EXACT = {"euler": 0.5, "torchsde euler": 0.5, "milstein": 1.0, "srk": 1.5, "heun": 1.0}
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_strong_orders_with_noise_that_depends_on_the_state(name):
+@pytest.mark.parametrize(("name", "power"), [*((name, 1.0) for name in EXACT), ("srk", 1.5)])
+def test_strong_orders_with_noise_that_depends_on_the_state(name, power):
     """Against x_0 exp((mu - sigma²/2) t + sigma W(t)) of the same path, by the mean of log|error| over 1,600 paths.
 
     The mean square is that of a few paths, whose error grows as exp(0.8 W): its slope has a standard error of 0.04 to
@@ -81,7 +81,8 @@ def test_strong_orders_with_noise_that_depends_on_the_state(name):
     exact = torch.exp((0.5 - 0.32) * 1.0 + 0.8 * path.at(1.0, shape))
 
     def solve(n):
-        return GEOMETRIC.simulate(torch.ones(shape, dtype=double), [1.0], solver, n, noise=path)[-1]
+        times = [1.0] if power == 1.0 else torch.linspace(0, 1, n // 4 + 1, dtype=double)[1:] ** power
+        return GEOMETRIC.simulate(torch.ones(shape, dtype=double), times, solver, n, noise=path)[-1]
 
     coarse, fine = ((solve(n) - exact).abs().log().mean() for n in (16, 128))
     assert abs(float(coarse - fine) / math.log(8) - EXACT[name]) < 0.15
@@ -124,6 +125,24 @@ def test_the_reverse_sde_follows_the_path_on_every_clock(grid, fine):
         return along(BrownianPath(seed=7), "euler", n, grid)
 
     assert order_of(solve, fine, (25, 100)) > 0.8
+
+
+def test_srk_keeps_its_order_on_given_times_that_are_not_uniform(monkeypatch):
+    """At least 3/2 along the reverse SDE of Gaussian data, and 2 as the noise is additive; without areas it is 1."""
+    sde, path = catalog.VP(0.1, 5.0, cutoff=0.05), BrownianPath(seed=7)
+    reverse = sde.reverse(sdeflow.scores.GaussianMixture(sde, [[0.5]], [0.2]))
+
+    def solve(n, grid=None):
+        u = torch.linspace(0, 1, n + 1, dtype=double)
+        uneven = sde.cutoff + (1.0 - sde.cutoff) * (u + 0.06 * torch.sin(4.0 * math.pi * u))  # 0.25 to 1.75 of the mean
+        grid = uneven if grid is None else grid
+        return reverse.sample((60, 1), Torchsde("srk"), n, seed=0, noise=path, grid=grid, dtype=double)
+
+    fine = solve(96, "t")
+    assert order_of(solve, fine, (8, 24)) > 1.7
+    right = sdeflow.solvers.problem.Problem.area_in
+    monkeypatch.setattr(sdeflow.solvers.problem.Problem, "area_in", lambda *given: 0.0 * right(*given))
+    assert order_of(solve, fine, (8, 24)) < 1.3
 
 
 def test_exponential_solvers_and_torchsde_follow_the_same_path(fine):

@@ -47,10 +47,16 @@ def covers_of(found):
 
 @pytest.mark.parametrize(
     "mode", ["``steps=4``", "``steps=10``", "``steps=20``", '``steps=20, grid="pilot"``', "``atol=0.1``", "default",
-             '``Torchdiffeq("euler")``, 5 steps', "dopri5, tolerance 0.01"],
+             '``Torchdiffeq("euler")``, 5 steps', "dopri5, tolerance 0.01", "fehlberg2, tolerance 0.1",
+             "dopri8, tolerance 0.01"],
 )  # fmt: skip
 def test_the_solver(mode, problems):
     assert covers([bars.SOLVERS[mode](problem) for problem in problems])
+
+
+def test_adaptive_heun(problems):
+    """Its many steps, on one problem."""
+    assert covers([bars.SOLVERS["adaptive_heun, tolerance 0.01"](problems[2])])
 
 
 @pytest.mark.parametrize(
