@@ -222,6 +222,13 @@ class _Mixture(torch.autograd.Function):
         rows = zip(*(part.detach().cpu().tolist() for part in parts), strict=True)
         found = [_mixed(*row) for row in rows]
         log_p, slopes = (torch.as_tensor(np.array(part), device=parts[0].device) for part in zip(*found, strict=True))
+        lost = ~torch.isfinite(log_p)
+        if bool(lost.any()):
+            u, u_0, tau = (float(part[lost][0]) for part in parts[:3])
+            raise ScheduleError(
+                f"{int(lost.sum())} of {len(lost)} states lie too far in the tail for the density of this Jacobi "
+                f"kernel: {u:.4g} of the way between the ends, from {u_0:.4g} in a clock of {tau:.3g}."
+            )
         ctx.save_for_backward(slopes)
         slope = slopes[:, 0].clone()
         ctx.mark_non_differentiable(slope)
@@ -236,7 +243,8 @@ class _Mixture(torch.autograd.Function):
 
 def _mixed(u: float, u_0: float, tau: float, A: float, B: float) -> tuple[float, np.ndarray]:
     u = min(max(u, 1e-300), 1.0 - 2.0**-53)
-    return mixture(u, u_0, tau, A, B)
+    with np.errstate(all="ignore"):  # what is not finite is told
+        return mixture(u, u_0, tau, A, B)
 
 
 def _has_many_lineages(law: Standard) -> Tensor:

@@ -156,3 +156,10 @@ def test_at_clocks_of_too_many_terms_the_density_is_that_of_the_mixture(A, B, ta
     log_p = kernel.log_prob(points, torch.full_like(points, u_0), tau)
     mass = (log_p.exp().numpy() * 0.5 * np.sin(angle)).sum() * 0.5 * math.sqrt(tau)
     assert abs(mass - 1) < 1e-6
+
+
+def test_a_tail_that_cannot_be_computed_is_an_error():
+    kernel = jacobi(0.3, 0.4).kernel
+    for way in (kernel.log_prob, kernel.score):
+        with pytest.raises(ScheduleError, match=r"1 of 1 states lie too far in the tail.*0\.9 of the way"):
+            way(doubles(0.9), doubles(0.1), 1e-5)
