@@ -225,7 +225,10 @@ def test_intervals_of_independent_probes_cover(trace, trajectory):
 
 @pytest.mark.parametrize("probes", [2, 4, 16])
 def test_intervals_of_hadamard_columns_cover(probes, trajectory):
-    """From 8 columns on the cancellation is deeper than can be told, and the standard error is on the safe side."""
+    """From 8 columns on the cancellation is deeper than can be told, and the standard error is on the safe side.
+
+    So it is of this mixture; of others see sdeflow.traces.
+    """
     assert calibrated(Hadamard(probes), trajectory, conservative=probes >= 8)
 
 
