@@ -35,9 +35,10 @@ from sdeflow.symbolic.derivation import (
     pearson_steps,
     reducible_steps,
 )
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.mathml import mathml
-from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.patience import rehearsed, small
 from sdeflow.symbolic.pearson import exact_form, why_not_exact
 

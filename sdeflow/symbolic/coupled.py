@@ -16,7 +16,8 @@ import sympy as sp
 from sdeflow.symbolic.antiderivative import definite
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.display import exponential_within
-from sdeflow.symbolic.moments import Moments, constant_ratio, rationalised
+from sdeflow.symbolic.exact import rationalised
+from sdeflow.symbolic.moments import Moments, constant_ratio
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 

@@ -23,6 +23,7 @@ from sdeflow.symbolic.affine import affine_split, kink_in_state
 from sdeflow.symbolic.arguments import applied
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.grammar import parse
+from sdeflow.symbolic.squares import with_squares_read
 from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
 from sdeflow.symbolic.tree import OF_TIME_ALONE
 
@@ -439,7 +440,7 @@ def coefficient_of(
         raise ScheduleError(f"{name} = {value} is not finite.")
     # A float of fewer digits than a double would spoil every number that it meets.
     value = value.xreplace({number: sp.Float(float(number)) for number in value.atoms(sp.Float) if number._prec < 53})
-    value = _within_doubles(value)
+    value = _within_doubles(with_squares_read(value, (*components, t)))
     for symbol in sorted(value.free_symbols, key=str):
         twin = known.get(symbol.name)
         require_plain(symbol.name)

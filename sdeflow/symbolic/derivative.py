@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sympy as sp
 
+from sdeflow.symbolic.squares import is_even_root
+
 __all__ = ["derivative"]
 
 _BRANCHED = (sp.Abs, sp.sign, sp.Max, sp.Min, sp.Heaviside, sp.floor, sp.ceiling, sp.frac, sp.Mod)
@@ -32,7 +34,7 @@ def derivative(expr: sp.Expr, symbol: sp.Symbol) -> sp.Expr:
         )
     if isinstance(expr, sp.Pow):
         base, power = expr.args
-        if not power.has(symbol) and base.is_Pow and base.exp.is_even:  # of |u| to some power, which has a kink
+        if is_even_root(expr):  # of |u| to some power, which has a kink
             modulus, power = sp.Abs(base.base), base.exp * power
             return power * modulus ** (power - 1) * derivative(modulus, symbol)
         if not power.has(symbol):

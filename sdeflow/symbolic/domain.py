@@ -14,6 +14,7 @@ import sympy as sp
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.patience import patiently
+from sdeflow.symbolic.squares import is_even_root
 
 __all__ = ["ends_of", "ends_that_are_told"]
 
@@ -70,7 +71,8 @@ def _must_be_positive(declaration: Declaration) -> list[sp.Expr]:
     """The factors of what stands under a root or a logarithm in f or g."""
     bases = []
     for expr in (*declaration.drifts, *declaration.diffusions):
-        bases += [power.base for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
+        roots = [power for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
+        bases += [power.base for power in roots if not (is_even_root(power) and power.exp.is_positive)]
         bases += [log.args[0] for log in expr.atoms(sp.log)]
     return [factor for base in bases if base.free_symbols for factor in sp.Mul.make_args(base)]
 

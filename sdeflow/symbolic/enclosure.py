@@ -29,6 +29,7 @@ from sympy.logic.boolalg import BooleanAtom
 from sdeflow.errors import DeclarationError
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.special import special_functions
+from sdeflow.symbolic.squares import is_even_root
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Enclosure", "NoEnclosure"]
@@ -123,6 +124,8 @@ class _Walk:
             return Disc(bool(expr), 0.0)
         if isinstance(expr, sp.Piecewise):
             return self._piecewise(expr)
+        if is_even_root(expr):
+            return self._power(sp.Abs(expr.base.base), expr.base.exp * expr.exp)
         if isinstance(expr, sp.Pow):
             return self._power(*expr.args)
         if isinstance(expr, sp.Heaviside):

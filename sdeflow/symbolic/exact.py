@@ -8,7 +8,7 @@ import sympy as sp
 
 from sdeflow.symbolic.patience import patiently
 
-__all__ = ["numbers_at", "value_at"]
+__all__ = ["numbers_at", "rationalised", "value_at"]
 
 Point = Mapping[sp.Symbol, float | sp.Expr]
 
@@ -21,6 +21,12 @@ def value_at(expr: sp.Expr, at: Point, digits: int | None = None) -> sp.Expr:
 def numbers_at(expressions: Sequence[sp.Expr], at: Point) -> list[sp.Expr]:
     """The real parts of the expressions at the values of their symbols, in 40 digits; NaN where that takes too long."""
     return patiently(_numbers_at, list(expressions), dict(at), otherwise=[sp.nan] * len(expressions))
+
+
+def rationalised(expr: sp.Expr) -> sp.Expr:
+    """``expr`` with its floats as exact rationals: 0.1 as 1/10, for SymPy cancels no floats."""
+    floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
+    return expr.xreplace(floats)
 
 
 def _value_at(expr: sp.Expr, at: Point, digits: int | None) -> sp.Expr:

@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.moments import rationalised
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x
 
@@ -240,7 +240,7 @@ _NOT_TABLED = "g is neither a polynomial of x of second degree at most, nor the 
 
 
 def _unsigned(expr: sp.Expr) -> str:
-    return f"the sign of {expr}, on which the domain depends, is not known"
+    return f"{expr}, on whose sign the domain depends, is 0 or has none that is known"
 
 
 def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | str:

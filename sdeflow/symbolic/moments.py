@@ -21,6 +21,7 @@ from sympy.core.function import AppliedUndef
 
 from sdeflow.symbolic.antiderivative import definite
 from sdeflow.symbolic.declaration import AffineDrift, Declaration
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t
 
@@ -30,7 +31,6 @@ __all__ = [
     "derive_moments",
     "integral_moments",
     "moments_of",
-    "rationalised",
     "square_root",
 ]
 
@@ -132,12 +132,6 @@ def _square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
         if value.is_number and value.is_real:
             root = root.subs(modulus, modulus.args[0] if value >= 0 else -modulus.args[0])
     return root
-
-
-def rationalised(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with its floats as exact rationals: 0.1 as 1/10, for SymPy cancels no floats."""
-    floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
-    return expr.xreplace(floats)
 
 
 def _offset(a: sp.Expr, b: sp.Expr, alpha: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, str]:

@@ -41,8 +41,8 @@ from typing import Literal
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, reduction_or_reason, shown, sign_at
-from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x, x_0
 

@@ -1,8 +1,9 @@
 """Where an expression of t may fail to be smooth: the parts of it that switch, and the values at which they do.
 
-A Piecewise switches where a side of its conditions meets the other, Abs and sign where their argument is 0, Max and
-Min where two arguments are equal, floor and Mod at integers, a table at its knots. Each is a :class:`Switch`. The break
-points are the solutions of ``expr == level``; where the expression is linear in t they are exact.
+A Piecewise switches where a side of its conditions meets the other, Abs, sign and the root of a square where their
+argument is 0, Max and Min where two arguments are equal, floor and Mod at integers, a table at its knots. Each is a
+:class:`Switch`. The break points are the solutions of ``expr == level``; where the expression is linear in t they are
+exact.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sympy.core.relational import Relational
 
 from sdeflow.symbolic.patience import small
 from sdeflow.symbolic.schedule import Schedule
+from sdeflow.symbolic.squares import is_even_root
 from sdeflow.symbolic.symbols import t
 
 __all__ = ["Switch", "exact", "jumps", "switches"]
@@ -71,6 +73,8 @@ def _of(node: sp.Basic) -> Iterator[Switch]:
         yield Switch(node.lhs - node.rhs)
     elif isinstance(node, _SIGNED):
         yield Switch(node.args[0])
+    elif is_even_root(node):
+        yield Switch(node.base.base)
     elif isinstance(node, sp.Max | sp.Min):
         yield from (Switch(first - second) for first, second in combinations(node.args, 2))
     elif isinstance(node, _ROUNDED):

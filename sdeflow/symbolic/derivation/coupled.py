@@ -8,8 +8,9 @@ from sdeflow.symbolic.coupled import stationary_covariance, symbolic_cholesky
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation.step import Notation, Step, equals, vector
 from sdeflow.symbolic.derivation.substitution import Numbers, verify
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import rationals
-from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.symbols import t
 
 __all__ = ["coupled_moments"]

@@ -12,7 +12,7 @@ from sdeflow.symbolic.declaration import Declaration, stratonovich_correction
 from sdeflow.symbolic.derivation.step import N, Notation, Step, dt, equals, vector
 from sdeflow.symbolic.derivation.substitution import Identity, Numbers, initial_value, verify
 from sdeflow.symbolic.equations import Equation, forward, probability_flow, reverse_time
-from sdeflow.symbolic.moments import rationalised
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.symbols import score_symbols, t, x
 
 __all__ = ["declared", "equation_steps", "general_steps", "is_smooth", "log_fokker_planck"]

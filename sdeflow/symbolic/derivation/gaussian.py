@@ -14,7 +14,8 @@ import sympy as sp
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation.step import N, Notation, Step, equals, vector
 from sdeflow.symbolic.derivation.substitution import Identity, Numbers, verify
-from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.exact import rationalised
+from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.symbols import t, x, x_0
 
 __all__ = ["kernel_steps", "variance_symbol"]

@@ -12,7 +12,8 @@ from sdeflow.symbolic.derivation.equations import declared
 from sdeflow.symbolic.derivation.gaussian import kernel_steps, variance_symbol
 from sdeflow.symbolic.derivation.step import Notation, Step, equals, vector
 from sdeflow.symbolic.derivation.substitution import Numbers, initial_value, judged, verify
-from sdeflow.symbolic.moments import Moments, rationalised
+from sdeflow.symbolic.exact import rationalised
+from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.symbols import data_symbols, t
 
 __all__ = ["linear_steps", "moment_steps"]

@@ -13,7 +13,8 @@ from sdeflow.symbolic.derivation.equations import declared, log_fokker_planck
 from sdeflow.symbolic.derivation.linear import moment_steps
 from sdeflow.symbolic.derivation.step import Step, dt, dw, equals
 from sdeflow.symbolic.derivation.substitution import Numbers, initial_value, verify
-from sdeflow.symbolic.moments import Moments, moments_of, rationalised
+from sdeflow.symbolic.exact import rationalised
+from sdeflow.symbolic.moments import Moments, moments_of
 from sdeflow.symbolic.pearson import Pearson, decay, spread
 from sdeflow.symbolic.symbols import x, x_0
 

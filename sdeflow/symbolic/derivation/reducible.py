@@ -12,9 +12,10 @@ from sdeflow.symbolic.derivation.equations import declared, log_fokker_planck
 from sdeflow.symbolic.derivation.linear import moment_steps
 from sdeflow.symbolic.derivation.step import Step, dt, dw, equals
 from sdeflow.symbolic.derivation.substitution import Numbers, verify
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var
 from sdeflow.symbolic.lamperti import y as line
-from sdeflow.symbolic.moments import moments_of, rationalised
+from sdeflow.symbolic.moments import moments_of
 from sdeflow.symbolic.symbols import t, x, x_0
 
 __all__ = ["reducible_steps"]

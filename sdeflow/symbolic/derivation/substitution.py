@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
+from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import rationals
-from sdeflow.symbolic.moments import rationalised
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t
 

@@ -1,0 +1,69 @@
+"""Squares under a root that are not written as such: sqrt(t**2 - 2*t/3 + 1/9) is |t - 1/3|, with a kink at 1/3.
+
+As it is declared such a root can neither be differentiated at its zero nor resolved by panels that do not end there. So
+a declaration is read with the square taken out of the root. Every symbol stands for a real number: SymPy writes the
+root of u² as |u| where it knows that u is real, and else leaves (u**2)**(1/2), which says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy as sp
+
+from sdeflow.symbolic.exact import rationalised
+from sdeflow.symbolic.patience import patiently
+
+__all__ = ["is_even_root", "with_squares_read"]
+
+_SECONDS = 0.2
+
+
+def is_even_root(expr: sp.Basic) -> bool:
+    """Whether ``expr`` is a root of an even power, (u**2)**(1/2) say: |u| to some power."""
+    return isinstance(expr, sp.Pow) and expr.base.is_Pow and expr.base.exp.is_even and expr.exp.is_integer is False
+
+
+def with_squares_read(expr: sp.Expr, variables: Sequence[sp.Symbol]) -> sp.Expr:
+    """``expr`` with the squares that hold one of ``variables`` taken out of its roots.
+
+    Where SymPy takes too long to find them it comes back as it is.
+    """
+    roots = [power for power in expr.atoms(sp.Pow) if _may_hold_squares(power, variables)]
+    if not roots:
+        return expr
+    read = patiently(_read, sorted(roots, key=sp.count_ops), list(variables), otherwise={}, seconds=_SECONDS)
+    return expr.xreplace(read)
+
+
+def _may_hold_squares(power: sp.Pow, variables: Sequence[sp.Symbol]) -> bool:
+    """Whether it is a root of a sum, or of what holds one, in the variables."""
+    base, exponent = power.args
+    return exponent.is_Rational and not exponent.is_Integer and base.has(sp.Add) and base.has(*variables)
+
+
+def _read(roots: list[sp.Pow], variables: list[sp.Symbol]) -> dict[sp.Pow, sp.Expr]:
+    """Those of ``roots``, inner ones first, that hold squares, and what they are."""
+    found: dict[sp.Pow, sp.Expr] = {}
+    for root in roots:
+        read = _without_squares(root.base.xreplace(found), root.exp, variables)
+        if read is not None:
+            found[root] = read
+    return found
+
+
+def _without_squares(base: sp.Expr, exponent: sp.Rational, variables: list[sp.Symbol]) -> sp.Expr | None:
+    """base**exponent with the squares of polynomials before it; None where there are none."""
+    try:
+        inside, factors = sp.sqf_list(rationalised(base))
+    except sp.PolynomialError:
+        return None
+    outside = sp.Integer(1)
+    for factor, times in factors:
+        lead = sp.LC(factor)
+        if lead.is_Rational:  # t - 1/3, not 3 t - 1
+            factor, inside = sp.expand(factor / lead), inside * lead**times
+        squares = times // 2 if factor.is_Add and factor.has(*variables) else 0
+        outside *= (factor**2) ** (squares * exponent)
+        inside *= factor ** (times - 2 * squares)
+    return None if outside == 1 else outside * inside**exponent
