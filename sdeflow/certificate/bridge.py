@@ -14,7 +14,7 @@ from sdeflow.certificate.draws import levels_are_uniform
 from sdeflow.certificate.formulas import reader_of
 from sdeflow.certificate.oracle import ratio, sizes
 from sdeflow.certificate.subject import Subject, product, transposed
-from sdeflow.symbolic.conditioned import horizon, named_drift
+from sdeflow.symbolic.conditioned import end_symbols, horizon, named_drift
 from sdeflow.symbolic.evaluate import UnknownValue
 
 __all__ = ["bridge_drift", "bridge_moments", "bridge_paths"]
@@ -102,7 +102,7 @@ def bridge_drift(subject: Subject) -> None:
     if sum(map(sp.count_ops, entries)) > _LARGE:
         raise UnknownValue("the formula is too long to be read.")
     state = subject.declaration.state
-    names = [sp.Symbol(f"{component.name}_T", real=True) for component in state]
+    names = end_symbols(subject.declaration)
     whole = subject.law(np.array([subject.T]))
     if np.abs(whole.log_phi).max() > _MOST_NATS or np.linalg.cond(whole.phi[0]).max() > _MOST_CONDITION:
         raise UnknownValue("Φ_T Φ_t⁻¹ is lost in the rounding of Φ_t.")

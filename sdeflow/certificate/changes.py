@@ -23,7 +23,7 @@ from sdeflow.certificate.density import domain, noise_of, start
 from sdeflow.certificate.draws import integrated, levels_are_uniform
 from sdeflow.certificate.oracle import Oracle, ratio
 from sdeflow.certificate.subject import Subject, tensor
-from sdeflow.symbolic.conditioned import horizon
+from sdeflow.symbolic.conditioned import end_symbols, horizon
 from sdeflow.symbolic.evaluate import DIFFERENCES, UnknownValue, evaluate
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -93,7 +93,7 @@ def bridge(subject: Subject) -> None:
         h = torch.minimum(h, 0.1 * (x - limit).abs())
     slope = (sum(w * onward(x + o * h) for o, w in DIFFERENCES) / h[:, 0]).numpy()
     point = {**subject.numbers_of(0), state: x.numpy()[:, 0], time_symbol: at}
-    drift = evaluate(conditioned.drift, {**point, horizon: subject.T, sp.Symbol("x_T", real=True): float(end)})
+    drift = evaluate(conditioned.drift, {**point, horizon: subject.T, end_symbols(declaration)[0]: float(end)})
     f, gram = evaluate(declaration.f, point), evaluate(declaration.g, point) ** 2
     size = np.abs(f) + np.abs(gram * slope) + np.sqrt(gram / T)
     subject.note("bridge.drift", "f + g² ∂ log p(x_T | x_t) / ∂x_t", ratio(drift - f - gram * slope, size), 1e-6, at)

@@ -16,9 +16,11 @@ from sdeflow.symbolic.lamperti import Map
 from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.pearson import Pearson
-from sdeflow.symbolic.symbols import t, x
+from sdeflow.symbolic.symbols import t, unused, x
 
-__all__ = ["bridge_drift", "horizon", "named_drift", "reducible_bridge_drift", "square_root_bridge_drift"]
+__all__ = [
+    "bridge_drift", "end_symbols", "horizon", "named_drift", "reducible_bridge_drift", "square_root_bridge_drift",
+]  # fmt: skip
 
 _SECONDS = 2.0
 
@@ -29,6 +31,12 @@ def horizon(declaration: Declaration) -> sp.Symbol:
     while name in taken:
         name += "_end"
     return sp.Symbol(name, positive=True)
+
+
+def end_symbols(declaration: Declaration) -> tuple[sp.Symbol, ...]:
+    """The components at t = T, where a bridge ends: x_T, or x_T_1, ... where the declaration has that name."""
+    taken = (*declaration.parameters, *declaration.state)
+    return tuple(sp.Symbol(unused(f"{component.name}_T", taken), real=True) for component in declaration.state)
 
 
 def bridge_drift(declaration: Declaration, moments: Moments) -> sp.Expr | sp.ImmutableMatrix:
@@ -87,7 +95,7 @@ def _linear(declaration: Declaration, *moments: sp.Expr | sp.MatrixBase) -> sp.E
     across = phi_T * phi.adjugate() / phi.det()
     rest = P_T - across * P * across.T
     inverse = rest.adjugate() / rest.det()
-    y = sp.Matrix([sp.Symbol(f"{component.name}_T", real=True) for component in declaration.state])
+    y = sp.Matrix(end_symbols(declaration))
     surprise = y - m_T - across * (sp.Matrix(declaration.state) - m)
     drift = sp.Matrix(declaration.drifts) + declaration.gram * across.T * inverse * surprise
     return sp.ImmutableMatrix(drift) if declaration.coupled else drift[0]
@@ -98,7 +106,7 @@ def _reducible(declaration: Declaration, change: Map, alpha: sp.Expr, offset: sp
     across = alpha.subs(t, T) / alpha
     mean = offset.subs(t, T) + across * (change.to_line - offset)
     rest = var.subs(t, T) - across**2 * var
-    end = change.to_line.subs({x: sp.Symbol("x_T", real=True), t: T})
+    end = change.to_line.subs({x: end_symbols(declaration)[0], t: T})
     if change.fold:
         end = end * sp.tanh(end * mean / rest)
     return declaration.f + declaration.g**2 * sp.diff(change.to_line, x) * across * (end - mean) / rest
@@ -108,7 +116,7 @@ def _square_root(declaration: Declaration, form: Pearson, alpha: sp.Expr, var: s
     T = _end(declaration, (alpha, var))
     across = alpha.subs(t, T) / alpha
     rest = var.subs(t, T) - across**2 * var
-    u, end = ((state - form.origin) / form.scale for state in (x, sp.Symbol("x_T", real=True)))
+    u, end = ((state - form.origin) / form.scale for state in (x, end_symbols(declaration)[0]))
     order, argument = form.shape[0] / 2 - 1, across * sp.sqrt(u * end) / rest
     ratio = sp.besseli(order + 1, argument) / sp.besseli(order, argument)
     h = across / (2 * rest) * (sp.sqrt(end / u) * ratio - across) / form.scale

@@ -19,7 +19,7 @@ from sdeflow.symbolic.display import exponential_within
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.moments import Moments, constant_ratio
 from sdeflow.symbolic.patience import patiently
-from sdeflow.symbolic.symbols import t
+from sdeflow.symbolic.symbols import t, unused
 
 __all__ = ["derive_coupled", "information", "rank", "stationary_covariance", "symbolic_cholesky"]
 
@@ -170,7 +170,7 @@ def _offset(
     integrals = [definite(entry, t, midpoint) for entry in (phi.inv() * b).applyfunc(sp.expand)]
     if None not in integrals:
         return sp.ImmutableMatrix((phi * sp.Matrix(integrals)).applyfunc(tidy)), "offset: antiderivative of Φ⁻¹ b"
-    u = sp.Symbol("u", nonnegative=True)
+    u = sp.Symbol(unused("u", (phi, b)), nonnegative=True)
     integrand = (phi.inv() * b).subs(t, u)
     column = integrand.applyfunc(lambda entry: sp.Integral(entry, (u, 0, t)))
     return sp.ImmutableMatrix(phi * column), "offset: by quadrature"
@@ -191,7 +191,7 @@ def _covariance(
     if None not in integrals:
         var = phi * (P0 + sp.Matrix(*Q.shape, integrals)) * phi.T
         return sp.ImmutableMatrix(var.applyfunc(tidy)), "covariance: antiderivative of Φ⁻¹ g gᵀ Φ⁻ᵀ"
-    u = sp.Symbol("u", nonnegative=True)
+    u = sp.Symbol(unused("u", (integrand,)), nonnegative=True)
     inner = integrand.subs(t, u).applyfunc(lambda entry: sp.Integral(entry, (u, 0, t)) if entry != 0 else entry)
     return sp.ImmutableMatrix(phi * (P0 + inner) * phi.T), "covariance: by quadrature"
 
@@ -199,7 +199,7 @@ def _covariance(
 def _unsolved(F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, Q: sp.ImmutableMatrix, P0: sp.ImmutableMatrix) -> Moments:
     """The moments with Φ as functions that stand for the solution of Φ' = F Φ."""
     k = F.shape[0]
-    u = sp.Symbol("u", nonnegative=True)
+    u = sp.Symbol(unused("u", (F, b, Q)), nonnegative=True)
 
     def fundamental(*arguments: sp.Symbol) -> sp.ImmutableMatrix:
         entries = [[sp.Function(f"Phi_{i + 1}{j + 1}")(*arguments) for j in range(k)] for i in range(k)]

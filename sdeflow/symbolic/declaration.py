@@ -24,7 +24,7 @@ from sdeflow.symbolic.arguments import applied
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.grammar import parse
 from sdeflow.symbolic.squares import with_squares_read
-from sdeflow.symbolic.symbols import StateSymbol, require_plain, state, t, x
+from sdeflow.symbolic.symbols import StateSymbol, require_not_the_start, require_plain, state, t, x
 from sdeflow.symbolic.tree import OF_TIME_ALONE
 
 __all__ = [
@@ -193,12 +193,14 @@ def declare(
         names: the components' names, needed where f and g are text or functions of several components.
 
     Raises:
-        DeclarationError: naming what was given and what is expected.
+        DeclarationError: naming what was given and what is expected; for a parameter named x_0, too.
         UnsafeExpressionError: for text outside the grammar, and names that are not plain identifiers.
         ScheduleError: for a diffusion that is identically zero.
     """
     parameters = tuple(parameters)
     components = _components(f, g, names)
+    for parameter in parameters:
+        require_not_the_start(parameter.name, [component.name for component in components])
     coupled = components != _ELEMENTWISE
     rows = applied(f, "f", components) if coupled and _is_function(f) else f
     matrix = applied(g, "g", components) if coupled and _is_function(g) else g

@@ -23,7 +23,7 @@ from sdeflow.symbolic.antiderivative import definite
 from sdeflow.symbolic.declaration import AffineDrift, Declaration
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.patience import patiently
-from sdeflow.symbolic.symbols import t
+from sdeflow.symbolic.symbols import t, unused
 
 __all__ = [
     "Moments",
@@ -111,7 +111,7 @@ def _rational_integrals(a: sp.Expr, b: sp.Expr, g: sp.Expr, P0: float) -> Moment
 
 def _integrals(a: sp.Expr, b: sp.Expr, q: sp.Expr, P0: sp.Expr) -> Moments:
     """The moments as integrals; ``q`` is g²."""
-    u, v = sp.Symbol("u", nonnegative=True), sp.Symbol("v", nonnegative=True)
+    u, v = (sp.Symbol(unused(name, (a, b, q)), nonnegative=True) for name in ("u", "v"))
     log_alpha = sp.Integral(a.xreplace({t: u}), (u, 0, t))
     alpha = sp.exp(log_alpha)
     since = sp.Integral(a.xreplace({t: v}), (v, u, t))

@@ -7,13 +7,16 @@ velocity, are declared by :func:`state`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import sympy as sp
 
 from sdeflow.errors import DeclarationError, UnsafeExpressionError
 
-__all__ = ["StateSymbol", "data_symbols", "require_plain", "s", "score_symbols", "state", "t", "x", "x_0"]
+__all__ = [
+    "StateSymbol", "data_symbols", "require_not_the_start", "require_plain", "s", "score_symbols", "state", "t",
+    "unused", "x", "x_0",
+]  # fmt: skip
 
 x = sp.Symbol("x", real=True)
 """The state, elementwise."""
@@ -71,6 +74,8 @@ def state(names: str | Sequence[str]) -> tuple[StateSymbol, ...]:
         require_plain(name)
     if not names or len(set(names)) != len(names) or "t" in names:
         raise DeclarationError(f"a state needs different names, none of them t: {names}.")
+    for name in names:
+        require_not_the_start(name, names)
     return tuple(StateSymbol(i, names) for i in range(len(names)))
 
 
@@ -84,6 +89,18 @@ def score_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Expr, ...]:
     if tuple(components) == (x,):
         return (s,)
     return tuple(sp.Function(f"s_{component.name}", real=True)(*components, t) for component in components)
+
+
+def require_not_the_start(name: str, components: Iterable[str]) -> None:
+    """Raises a DeclarationError for the name of a component at t = 0, such as x_0."""
+    if name in {f"{component}_0" for component in components}:
+        raise DeclarationError(f"{name} is the state at t = 0, as kernels show it: give what is no data another name.")
+
+
+def unused(name: str, taken: Iterable[sp.Basic]) -> str:
+    """``name``, or name_1, name_2, ... where a symbol in the expressions ``taken`` has it: they print alike then."""
+    names = {symbol.name for expr in taken for symbol in expr.free_symbols}
+    return next(free for free in (name, *(f"{name}_{i + 1}" for i in range(len(names)))) if free not in names)
 
 
 def require_plain(name: object) -> None:

@@ -9,7 +9,7 @@ import sympy as sp
 
 from sdeflow.symbolic.affine import kink_in_state
 from sdeflow.symbolic.declaration import Declaration, stratonovich_correction
-from sdeflow.symbolic.derivation.step import N, Notation, Step, dt, equals, vector
+from sdeflow.symbolic.derivation.step import N, Notation, Step, dt, equals, own, vector
 from sdeflow.symbolic.derivation.substitution import Identity, Numbers, initial_value, verify
 from sdeflow.symbolic.equations import Equation, forward, probability_flow, reverse_time
 from sdeflow.symbolic.exact import rationalised
@@ -105,7 +105,7 @@ def general_steps(declaration: Declaration, numbers: Numbers, why: str) -> list[
 
 def _local(declaration: Declaration, numbers: Numbers) -> Step:
     """The Gaussian step of the drift linearised at x (Ozaki), exact to the order of the step."""
-    J, h, f, q = sp.symbols("J h f q", real=True)
+    J, h, f, q, g = (own(declaration, name, real=True) for name in ("J", "h", "f", "q", "g"))
     mean, var = f * (sp.exp(J * h) - 1) / J, q * (sp.exp(2 * J * h) - 1) / (2 * J)
     zero = sp.Integer(0)
     identities = initial_value(mean, f + J * mean, zero, h) + initial_value(var, 2 * J * var + q, zero, h)
@@ -115,12 +115,12 @@ def _local(declaration: Declaration, numbers: Numbers) -> Step:
         noise = Notation("∫ exp(Jr) GGᵀ exp(Jᵀr) dr", r"\int_0^h e^{Jr} GG^\top e^{J^\top r} dr")
         law = N(vector("u") + moved, noise)
     else:
-        jacobian, law = jacobian[0], N(x + mean, var.subs(q, sp.Symbol("g") ** 2))
+        jacobian, law = jacobian[0], N(x + mean, var.subs(q, g**2))
     return Step(
         "Local linearisation",
         "Over a short time h the drift is f + J (x - x(t)), with J = ∂f/∂x at the start, and the "
         "kernel Gaussian; the integrals run from 0 to h. Its score, averaged given x(t+h), is that of the marginal.",
-        (equals(sp.Symbol("J"), jacobian), equals(Notation("p(x(t+h) | x(t))", r"p(x_{t+h} \mid x_t)"), law)),
+        (equals(J, jacobian), equals(Notation("p(x(t+h) | x(t))", r"p(x_{t+h} \mid x_t)"), law)),
         "Ozaki's linearisation",
         *verify(identities, numbers, declaration.T),
     )
@@ -128,7 +128,7 @@ def _local(declaration: Declaration, numbers: Numbers) -> Step:
 
 def _stationary_law(declaration: Declaration, numbers: Numbers) -> Step:
     """exp(∫ 2f/g²) / g², which carries no flux; normalisable or not."""
-    r = sp.Symbol("r", real=True)
+    r = own(declaration, "r", real=True)
     f, q = rationalised(declaration.f), rationalised(declaration.gram[0])
     law = sp.exp(sp.Integral((2 * f / q).subs(x, r), (r, 0, x))) / q
     log_slope = 2 * f / q - sp.diff(q, x) / q

@@ -12,7 +12,7 @@ from functools import cache
 import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.derivation.step import N, Notation, Step, equals, vector
+from sdeflow.symbolic.derivation.step import N, Notation, Step, equals, own, vector
 from sdeflow.symbolic.derivation.substitution import Identity, Numbers, verify
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.moments import Moments
@@ -66,13 +66,12 @@ def kernel_steps(declaration: Declaration, moments: Moments, numbers: Numbers) -
 def variance_symbol(declaration: Declaration) -> sp.Expr:
     """The symbol of the variance: sigma², or v beside a parameter sigma."""
     taken = any(parameter.name == "sigma" for parameter in declaration.parameters)
-    return sp.Symbol("v", positive=True) if taken else sp.Symbol("sigma", positive=True) ** 2
+    return own(declaration, "v", positive=True) if taken else sp.Symbol("sigma", positive=True) ** 2
 
 
 def _elementwise(declaration: Declaration, moments: Moments) -> tuple[Equations, Equations, Equations, Equations]:
     """What is shown of the kernel, the score, the log-SNR and the prior."""
-    v, a, c = variance_symbol(declaration), sp.Symbol("alpha", positive=True), sp.Symbol("c", positive=True)
-    m_0 = sp.Symbol("m_0", real=True)
+    v, a, c, m, m_0 = variance_symbol(declaration), *(own(declaration, name) for name in ("alpha", "c", "m", "m_0"))
     weighting = Notation("λ = 1/E|∇ log p|²", r"\lambda = 1 / \mathbb{E}|\nabla \log p|^2")
     ratio = r"\log \frac{\alpha^2}{\sigma^2}"
     log_snr = 2 * moments.log_alpha - sp.log(moments.var)
@@ -80,7 +79,7 @@ def _elementwise(declaration: Declaration, moments: Moments) -> tuple[Equations,
     start = Notation("p(x(T) | x₀ = 0)", r"p(x_T \mid x_0 = 0)")
     return (
         (equals("p(x | x₀)", N(moments.alpha * x_0 + moments.offset, moments.var)),),
-        (equals("∇ log p", -(x - sp.Symbol("m")) / v), equals(weighting, v), equals(v, moments.var)),
+        (equals("∇ log p", -(x - m) / v), equals(weighting, v), equals(v, moments.var)),
         (equals(Notation("log α²/σ²", ratio), log_snr), equals(rate, -Notation("g²") / v)),
         (
             equals(start, N(moments.offset, v)),

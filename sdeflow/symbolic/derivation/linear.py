@@ -10,7 +10,7 @@ from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation.coupled import coupled_moments
 from sdeflow.symbolic.derivation.equations import declared
 from sdeflow.symbolic.derivation.gaussian import kernel_steps, variance_symbol
-from sdeflow.symbolic.derivation.step import Notation, Step, equals, vector
+from sdeflow.symbolic.derivation.step import Notation, Step, equals, own, vector
 from sdeflow.symbolic.derivation.substitution import Numbers, initial_value, judged, verify
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.moments import Moments
@@ -82,10 +82,10 @@ def _classification(declaration: Declaration, numbers: Numbers) -> Step:
 def _scalar_moments(declaration: Declaration, moments: Moments, proofs: list[tuple[str, str, bool]]) -> list[Step]:
     a_t, q_t = declaration.affine[0], rationalised(declaration.gram[0])
     P0, v = sp.S(declaration.P0), variance_symbol(declaration)
-    a, b, m, q, alpha = Notation("a"), Notation("b"), Notation("m"), Notation("g²"), sp.Symbol("alpha")
-    r = sp.Symbol("r", nonnegative=True)
+    a, b, m, q, alpha = Notation("a"), Notation("b"), Notation("m"), Notation("g²"), own(declaration, "alpha")
+    r = own(declaration, "r", nonnegative=True)
     growth = sp.exp(sp.Integral(a_t.subs(t, r), (r, 0, t)))
-    past = sp.Function("alpha")(r)
+    past = sp.Function(alpha.name)(r)
     (start,) = data_symbols(declaration.state)
     return [
         Step(

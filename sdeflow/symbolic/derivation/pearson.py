@@ -11,7 +11,7 @@ import sympy as sp
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation.equations import declared, log_fokker_planck
 from sdeflow.symbolic.derivation.linear import moment_steps
-from sdeflow.symbolic.derivation.step import Step, dt, dw, equals
+from sdeflow.symbolic.derivation.step import Step, dt, dw, equals, own
 from sdeflow.symbolic.derivation.substitution import Numbers, initial_value, verify
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.moments import Moments, moments_of
@@ -20,25 +20,24 @@ from sdeflow.symbolic.symbols import x, x_0
 
 __all__ = ["pearson_steps"]
 
-_u, _u_0 = sp.Symbol("u", positive=True), sp.Symbol("u_0", positive=True)
-
 Check = Callable[..., tuple[str, bool]]
 
 
 def pearson_steps(declaration: Declaration, pearson: Pearson, numbers: Numbers) -> list[Step]:
     """The standard form of a Pearson diffusion, the affine SDE behind it, its mean, variance and kernel."""
     check = partial(verify, numbers=numbers, T=declaration.T)
+    u, u_0 = (own(declaration, name, positive=True) for name in ("u", "u_0"))
     f, q = rationalised(declaration.f), rationalised(declaration.gram[0])
-    state = pearson.origin + pearson.scale * _u
+    state = pearson.origin + pearson.scale * u
     if pearson.kind == "square root":
         (delta,) = pearson.shape
-        drift, gram = 2 * pearson.a * _u + delta * pearson.c**2, 4 * pearson.c**2 * _u
+        drift, gram = 2 * pearson.a * u + delta * pearson.c**2, 4 * pearson.c**2 * u
         names, domain, kernel = ("delta",), "u >= 0", _noncentral
     else:
-        drift, gram = pearson.c**2 * _jacobi_drift(pearson), pearson.c**2 * _u * (1 - _u)
+        drift, gram = pearson.c**2 * _jacobi_drift(pearson, u), pearson.c**2 * u * (1 - u)
         names, domain, kernel = ("A", "B"), "0 <= u <= 1", _jacobi
     standard = [(f.subs(x, state), pearson.scale * drift), (q.subs(x, state), pearson.scale**2 * gram)]
-    shape = [equals(sp.Symbol(name), value) for name, value in zip(names, pearson.shape, strict=True)]
+    shape = [equals(own(declaration, name), value) for name, value in zip(names, pearson.shape, strict=True)]
 
     inner = pearson.inner(declaration)
     moments = moments_of(inner, numbers)
@@ -66,20 +65,22 @@ def pearson_steps(declaration: Declaration, pearson: Pearson, numbers: Numbers) 
             "triangular moment equations",
             *check(closed),
         ),
-        kernel(declaration, pearson, moments, check),
+        kernel(declaration, pearson, moments, check, u, u_0),
     ]
 
 
-def _noncentral(declaration: Declaration, pearson: Pearson, moments: Moments, check: Check) -> Step:
+def _noncentral(
+    declaration: Declaration, pearson: Pearson, moments: Moments, check: Check, u: sp.Symbol, u_0: sp.Symbol
+) -> Step:
     """The noncentral chi² kernel, in u = (x - origin) / scale."""
-    nu, v, a = pearson.shape[0] / 2 - 1, sp.Symbol("v", positive=True), sp.Symbol("alpha", positive=True)
-    bessel = sp.besseli(nu, a * sp.sqrt(_u * _u_0) / v)
-    ratio, exponent = _u / (a**2 * _u_0), -(_u + a**2 * _u_0) / (2 * v)
+    nu, v, a = pearson.shape[0] / 2 - 1, *(own(declaration, name, positive=True) for name in ("v", "alpha"))
+    bessel = sp.besseli(nu, a * sp.sqrt(u * u_0) / v)
+    ratio, exponent = u / (a**2 * u_0), -(u + a**2 * u_0) / (2 * v)
     density = ratio ** (nu / 2) / (2 * v) * sp.exp(exponent) * bessel
     log_p = nu / 2 * sp.log(ratio) - sp.log(v) + exponent + sp.log(bessel)
-    units = {_u: (x - pearson.origin) / pearson.scale, _u_0: (x_0 - pearson.origin) / pearson.scale}
+    units = {u: (x - pearson.origin) / pearson.scale, u_0: (x_0 - pearson.origin) / pearson.scale}
     log_p = log_p.subs({a: moments.alpha, v: moments.var}).subs(units)
-    place = {x: pearson.origin + pearson.scale * _u, x_0: pearson.origin + pearson.scale * _u_0}
+    place = {x: pearson.origin + pearson.scale * u, x_0: pearson.origin + pearson.scale * u_0}
     return Step(
         "The kernel",
         "u / σ² follows the noncentral χ² law of δ degrees of freedom and noncentrality α² u₀ / σ²; v is σ².",
@@ -89,10 +90,13 @@ def _noncentral(declaration: Declaration, pearson: Pearson, moments: Moments, ch
     )
 
 
-def _jacobi(declaration: Declaration, pearson: Pearson, moments: Moments, check: Check) -> Step:
+def _jacobi(
+    declaration: Declaration, pearson: Pearson, moments: Moments, check: Check, u: sp.Symbol, u_0: sp.Symbol
+) -> Step:
     """The expansion of the kernel in Jacobi polynomials, which are eigenfunctions of its generator."""
     A, B = pearson.shape
-    tau, n, h = sp.Symbol("tau", positive=True), sp.Symbol("n", integer=True, nonnegative=True), sp.Function("h")
+    tau, n = own(declaration, "tau", positive=True), own(declaration, "n", integer=True, nonnegative=True)
+    h = sp.Function("h")
 
     def polynomial(degree: sp.Expr | int, at: sp.Expr) -> sp.Expr:
         return sp.jacobi(degree, B - 1, A - 1, 2 * at - 1)
@@ -101,24 +105,24 @@ def _jacobi(declaration: Declaration, pearson: Pearson, moments: Moments, check:
         return degree * (degree - 1 + A + B) / 2
 
     def generator(p: sp.Expr) -> sp.Expr:
-        return _u * (1 - _u) * sp.diff(p, _u, 2) / 2 + _jacobi_drift(pearson) * sp.diff(p, _u)
+        return u * (1 - u) * sp.diff(p, u, 2) / 2 + _jacobi_drift(pearson, u) * sp.diff(p, u)
 
-    eigen = [(generator(polynomial(k, _u)), -rate(k) * polynomial(k, _u)) for k in range(5)]
-    terms = polynomial(n, _u) * polynomial(n, _u_0) * sp.exp(-rate(n) * tau) / h(n)
-    weight = _u ** (A - 1) * (1 - _u) ** (B - 1) / sp.Function("B")(A, B)
+    eigen = [(generator(polynomial(k, u)), -rate(k) * polynomial(k, u)) for k in range(5)]
+    terms = polynomial(n, u) * polynomial(n, u_0) * sp.exp(-rate(n) * tau) / h(n)
+    weight = u ** (A - 1) * (1 - u) ** (B - 1) / sp.Function("B")(A, B)
     expansion = sp.Mul(weight, sp.Sum(terms, (n, 0, sp.oo)), evaluate=False)
     return Step(
         "The kernel",
         "The stationary law Beta(A, B) times a sum over its orthogonal polynomials, each an eigenfunction of "
         "the generator, of squared norm h(n); τ is the clock ∫ c². The check is the "
         "eigenvalue equation for n = 0 to 4.",
-        (equals(sp.Symbol("tau"), moments.var), equals("p(u | u₀)", expansion)),
+        (equals(tau, moments.var), equals("p(u | u₀)", expansion)),
         "eigenfunction expansion",
         *check(eigen),
     )
 
 
-def _jacobi_drift(pearson: Pearson) -> sp.Expr:
+def _jacobi_drift(pearson: Pearson, u: sp.Symbol) -> sp.Expr:
     """The drift of u on the clock."""
     A, B = pearson.shape
-    return (A * (1 - _u) - B * _u) / 2
+    return (A * (1 - u) - B * u) / 2

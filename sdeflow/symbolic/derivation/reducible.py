@@ -10,7 +10,7 @@ import sympy as sp
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation.equations import declared, log_fokker_planck
 from sdeflow.symbolic.derivation.linear import moment_steps
-from sdeflow.symbolic.derivation.step import Step, dt, dw, equals
+from sdeflow.symbolic.derivation.step import Step, dt, dw, equals, own
 from sdeflow.symbolic.derivation.substitution import Numbers, verify
 from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var
@@ -25,7 +25,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
     """The change of state, Itô's formula, the affine SDE of y, and the push-forward of its kernel."""
     check = partial(verify, numbers=numbers, T=declaration.T)
     change, f, g = reduction.map, rationalised(declaration.f), rationalised(declaration.g)
-    here, there = sp.Symbol("y", positive=True), sp.Symbol("y_0", positive=True)
+    here, there = (own(declaration, name, positive=True) for name in ("y", "y_0"))
     H, X = change.to_line, change.to_state.subs(line, here)
     found = [(H.subs(x, X), here), (g.subs(x, X), change.c * sp.diff(X, here))]
     found += [(change.to_state.subs(line, -here), X)] if change.fold else []
@@ -35,7 +35,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
 
     inner = reduction.inner(declaration)
     moments = moments_of(inner, numbers)
-    m, v = sp.Symbol("m"), sp.Symbol("v", positive=True)
+    m, v = own(declaration, "m"), own(declaration, "v", positive=True)
     exact_mean = moments.alpha * H.subs({x: x_0, t: 0}) + moments.offset
     branches = sum(sp.exp(-((sign * H - m) ** 2) / (2 * v)) for sign in ((1, -1) if change.fold else (1,)))
     density = branches / sp.sqrt(2 * sp.pi * v) * sp.diff(H, x)

@@ -9,7 +9,10 @@ from xml.dom.minidom import Element
 import sympy as sp
 from sympy.printing.pretty.stringpict import prettyForm
 
-__all__ = ["SIGNS", "N", "Notation", "Step", "dt", "dw", "equals", "vector"]
+from sdeflow.symbolic.declaration import Declaration
+from sdeflow.symbolic.symbols import unused
+
+__all__ = ["SIGNS", "N", "Notation", "Step", "dt", "dw", "equals", "own", "vector"]
 
 SIGNS = {
     "w̄": r"\bar{w}", "⁻¹": "^{-1}", "⁻ᵀ": r"^{-\top}", "²": "^2", "ᵀ": r"^\top", "₀": "_0", "½": r"\frac12",
@@ -72,6 +75,11 @@ class Notation(sp.Symbol):
             part = fraction.appendChild(printer.dom.createElement("mi"))
             part.appendChild(printer.dom.createTextNode(name))
         return fraction if len(fraction.childNodes) == 2 else part
+
+
+def own(declaration: Declaration, name: str, **assumptions: bool) -> sp.Symbol:
+    """A symbol of the derivation's own, whose name no parameter and no component has."""
+    return sp.Symbol(unused(name, (*declaration.parameters, *declaration.state)), **assumptions)
 
 
 def vector(name: str) -> Notation:
