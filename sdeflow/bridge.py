@@ -324,4 +324,4 @@ def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:
 
 def _within(t: object, T: float) -> float:
     """One time in [0, T]."""
-    return min(float(checked_time(t, 0, 0.0, T, "the bridge is defined for t in [0, T]")), T)
+    return min(float(checked_time(t, None, 0.0, T, "the bridge is defined for t in [0, T]")), T)

@@ -285,12 +285,12 @@ def _shown(x: object) -> str:
 # -------------------------------------------------------------------- times
 
 
-def checked_time(t: object, batch: int, low: float, high: float, what: str) -> Tensor:
+def checked_time(t: object, batch: int | None, low: float, high: float, what: str) -> Tensor:
     """``t`` as float64, () or (batch,), within [low, high]; see the module.
 
     Args:
         t: a number, or one for each sample.
-        batch: how many samples there are.
+        batch: how many samples there are; None where there is one time for all.
         low, high: the range, up to a relative 1e-6.
         what: "the kernel is defined for t in [0, T]", say, for the message.
 
@@ -300,7 +300,8 @@ def checked_time(t: object, batch: int, low: float, high: float, what: str) -> T
     """
     t = checked_numbers(t, "t")
     if t.ndim and (t.ndim > 1 or len(t) != batch):
-        raise DataError(f"t must be a number or of shape (batch,) = ({batch},), not {tuple(t.shape)}.")
+        shapes = "a number" if batch is None else f"a number or of shape (batch,) = ({batch},)"
+        raise DataError(f"t must be {shapes}, not {tuple(t.shape)}.")
     return checked_range(t, low, high, what)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdeflow.breakpoints import break_points
 from sdeflow.chebyshev import NODES, nodes_of
+from sdeflow.checks import checked_numbers
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
 from sdeflow.parameters import Values
@@ -108,7 +109,7 @@ class Coefficients:
 
         For a coupled state the matrices F and g gᵀ (*t.shape, k, k), and b (*t.shape, k).
         """
-        values = self._evaluated(self._compiled, torch.as_tensor(t, dtype=torch.float64))
+        values = self._evaluated(self._compiled, checked_numbers(t, "t"))
         if not self.coupled:
             a, b, q = values
             return a, b if self._is_null is None else torch.zeros_like(b), q.clamp_min(0.0)
@@ -121,7 +122,7 @@ class Coefficients:
     def of_kernel(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, sigma and offset at t, (*t.shape, *parameters), float64; for a coupled state Φ, its Cholesky
         factor (*t.shape, k, k), and the offset (*t.shape, k)."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = checked_numbers(t, "t")
         if self.closed is not None:
             alpha, offset, std, _ = self._evaluated(self.closed, t)
             return alpha, std, offset

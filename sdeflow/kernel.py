@@ -460,7 +460,7 @@ class Kernel:
         )
         if not bool((std >= 0).all()):
             raise DataError(f"std must not be negative, and is {float(std.min()):g}.")
-        t = checked_time(t, 0, 0.0, self.T, _DEFINED)
+        t = checked_time(t, None, 0.0, self.T, _DEFINED)
         if self.coupled:
             mean, std = (self.of_state(m) for m in (mean, std))
             sides = max(mean.ndim, std.ndim)
@@ -507,7 +507,7 @@ class Kernel:
 
     def times_for(self, x: Tensor, t: Tensor | float) -> Tensor:
         """t as float64, () or (batch,), within [0, T]."""
-        return checked_time(t, len(x) if x.ndim else 0, 0.0, self.T, _DEFINED).to(x.device)
+        return checked_time(t, len(x) if x.ndim else None, 0.0, self.T, _DEFINED).to(x.device)
 
     def require_event(self, event: tuple[int, ...]) -> None:
         """Raises a DataError for an event that does not have the state's components, or not the parameters' shape."""

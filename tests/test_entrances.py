@@ -341,6 +341,21 @@ def test_one_time_for_each_sample(name):
         assert says_what(caught.value), f"{bad!r}: {caught.value!r}"
 
 
+@pytest.mark.parametrize("bad", [sp.Symbol("tau"), "0.5", [0.1, "a"], [0.1, [0.2]], None, 1j, torch.tensor(True)])
+@pytest.mark.parametrize("name", ["coefficients", "sde_coefficients", "half_log_snr", "half_log_snr_rate", "time_of"])
+def test_functions_of_t_alone_refuse_what_is_no_time(name, bad):
+    for sde in (ou(), sdeflow.catalog.CriticallyDampedLangevin()):
+        with pytest.raises(DataError, match="must be a real number or a tensor of them"):
+            getattr(sde.kernel, name)(bad)
+
+
+def test_one_time_for_all_is_no_list():
+    for call in (lambda t: ou().kernel.marginal(0.0, 1.0, t), lambda t: ou().bridge(0.7).moments(torch.zeros(4, 1), t)):
+        for bad in ([], [0.5]):
+            with pytest.raises(DataError, match="t must be a number, not"):
+                call(bad)
+
+
 def test_a_score_without_a_kernel_has_a_horizon_too():
     score = general().bind(lambda x, t: -x)._score
     for bad in (-0.1, 3.5, math.nan):
