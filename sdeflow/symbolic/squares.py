@@ -17,6 +17,7 @@ from sdeflow.symbolic.patience import patiently
 __all__ = ["is_even_root", "with_squares_read"]
 
 _SECONDS = 0.2
+_LARGEST_POWER = 8
 
 
 def is_even_root(expr: sp.Basic) -> bool:
@@ -54,16 +55,28 @@ def _read(roots: list[sp.Pow], variables: list[sp.Symbol]) -> dict[sp.Pow, sp.Ex
 
 def _without_squares(base: sp.Expr, exponent: sp.Rational, variables: list[sp.Symbol]) -> sp.Expr | None:
     """base**exponent with the squares of polynomials before it; None where there are none."""
-    try:
-        inside, factors = sp.sqf_list(rationalised(base))
-    except sp.PolynomialError:
-        return None
+    standing: dict[sp.Expr, sp.Dummy] = {}
+    polynomial = _polynomial(rationalised(base), standing)
+    back = {dummy: part for part, dummy in standing.items()}
+    inside, factors = sp.sqf_list(polynomial)
     outside = sp.Integer(1)
     for factor, times in factors:
         lead = sp.LC(factor)
         if lead.is_Rational:  # t - 1/3, not 3 t - 1
             factor, inside = sp.expand(factor / lead), inside * lead**times
+        factor = factor.xreplace(back)
         squares = times // 2 if factor.is_Add and factor.has(*variables) else 0
         outside *= (factor**2) ** (squares * exponent)
         inside *= factor ** (times - 2 * squares)
     return None if outside == 1 else outside * inside**exponent
+
+
+def _polynomial(expr: sp.Expr, standing: dict[sp.Expr, sp.Dummy]) -> sp.Expr:
+    """``expr`` with a symbol for each part that is no polynomial of low degree: SymPy's are dense in all powers."""
+    if expr.is_Rational or expr.is_Symbol:
+        return expr
+    if expr.is_Add or expr.is_Mul:
+        return expr.func(*(_polynomial(part, standing) for part in expr.args))
+    if expr.is_Pow and expr.exp.is_Integer and 0 < expr.exp <= _LARGEST_POWER:
+        return _polynomial(expr.base, standing) ** expr.exp
+    return standing.setdefault(expr, sp.Dummy())
