@@ -143,12 +143,17 @@ class Derivation:
 def derive(sde: DeclaredSDE) -> Derivation:
     """The derivation of all that follows from an SDE; without the steps that SymPy would take too long to write."""
     declaration = sde.declaration
-    if declaration.affine is not None:
-        repr(sde.kernel)  # its formulas are found once, in bounded time
-    if small(declaration) or rehearsed(_SECONDS, _steps, sde):
+    # A kernel's formulas are found once, in bounded time; those of a small SDE may be large.
+    formulas = (declaration,) if declaration.affine is None else (declaration, sde.kernel.shown)
+    if small(*formulas) or rehearsed(_SECONDS, _written, sde):
         return Derivation(repr(sde), tuple(_steps(sde)))
     text = "f and g are too large for SymPy to write down, and to check, what follows; the numbers do not need it"
     return Derivation(repr(sde), (declared(declaration), Step("The steps from here on are left out", f"{text}.")))
+
+
+def _written(sde: DeclaredSDE) -> str:
+    """The steps as text, whose layout may take SymPy longer than the steps."""
+    return str(Derivation("", tuple(_steps(sde))))
 
 
 def _steps(sde: DeclaredSDE) -> list[Step]:

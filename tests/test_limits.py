@@ -16,6 +16,7 @@ from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, T
 from sdeflow.simulation import SimulatedPairs
 from sdeflow.solvers.clock import make_clock
 from sdeflow.symbolic.conditioned import horizon, named_drift
+from sdeflow.symbolic.declaration import _covariance
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.patience import budget, deadline, growth, patiently, small, within
 
@@ -324,3 +325,31 @@ def test_a_law_at_its_end_is_no_false_alarm():
     """Jacobi with A = B = 0.01: most of the law lies closer to 0 and to 1 than numbers can tell."""
     certificate = SDE("1/2-x", "10*sqrt(x*(1-x))").verify()
     assert certificate and any("closer to an end" in why for why in certificate.unchecked)
+
+
+def test_the_formulas_of_a_small_sde_may_be_large(monkeypatch):
+    """The derivation of three components is tried out in another process first; where it ends there, it says so."""
+    sde = SDE(["v", "w", "-y-v-w"], [0, 0, 1], state=("y", "v", "w"))
+    assert small(sde.declaration) and not small(sde.kernel.shown)
+    monkeypatch.setattr(sdeflow.derivation, "rehearsed", lambda *_: False)
+    assert sde.derivation().steps[-1].title == "The steps from here on are left out"
+    assert len(SDE(-x, 1).derivation().steps) > 5
+
+
+def test_the_covariance_of_many_components_is_checked_at_once():
+    root = np.random.default_rng(0).normal(size=(40, 20)).round(2)
+    gram = root @ root.T  # of rank 20: as near to negative as a covariance may be
+    gram = (gram + gram.T) / 2
+    before = processor_time()
+    assert np.array_equal(np.array(_covariance(gram.tolist(), 40).tolist(), dtype=float), gram)
+    for wrong in (gram - 1e-6 * np.eye(40), gram + np.triu(gram, 1)):
+        with pytest.raises(DeclarationError, match="symmetric and not negative"):
+            _covariance(wrong.tolist(), 40)
+    assert processor_time() - before < 0.5
+
+
+@pytest.mark.parametrize("place", ["oracle", "density"])
+def test_a_certificate_says_what_sympy_takes_too_long_for(place, monkeypatch):
+    monkeypatch.setattr(getattr(sdeflow.certificate, place), "patiently", lambda *_, **__: None)
+    certificate = SDE(1 - x, sp.sqrt(x)).verify()
+    assert certificate and "SymPy takes too long" in str(certificate)

@@ -19,7 +19,7 @@ import numpy as np
 import sympy as sp
 import torch
 
-from sdeflow.certificate.density import domain, noise_of, start
+from sdeflow.certificate.density import domain, expanded, noise_of, start
 from sdeflow.certificate.draws import integrated, levels_are_uniform
 from sdeflow.certificate.oracle import Oracle, ratio
 from sdeflow.certificate.subject import Subject, tensor
@@ -121,7 +121,7 @@ def _behind(subject: Subject) -> Oracle:
     """The affine SDE behind a Pearson diffusion: dz = ½ a z dt + ½ √s dw, or dz = √s dw."""
     declaration = subject.declaration
     (x,) = declaration.state
-    a, (_, q_1, q_2) = sp.diff(sp.expand(declaration.f), x), noise_of(subject)
+    a, (_, q_1, q_2) = sp.diff(expanded(declaration.f), x), noise_of(subject)
     if q_2 != 0:
         inner = replace(declaration, f=sp.Integer(0), g=sp.sqrt(-q_2))
     else:

@@ -18,6 +18,7 @@ import torch
 from sdeflow.certificate.oracle import Oracle, ratio
 from sdeflow.certificate.subject import Subject, product, tensor, transposed
 from sdeflow.symbolic.evaluate import UnknownValue, evaluate
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = [
@@ -170,8 +171,20 @@ def noise_of(subject: Subject) -> tuple[sp.Expr, sp.Expr, sp.Expr]:
     """q_0, q_1, q_2 of g²."""
     declaration = subject.declaration
     (x,) = declaration.state
-    q = sp.expand(declaration.g**2)
+    q = expanded(declaration.g**2)
     return q.coeff(x, 0), q.coeff(x, 1), q.coeff(x, 2)
+
+
+def expanded(expr: sp.Expr) -> sp.Expr:
+    """``expr`` multiplied out.
+
+    Raises:
+        UnknownValue: where that takes too long.
+    """
+    found = patiently(sp.expand, expr)
+    if found is None:
+        raise UnknownValue("SymPy takes too long to multiply out f and g².")
+    return found
 
 
 class _Spread(Oracle):
@@ -197,7 +210,7 @@ def moment_equations(subject: Subject) -> None:
     if declaration.coupled or subject.values.shape:
         return
     (x,) = declaration.state
-    f, q = sp.expand(declaration.f), sp.expand(declaration.g**2)
+    f, q = expanded(declaration.f), expanded(declaration.g**2)
     if not (f.is_polynomial(x) and q.is_polynomial(x) and sp.degree(f, x) <= 1 and sp.degree(q, x) <= 2):
         return
     numbers, x_0 = subject.numbers_of(0), float(start(subject)[0, 0])

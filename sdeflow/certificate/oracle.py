@@ -29,6 +29,7 @@ import sympy as sp
 from sdeflow.certificate.intervals import breaks, conditions, enclose
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.evaluate import UnknownValue, evaluate
+from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -48,9 +49,19 @@ Value = float | Array
 
 
 def linear_part(declaration: Declaration) -> tuple[list[sp.Expr], list[sp.Expr], list[sp.Expr]]:
-    """The slopes ∂f_i/∂x_j, f, and the entries of g, by SymPy's own derivative."""
-    slopes = [sp.diff(f, component) for f in declaration.drifts for component in declaration.state]
+    """The slopes ∂f_i/∂x_j, f, and the entries of g, by SymPy's own derivative.
+
+    Raises:
+        UnknownValue: where that takes too long.
+    """
+    slopes = patiently(_slopes, list(declaration.drifts), declaration.state)
+    if slopes is None:
+        raise UnknownValue("SymPy takes too long over the derivatives of f.")
     return slopes, list(declaration.drifts), list(declaration.diffusions)
+
+
+def _slopes(drifts: list[sp.Expr], state: tuple[sp.Symbol, ...]) -> list[sp.Expr]:
+    return [sp.diff(f, component) for f in drifts for component in state]
 
 
 class Law(NamedTuple):

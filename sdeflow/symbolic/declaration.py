@@ -413,9 +413,8 @@ def _covariance(value: object, k: int) -> sp.ImmutableMatrix:
     if len(rows) != k or any(not isinstance(row, list | tuple) or len(row) != k for row in rows):
         raise DeclarationError(f"P0 must be a number, {k} variances or a {k} by {k} covariance, not {value!r}.")
     matrix = sp.ImmutableMatrix([[sp.Float(_real(entry, "P0")) for entry in row] for row in rows])
-    scale = max((abs(float(entry)) for entry in matrix), default=0.0)
-    shifted = matrix + sp.eye(k) * (1e-12 * scale)
-    if matrix != matrix.T or (scale and not all(shifted[:n, :n].det() >= 0 for n in range(1, k + 1))):
+    values = np.array(matrix.tolist(), dtype=np.float64)
+    if matrix != matrix.T or np.linalg.eigvalsh(values).min() < -1e-12 * np.abs(values).max():
         raise DeclarationError(f"P0 is a covariance and must be symmetric and not negative; it is {value!r}.")
     return matrix
 
