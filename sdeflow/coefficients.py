@@ -194,6 +194,7 @@ class Coefficients:
         upper = torch.searchsorted(falling, -target.contiguous()).clamp(1, len(times) - 1)
         low, high = times[upper - 1], times[upper]
         t = low + (high - low) * ((-target - falling[upper - 1]) / (falling[upper] - falling[upper - 1])).clamp(0, 1)
+        found = torch.zeros((), dtype=torch.bool, device=t.device)
         with torch.no_grad():
             for _ in range(self._newton_steps):
                 level, rate = self._half_log_snr_and_rate(t)
@@ -201,7 +202,9 @@ class Coefficients:
                 low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
                 step, before = t - excess / rate, t
                 t = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
-                if bool(((t - before).abs() <= _STEP_ROUNDING * t).all()):
+                t = torch.where(found, before, t)
+                found = found | ((t - before).abs() <= _STEP_ROUNDING * t).all()
+                if t.device.type == "cpu" and bool(found):  # an accelerator is not waited for
                     break
         return t.clamp(self.cutoff, self.T)
 

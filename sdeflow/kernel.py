@@ -333,17 +333,18 @@ class Kernel:
             return self.path(x, torch.as_tensor(t, dtype=torch.float64))
         if self.coupled:
             return self._coupled_transition(x, s, t)
-        times = [torch.as_tensor(time, dtype=torch.float64, device=x.device) for time in (t, s)]
-        later, earlier = (self.path(x, time) for time in times)
-        change = self._as_level(self.numbers.log_alpha(times[0]) - self.numbers.log_alpha(times[1]), x, 0)
-        alpha = Linear(torch.exp(change))  # alpha_t and alpha_s may both have underflowed
-        kept = 2.0 * (change + earlier.sigma.values.log() - later.sigma.values.log())
-        fresh = -torch.expm1(kept)
+        times = [torch.tensor(time, dtype=torch.float64) for time in (t, s)]  # on the CPU, as the numbers are read
+        (_, later, offset), (_, earlier, before) = (self.coefficients(time) for time in times)
+        change = self.numbers.log_alpha(times[0]) - self.numbers.log_alpha(times[1])
+        fresh = -torch.expm1(2.0 * (change + earlier.log() - later.log()))
         if s < t and not bool((fresh >= _FRESH).all()):  # a difference of nearly equal numbers
-            log_alpha, var, offset = (row.to(x.device) for row in self.numbers.from_point(s, t))
-            return Path(Linear(torch.exp(log_alpha)), Linear(var.clamp_min(0.0).sqrt()), offset)
-        left = later.sigma.scaled(fresh.nan_to_num(0.0).clamp_min(0.0).sqrt())
-        return Path(alpha, left, later.offset - alpha.values * earlier.offset)
+            log_alpha, var, offset = self.numbers.from_point(s, t)
+            alpha, sigma = torch.exp(log_alpha), var.clamp_min(0.0).sqrt()
+        else:
+            alpha = torch.exp(change)  # alpha_t and alpha_s may both have underflowed
+            sigma = later * fresh.nan_to_num(0.0).clamp_min(0.0).sqrt()
+            offset = offset - alpha * before
+        return Path(Linear(alpha.to(x.device)), Linear(sigma.to(x.device)), offset.to(x.device))
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
         """A draw of x_t given that the state at s is exactly ``x``, shaped and typed as x (batch, *event)."""

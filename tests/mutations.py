@@ -158,9 +158,10 @@ MUTATIONS = (
     _m("P⁻¹ in the information", "coefficients.py", "solve_triangular(root.mT, whitened, upper=True)",
        "solve_triangular(root, whitened, upper=False)", ("noise matrix",)),
     # -------------------------------------------------------------------- the Gaussian kernel
-    _m("offset of a transition", "kernel.py", "later.offset - alpha.values * earlier.offset", "later.offset",
+    _m("offset of a transition", "kernel.py", "offset - alpha * before", "offset + 0 * before",
        ("offset",)),
-    _m("noise of a transition", "kernel.py", "kept = 2.0 * (change", "kept = (change", ("initial variance",)),
+    _m("noise of a transition", "kernel.py", "-torch.expm1(2.0 * (change", "-torch.expm1((change",
+       ("initial variance",)),
     _m("score without transpose", "kernel.py", "-path.sigma.T.inverse(whitened)", "-path.sigma.inverse(whitened)",
        ("noise matrix",)),
     _m("constant of a density", "kernel.py", "0.5 * d * math.log(2.0 * math.pi)", "d * math.log(2.0 * math.pi)",

@@ -182,6 +182,18 @@ def test_time_of_inverts_the_half_log_snr(name):
     assert times.max() <= kernel.T
 
 
+@pytest.mark.parametrize("name", ["VP", "FlowMatching", "EDM"])
+def test_steps_read_nothing_from_an_accelerator(name):
+    """On the device "meta", whose numbers cannot be read: what would wait for an accelerator is an error there."""
+    kernel = CATALOGUE[name]().kernel
+    state, level = torch.zeros(3, 2, device="meta"), torch.zeros(5, dtype=torch.float64, device="meta")
+    for later in (0.5, 0.10001):  # by a difference, and by quadrature
+        path = kernel.transition(state, 0.1 * kernel.T, later * kernel.T)
+        assert {part.device.type for part in (path.alpha.values, path.sigma.values, path.offset)} == {"meta"}
+    found = kernel.time_of(level)
+    assert found.device.type == "meta" and found.shape == level.shape
+
+
 def test_time_of_survives_a_flat_log_snr():
     sde = SDE(-x, sp.Piecewise((1, t < 0.5), (0, t < 0.6), (1, True)))
     kernel = sde.kernel
