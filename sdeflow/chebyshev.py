@@ -44,6 +44,7 @@ _TOLERANCE = 2e-13
 _NEGLIGIBLE = 1e-20
 _SMALLEST = 1e-14
 _HARMLESS = 1e-11
+_AT_ONCE = 256  # panels between two looks at the clock
 _EPSILON = float(np.finfo(np.float64).eps)
 _ROUNDED_BETWEEN = 30.0  # an interpolant's rounding beside that of each of its 24 values
 
@@ -140,15 +141,20 @@ class PiecewiseChebyshev:
         test, whole = _Test(function, bound, rounding), None
         finished = 0
         while left.size:
-            require_time(name)
-            nodes = 0.5 * (left + right)[:, None] + 0.5 * (right - left)[:, None] * _points
-            values = function(nodes.reshape(-1)).reshape(-1, *nodes.shape)
-            nowhere = ~np.isfinite(values).any((0, 2)) if lenient else False
-            if lenient:
-                values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-            _require_finite(nodes, values, name)
-            coefficients = values @ _to_coefficients.T
-            resolved = test(left, right, nodes, values, coefficients) | nowhere
+            parts = []
+            for i in range(0, left.size, _AT_ONCE):  # of hundreds of schedules all panels would take seconds
+                require_time(name)
+                ends = left[i : i + _AT_ONCE], right[i : i + _AT_ONCE]
+                nodes = 0.5 * (ends[0] + ends[1])[:, None] + 0.5 * (ends[1] - ends[0])[:, None] * _points
+                values = function(nodes.reshape(-1)).reshape(-1, *nodes.shape)
+                nowhere = ~np.isfinite(values).any((0, 2)) if lenient else False
+                if lenient:
+                    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+                _require_finite(nodes, values, name)
+                coefficients = values @ _to_coefficients.T
+                parts.append((values, coefficients, test(*ends, nodes, values, coefficients) | nowhere))
+            values, coefficients = (np.concatenate([part[j] for part in parts], axis=1) for j in (0, 1))
+            resolved = np.concatenate([part[2] for part in parts])
             width = right - left
             share = np.abs(values).max(-1) * width
             whole = share.sum(1, keepdims=True) if whole is None else np.maximum(whole, share.sum(1, keepdims=True))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.breakpoints import break_points
-from sdeflow.chebyshev import NODES, nodes_of
+from sdeflow.chebyshev import NODES, geometric_edges, nodes_of
 from sdeflow.checks import checked_numbers
 from sdeflow.compile import Compiled, compile_expressions
 from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
@@ -289,21 +289,23 @@ class Coefficients:
             except NoEnclosure:  # such as the derivative of a table: the samples decide
                 bound = None
             self.breaks = break_points(entries, numbers, self.T)
-            self._require_few_breaks()
+            self._require_small_table(len(self.breaks) + len(geometric_edges(0.0, self.T)))
             P0 = 0.0 if self.coupled else self.declaration.P0
             edges = panel_edges(self._sampled_rows, self.T, self.components, P0, self.breaks, bound)
+            self._require_small_table(len(edges) - 1)
             self._panels, self._has_resolved_roots = (version, edges), False
             self._is_null = self._disguised(edges)
         return self._panels[1]
 
-    def _require_few_breaks(self) -> None:
-        """Each break point is an edge for every entry of tensor parameters: a thousand of each are gigabytes."""
-        entries = math.prod(self.values.shape)
-        if self.values.shape and len(self.breaks) * NODES * entries > _LARGEST_TABLE:
+    def _require_small_table(self, panels: int) -> None:
+        """A break point, and all panels beside it, are those of every entry of tensor parameters: a thousand of each
+        are gigabytes, and seconds."""
+        entries, few = math.prod(self.values.shape), len(geometric_edges(0.0, self.T))
+        if self.values.shape and len(self.breaks) and (panels - few) * NODES * entries > _LARGEST_TABLE:
             raise TooLargeError(
-                f"the {entries:,} entries of params have {len(self.breaks):,} break points together, each of which is "
-                "an edge for every entry: let fewer entries move them, or write smooth steps, such as "
-                "(1 + tanh((t - p) / width)) / 2."
+                f"the {entries:,} entries of params have {len(self.breaks):,} break points together, and need "
+                f"{panels:,} panels, each of which is one for every entry: let fewer entries move them, or write "
+                "smooth steps, such as (1 + tanh((t - p) / width)) / 2."
             )
 
     def _disguised(self, edges: np.ndarray) -> Tensor | None:

@@ -353,3 +353,13 @@ def test_a_certificate_says_what_sympy_takes_too_long_for(place, monkeypatch):
     monkeypatch.setattr(getattr(sdeflow.certificate, place), "patiently", lambda *_, **__: None)
     certificate = SDE(1 - x, sp.sqrt(x)).verify()
     assert certificate and "SymPy takes too long" in str(certificate)
+
+
+def test_entries_that_move_a_narrow_spike_are_refused_in_time():
+    c = sp.Symbol("c")
+    spike = sp.Piecewise((sp.exp(-(((t - c) * 1000) ** 2)), t < c), (0, True))
+    before = processor_time()
+    with pytest.raises((TooLargeError, ScheduleError)):
+        SDE(-x, 1 + spike, params={c: torch.linspace(0.1, 0.9, 300)})
+    assert processor_time() - before < 4.0
+    assert SDE(-x, 1 + spike, params={c: torch.linspace(0.1, 0.9, 30)}).kernel
