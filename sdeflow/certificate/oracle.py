@@ -9,8 +9,8 @@ after the other. F, b and Q are read from f and g by NumPy (:mod:`sdeflow.symbol
 
 - end where a condition, a step, a kink or a knot of the declaration stands
   (:func:`~sdeflow.certificate.intervals.breaks`),
-- are halved where bounds of a coefficient over a panel exceed what points of the panel show, so that no narrow
-  feature lies between points,
+- are halved where bounds of a coefficient, or of its slope, over a panel exceed what points of the panel show, so that
+  no narrow feature lies between points, nor hides in what varies slowly beside it,
 - and are halved until two halves give what the whole gives.
 
 The oracle says how far the last two of these differ, and its values are compared within that.
@@ -101,6 +101,15 @@ def _gauss(count: int) -> tuple[Array, Array, Array]:
 _NODES, _WEIGHTS, _RUNNING = _gauss(_STAGES)
 
 
+def _slope(expression: sp.Expr) -> sp.Expr:
+    """d/dt of an expression between its jumps; of hyperbolic functions in a form that does not overflow."""
+    expression = expression.replace(sp.Mod, lambda a, p: a - p * sp.floor(a / p))
+    steps = {node: sp.Dummy() for node in expression.atoms(sp.floor, sp.ceiling, sp.sign, sp.Heaviside)}
+    back = {dummy: node for node, dummy in steps.items()}
+    slope = sp.diff(expression.xreplace(steps), time_symbol).xreplace(back)
+    return slope.replace(sp.sinh, lambda u: sp.tanh(u) * sp.cosh(u))
+
+
 class Oracle:
     """The moments of an affine declaration for its parameters' values.
 
@@ -180,7 +189,7 @@ class Oracle:
         return self._halved(self._bounded(edges))
 
     def _bounded(self, edges: Array) -> Array:
-        """Edges such that bounds of f and of g's entries over each interval are what its points show."""
+        """Edges such that bounds of f, g and their slopes over each interval are what its points show."""
         states = {component: sp.Float(0.7548 + 0.5698 * i) for i, component in enumerate(self.declaration.state)}
         for expression in dict.fromkeys([*self._drifts, *self._noises]):
             expression = expression.xreplace(states)
@@ -191,25 +200,20 @@ class Oracle:
 
     def _bounded_for(self, expression: sp.Expr, numbers: dict[sp.Symbol, float], edges: Array) -> Array:
         low, high = edges[:-1], edges[1:]
-        bounded = not any(node.table is None for node in expression.atoms(Schedule))
-        extra, total, points = [], None, np.sort(np.random.default_rng(2).uniform(0.02, 0.98, 9))
+        extra, points = [], np.sort(np.random.default_rng(2).uniform(0.02, 0.98, 9))
+        orders = [expression, _slope(expression)]
+        total = None
         for _ in range(_LEVELS):
-            values = evaluate(expression, {**numbers, time_symbol: low + points[:, None] * (high - low)})
-            least, most = np.sort(values, axis=0)[[1, -2]]  # one point may have hit a narrow feature by luck
-            seen = np.nan_to_num(most - least, nan=0.0)
-            size = np.nan_to_num(np.abs(values).max(0), posinf=1e300, nan=0.0)
-            total = float((size * (high - low)).sum()) if total is None else total
-            if bounded:
-                slack = 1e-12 * (high - low)
-                below, above = enclose(expression, low + slack, high - slack, numbers)
-                hidden = np.maximum(above - most, least - below)
-            else:  # a function of the user's: all there is to look at are its values, at many points
-                hidden = np.where(high - low > self.T / 1024, np.inf, seen)
-            hidden = np.where(np.isnan(hidden), np.inf, hidden)
-            split = (hidden > 8.0 * seen + 1e-3 * size) & (hidden * (high - low) > 1e-11 * total)
+            width, split = high - low, np.zeros(len(low), dtype=bool)
+            worst = np.zeros(len(low))
+            for order, part in enumerate(orders):
+                hidden, seen, size = self._hidden(part, numbers, low, high, points)
+                total = float((size * width).sum()) if total is None else total
+                area = np.minimum(hidden, 1e300) * width ** (1 + order)  # of what the points may have missed
+                wide = (hidden > 8.0 * seen + 1e-3 * size) & (area > 1e-11 * total)
+                split, worst = split | wide, np.maximum(worst, np.where(wide, area, 0.0))
             if split.sum() > _MOST_BOXES:  # bounds that are wider than what the expression does: the widest first
-                worst = np.argsort(-np.where(split, hidden * (high - low), 0.0))[: _MOST_BOXES // 2]
-                split = np.isin(np.arange(len(low)), worst)
+                split = np.isin(np.arange(len(low)), np.argsort(-worst)[: _MOST_BOXES // 2])
             if not split.any():
                 break
             low, high = low[split], high[split]
@@ -217,6 +221,27 @@ class Oracle:
             extra.append(middle)
             low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
         return np.unique(np.concatenate([edges, *extra]))
+
+    def _hidden(
+        self, expression: sp.Expr, numbers: dict[sp.Symbol, float], low: Array, high: Array, points: Array
+    ) -> tuple[Array, Array, Array]:
+        """By how much bounds over each interval exceed what points show; how far the points vary; how large they are."""
+        width = high - low
+        values = evaluate(expression, {**numbers, time_symbol: low + points[:, None] * width})
+        values = np.broadcast_to(values, (len(points), len(low)))
+        least, most = np.sort(values, axis=0)[[1, -2]]  # one point may have hit a narrow feature by luck
+        with np.errstate(invalid="ignore"):
+            seen = np.nan_to_num(most - least, nan=0.0)
+        size = np.nan_to_num(np.abs(values).max(0), posinf=1e300, nan=0.0)
+        if any(node.table is None for node in expression.atoms(Schedule)):
+            # A function of the user's: all there is to look at are its values, at many points.
+            hidden = np.where(width > self.T / 1024, np.inf, seen)
+        else:
+            slack = 1e-12 * width
+            below, above = enclose(expression, low + slack, high - slack, numbers)
+            with np.errstate(invalid="ignore"):
+                hidden = np.maximum(above - most, least - below)
+        return np.where(np.isnan(hidden), np.inf, hidden), seen, size
 
     def _halved(self, edges: Array) -> Array:
         """Edges of panels whose halves give what the whole gives, but for rounding."""
