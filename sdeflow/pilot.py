@@ -161,7 +161,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
         else:
             middle = 0.5 * (lam[1:] + lam[:-1])
             size = differences.square().flatten(1).mean(1).sqrt().cpu().numpy()
-            size = size * np.exp(np.interp(centres, middle, np.log(_influence(transfer, np.diff(lam)))))
+            size = size * np.exp(np.interp(centres, middle, np.log(_influence(transfer, np.diff(lam)).clip(1e-300))))
     density = _density(size, order)
     fine = np.linspace(lam[0], lam[-1], 32 * _POINTS)
     rho = np.interp(fine, centres, density)
@@ -169,7 +169,7 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
     nodes = np.interp(np.linspace(0.0, work[-1], _POINTS), work, fine)
     grid = kernel.time_of(torch.as_tensor(nodes))
     grid[0], grid[-1] = model.T, model.cutoff
-    return Pilot(smooth_clock(grid, kernel), calls, samples)
+    return Pilot(smooth_clock(grid, kernel, "pilot", model.reference_scale()), calls, samples)
 
 
 def _differences(lam: np.ndarray, F: Tensor, order: int) -> Tensor:

@@ -709,3 +709,20 @@ def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pearson.PearsonKernel, "log_prob", far_off)
         assert "kernel.log_prob" in failed(build("CIR"), changes.bessel)
+
+
+@pytest.mark.parametrize("name", ["a spike", "a step"])
+def test_the_oracle_sees_narrow_features_beside_slow_changes(name):
+    """No higher than what varies slowly beside it: bounds of the drift alone do not tell it from that."""
+    c, at = R(1, 50), sp.Float(392.0354)
+    width = R(1, 800) if name == "a spike" else R(1, 2 * 10**6)
+    shape = 1 / sp.cosh((t - at) / width) if name == "a spike" else sp.tanh((t - at) / width)
+    sde = SDE(-(R(1, 100) + R(1, 50) * t / 451 + c * shape) * x, R(1, 10), T=451)
+    found = Oracle(sde.declaration, {}, 1e-3).law(np.array([390.0, 393.0, 451.0]))
+    for end, log_phi in zip([390.0, 393.0, 451.0], found.log_phi[:, 0], strict=True):
+        z = (end - float(at)) / float(width)
+        smooth = end / 100 + end**2 / (50 * 902)
+        of_spike = float(width) * 2 * math.atan(math.exp(min(z, 700.0)))
+        of_step = abs(end - float(at)) - float(at)
+        truth = -(smooth + float(c) * (of_spike if name == "a spike" else of_step))
+        assert abs(log_phi - truth) < 1e-8 * abs(truth)

@@ -180,7 +180,7 @@ def test_adaptive_flows_reach_their_tolerance_and_in_few_calls(name):
     flow, watched = (sde.flow_ode(s, prior=gaussians) for s in (gaussians.score, score))
     z = gaussians.sample((8, *gaussians.event), 0, double, None)
     found = watched.decode(z)
-    assert len(calls) < 200
+    assert len(calls) < (320 if name in ("undamped", "weakly driven") else 200)  # those turn
     assert sde.cutoff <= min(calls) <= max(calls) <= sde.T
     assert float(((found - flow.decode(z, Exponential(3), steps=200)) / size).abs().max()) < 5e-4
 
@@ -340,14 +340,20 @@ def test_what_is_said_of_a_turning_state_is_its_error(monkeypatch):
         assert abs(0.5 * math.log1p(found) / said - 1.0) < 0.1
 
 
-@pytest.mark.parametrize("name", NAMES if LONG else ["a pause at T"])
+@pytest.mark.parametrize("name", NAMES if LONG else ["a pause at T", "a pause at the data", "coupled, a pause"])
 def test_the_pilot_grid_is_right_too(name):
+    """A kink of the grid beside a break point, not at it, left rk4 off by 0.16 at any number of steps."""
     gaussians = Gaussians(name)
     flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)
     z = gaussians.sample((16, *gaussians.event), 0, double, None)
     truth = flow.decode(z, Exponential(3), steps=200)
-    for solver in (Exponential(3), "rk4"):
-        assert float((flow.decode(z, solver, steps=60, grid="pilot") - truth).abs().max()) < 0.1
+    assert float((flow.decode(z, Exponential(3), steps=60, grid="pilot") - truth).abs().max()) < 0.02
+    if name in NEVER_PLAIN:
+        with told("too long for this solver"):
+            flow.decode(z, "rk4", steps=60, grid="pilot")
+        return
+    error = float((flow.decode(z, "rk4", steps=60, grid="pilot") - truth).abs().max())
+    assert error < (0.005 if name in ("a pause at the data", "coupled, a pause") else 0.1)
 
 
 MODES = {
@@ -360,7 +366,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES if LONG else ["EDM with a floor", "nearly a pause"])
+@pytest.mark.parametrize("name", NAMES if LONG else ["EDM with a floor", "nearly a pause", "coupled, a pause"])
 def test_log_prob_is_right_in_every_mode(name):
     gaussians = Gaussians(name)
     flow = gaussians.sde.flow_ode(gaussians.score, prior=gaussians)

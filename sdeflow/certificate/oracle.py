@@ -199,21 +199,22 @@ class Oracle:
         return edges
 
     def _bounded_for(self, expression: sp.Expr, numbers: dict[sp.Symbol, float], edges: Array) -> Array:
-        low, high = edges[:-1], edges[1:]
+        low, high, slope, total = edges[:-1], edges[1:], _slope(expression), None
         extra, points = [], np.sort(np.random.default_rng(2).uniform(0.02, 0.98, 9))
-        orders = [expression, _slope(expression)]
-        total = None
         for _ in range(_LEVELS):
-            width, split = high - low, np.zeros(len(low), dtype=bool)
-            worst = np.zeros(len(low))
-            for order, part in enumerate(orders):
-                hidden, seen, size = self._hidden(part, numbers, low, high, points)
-                total = float((size * width).sum()) if total is None else total
-                area = np.minimum(hidden, 1e300) * width ** (1 + order)  # of what the points may have missed
-                wide = (hidden > 8.0 * seen + 1e-3 * size) & (area > 1e-11 * total)
-                split, worst = split | wide, np.maximum(worst, np.where(wide, area, 0.0))
+            width = high - low
+            hidden, seen, size = self._hidden(expression, numbers, low, high, points)
+            total = float((size * width).sum()) if total is None else total
+            steep, steep_seen, steepness = self._hidden(slope, numbers, low, high, points)
+            area = hidden * width  # of what the points may have missed
+            of_slopes = np.minimum((hidden + seen) * width, steep * width**2)  # or where a step is
+            split = (hidden > 8.0 * seen + 1e-3 * size) & (area > 1e-11 * total)
+            split |= (steep > 8.0 * steep_seen + steepness) & (of_slopes > 1e-11 * total)
             if split.sum() > _MOST_BOXES:  # bounds that are wider than what the expression does: the widest first
-                split = np.isin(np.arange(len(low)), np.argsort(-worst)[: _MOST_BOXES // 2])
+                split = np.isin(
+                    np.arange(len(low)),
+                    np.argsort(-np.where(split, np.maximum(area, of_slopes), 0.0))[: _MOST_BOXES // 2],
+                )
             if not split.any():
                 break
             low, high = low[split], high[split]
@@ -225,7 +226,7 @@ class Oracle:
     def _hidden(
         self, expression: sp.Expr, numbers: dict[sp.Symbol, float], low: Array, high: Array, points: Array
     ) -> tuple[Array, Array, Array]:
-        """By how much bounds over each interval exceed what points show; how far the points vary; how large they are."""
+        """By how much bounds over each interval exceed what points show, how far these vary, and how large they are."""
         width = high - low
         values = evaluate(expression, {**numbers, time_symbol: low + points[:, None] * width})
         values = np.broadcast_to(values, (len(points), len(low)))
@@ -241,7 +242,7 @@ class Oracle:
             below, above = enclose(expression, low + slack, high - slack, numbers)
             with np.errstate(invalid="ignore"):
                 hidden = np.maximum(above - most, least - below)
-        return np.where(np.isnan(hidden), np.inf, hidden), seen, size
+        return np.nan_to_num(hidden, nan=1e150, posinf=1e150), np.minimum(seen, 1e100), np.minimum(size, 1e100)
 
     def _halved(self, edges: Array) -> Array:
         """Edges of panels whose halves give what the whole gives, but for rounding."""

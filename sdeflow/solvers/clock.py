@@ -33,6 +33,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -214,7 +215,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     checked_real(scale, "scale", "positive and finite", lambda number: 0.0 < number < math.inf)
-    many_scales = bool(kernel.coupled or kernel.values.shape)
+    many_scales = _many_scales(kernel)
     variable = _Variable(kernel, grid or ("log_snr" if many_scales else "angle"), scale)
     with torch.no_grad():
         curve = variable.curve()
@@ -224,8 +225,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         breaks = _breaks(kernel)
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
         normalised, first = None if many_scales else where, _first(kernel, curve)
-        required = require_turning if kernel.coupled else require_stable
-        check = None if kernel.values.shape else partial(required, kernel, variable.name, scale)
+        check = _check(kernel, variable.name, scale)
         return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check)
 
 
@@ -251,23 +251,57 @@ def _shared(stops: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray] | No
     return np.append(np.concatenate(pieces), 1.0), np.cumsum(counts)[:-1]
 
 
-def smooth_clock(times: Tensor, kernel: Kernel) -> Clock:
+def smooth_clock(times: Tensor, kernel: Kernel, name: str, scale: float = 1.0) -> Clock:
     """The clock in which ``times`` (n,), from the kernel's cutoff to its T or back, are uniform: a cubic through them.
 
-    As for the names, it is a mixture for solvers that need dt/du, where the noise pauses.
+    Where the noise pauses it is a mixture for solvers that need dt/du, as for the named grids. Its slope may jump at
+    break points of f and g.
+
+    Args:
+        times: rising or falling.
+        kernel: the kernel.
+        name: of the grid, for messages.
+        scale: the data's scale c.
     """
     points = _checked(times, kernel.cutoff, kernel.T)
-    u = np.linspace(0.0, 1.0, len(points))
-    curve = _Cubics.through(u, points)
+    u, breaks = np.linspace(0.0, 1.0, len(points)), _breaks(kernel)
+    through, corners = _Cubics.through(u, points), _corners(kernel, points, u)
+    at = corners[1][np.isin(corners[0], breaks)]
+    stops = (breaks, at) if _many_scales(kernel) and 0 < len(breaks) == len(at) else None
+    check = _check(kernel, name, scale)
     if _Variable(kernel, "log_snr", 1.0).curve() is not None:
-        return Clock(kernel.cutoff, kernel.T, curve, first=_first(kernel, curve), breaks=_breaks(kernel))
+        curve = _Cubics.through(*corners[::-1], at)
+        return Clock(kernel.cutoff, kernel.T, curve, None, None, _first(kernel, curve), breaks, stops, check=check)
 
     def levels(u: np.ndarray) -> np.ndarray:
-        return np.array([curve(v)[0] for v in u]).clip(kernel.cutoff, kernel.T)
+        return np.array([through(v)[0] for v in u]).clip(kernel.cutoff, kernel.T)
 
-    back = _Cubics.through(points, u)
+    back = _Cubics.through(*corners, breaks)
     mixture = _mixture(kernel, lambda t: np.array([back(v) for v in t]).T, levels)
-    return Clock(kernel.cutoff, kernel.T, mixture, levels, first=_first(kernel, mixture), breaks=_breaks(kernel))
+    return Clock(kernel.cutoff, kernel.T, mixture, levels, None, _first(kernel, mixture), breaks, stops, check=check)
+
+
+def _corners(kernel: Kernel, times: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``times`` with the break points among them, and ``u`` there: by the log-SNR, between the times beside each."""
+    breaks = np.setdiff1d(_breaks(kernel), times)
+    level, at = (-kernel.bounded_log_snr(torch.as_tensor(t)).detach().numpy() for t in (times, breaks))
+    between = np.interp(at, np.maximum.accumulate(level), u)
+    order = np.argsort(np.concatenate([times, breaks]))
+    t, u = np.concatenate([times, breaks])[order], np.concatenate([u, between])[order]
+    apart = np.append(np.diff(t) > 1e-12 * t[-1], True)
+    apart[0] = True
+    return t[apart], np.maximum.accumulate(u[apart])
+
+
+def _many_scales(kernel: Kernel) -> bool:
+    """Whether components or coordinates have schedules of their own."""
+    return bool(kernel.coupled or kernel.values.shape)
+
+
+def _check(kernel: Kernel, name: str, scale: float) -> Callable[[np.ndarray, Plain | None], None] | None:
+    """What is asked of the times of a grid; nothing where coordinates have schedules of their own."""
+    required = require_turning if kernel.coupled else require_stable
+    return None if kernel.values.shape else partial(required, kernel, name, scale)
 
 
 def _first(kernel: Kernel, curve: Curve) -> float:
@@ -475,12 +509,21 @@ class _Cubics:
         self._edges, self._pieces = u.tolist(), np.stack(pieces, axis=1).tolist()
 
     @classmethod
-    def through(cls, u: np.ndarray, t: np.ndarray) -> _Cubics:
-        """With slopes found from the points."""
+    def through(cls, u: np.ndarray, t: np.ndarray, corners: Sequence[float] | np.ndarray = ()) -> _Cubics:
+        """With slopes found from the points, on each side of the ``corners`` (of u) by themselves."""
         from scipy.interpolate import PchipInterpolator  # half a second to import
 
-        slope = np.diff(t)[[0, 0]] / np.diff(u) if len(u) == 2 else PchipInterpolator(u, t).derivative()(u)
-        return cls(u, t, slope, slope)
+        right, left = np.empty_like(t), np.empty_like(t)
+        ends = np.unique([0, len(u) - 1, *(int(np.abs(u - corner).argmin()) for corner in corners)])
+        for first, last in pairwise(ends):
+            part = slice(first, last + 1)
+            if last - first == 1:
+                slope = np.full(2, (t[last] - t[first]) / (u[last] - u[first]))
+            else:
+                slope = PchipInterpolator(u[part], t[part]).derivative()(u[part])
+            right[first:last], left[first + 1 : last + 1] = slope[:-1], slope[1:]
+        right[-1], left[0] = left[-1], right[0]
+        return cls(u, t, right, left)
 
     def __call__(self, u: float) -> tuple[float, float]:
         piece = min(max(bisect_right(self._edges, u) - 1, 0), len(self._pieces) - 1)
