@@ -124,9 +124,10 @@ def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) 
     """Pairs (series, level) for the levels in [low, high] of each series."""
     if switch.levels is None:
         first, last = np.ceil(low), np.floor(high)
-        counts = np.maximum(last - first + 1, 0).astype(np.int64)
-        if counts.sum() > 2 * _LARGEST_COUNT:
+        counts = np.maximum(last - first + 1, 0)
+        if counts.sum() > 2 * _LARGEST_COUNT:  # and perhaps more than an integer holds
             raise _too_many(switch, T)
+        counts = counts.astype(np.int64)
         which = np.repeat(np.arange(len(low)), counts)
         return which, first[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     levels = np.asarray(switch.levels)

@@ -1,5 +1,6 @@
 """Limits of time: whatever the grammar allows is declared or refused in 3 s of processor time, children included."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -12,7 +13,7 @@ import torch
 
 import sdeflow
 from sdeflow import SDE, checkpoint, t, x
-from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, TooLargeError
+from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, SdeflowError, TooLargeError
 from sdeflow.simulation import SimulatedPairs
 from sdeflow.solvers.clock import make_clock
 from sdeflow.symbolic.conditioned import horizon, named_drift
@@ -363,3 +364,15 @@ def test_entries_that_move_a_narrow_spike_are_refused_in_time():
         SDE(-x, 1 + spike, params={c: torch.linspace(0.1, 0.9, 300)})
     assert processor_time() - before < 4.0
     assert SDE(-x, 1 + spike, params={c: torch.linspace(0.1, 0.9, 30)}).kernel
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("f", [
+    -x * sp.sin(65536 * t), -x * sp.sin(64 * t + 1), -x * sp.sinh(64 * t / 3), -x / sp.floor(t) ** (6 * t**2),
+])  # fmt: skip
+def test_waves_that_halve_and_powers_of_powers_end(f):
+    """SymPy halves the angle of a wave as long as it can, and writes floor(1000)^6,000,000 out."""
+    before = processor_time()
+    with contextlib.suppress(SdeflowError):
+        assert SDE(f, x * sp.sinh(t / 49) if f.has(x) and not f.has(sp.floor) else 1, T=1000).kind
+    assert processor_time() - before < 3.0

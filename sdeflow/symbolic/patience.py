@@ -35,6 +35,7 @@ _SECONDS = 0.5
 _LARGEST_HERE = 40  # of growth; SymPy's time is about its square, 0.3 s at the limit
 _LARGEST_RESULT = 4000  # nodes
 _HUGE = 1e9
+_WAVES = (sp.sin, sp.cos, sp.sinh, sp.cosh)
 _COMPARING = (sp.Max, sp.Min, sp.Piecewise, sp.Mod)
 
 _left: ContextVar[list[float] | None] = ContextVar("left", default=None)
@@ -179,14 +180,23 @@ def small(*values: object) -> bool:
 
 
 def _degree(expressions: list[sp.Basic]) -> float:
-    """The degree of the polynomial that SymPy makes of exponentials: 1000 of exp(-t) and exp(-1000 t)."""
+    """The degree of the polynomial that SymPy makes of exponentials and waves.
+
+    It is 1000 of exp(-t) and exp(-1000 t), and 64 of sin(64 t), whose angle SymPy halves as long as it can.
+    """
     numbers: dict[sp.Basic, set[sp.Rational]] = {}
-    for power in set().union(*(e.atoms(sp.exp) for e in expressions)):
-        for term in sp.Add.make_args(power.args[0]):
+    halved = 1
+    for function in set().union(*(e.atoms(sp.exp, *_WAVES) for e in expressions)):
+        for term in sp.Add.make_args(function.args[0]):
             number, rest = term.as_coeff_Mul()
-            if isinstance(number, sp.Rational):
+            if not isinstance(number, sp.Rational):
+                continue
+            if isinstance(function, sp.exp):
                 numbers.setdefault(rest, set()).add(abs(number))
-    return max((float(max(own) / sp.gcd_list(sorted(own))) for own in numbers.values()), default=0.0)
+            else:
+                halved = max(halved, number.p & -number.p)  # the largest power of 2 in it
+    degrees = (float(max(own) / sp.gcd_list(sorted(own))) for own in numbers.values())
+    return max(degrees, default=0.0) + float(min(halved, _HUGE)) - 1.0
 
 
 def growth(expr: sp.Basic) -> float:
