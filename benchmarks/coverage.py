@@ -21,11 +21,11 @@ from torch import Tensor
 
 import sdeflow
 from sdeflow import SDE, catalog
-from sdeflow.bounds import Elbo
-from sdeflow.dequantisation import TruncatedNormal, Uniform
-from sdeflow.dequantisation import bits_per_dim as bits_of
 from sdeflow.dynamics import FlowODE
+from sdeflow.likelihood.bounds import Elbo
 from sdeflow.likelihood.budget import prior_mismatch
+from sdeflow.likelihood.dequantisation import TruncatedNormal, Uniform
+from sdeflow.likelihood.dequantisation import bits_per_dim as bits_of
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Torchdiffeq
 

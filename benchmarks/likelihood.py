@@ -23,8 +23,8 @@ import torch
 from problems import Problem, problem
 from torch import Tensor
 
+from sdeflow.numerics.traces import Hadamard, Hutchinson, HutchPP, Trace
 from sdeflow.solvers import Exponential
-from sdeflow.traces import Hadamard, Hutchinson, HutchPP, Trace
 
 TARGETS = (0.1, 0.01, 0.001)
 TOLERANCES = 10.0 ** np.arange(-1.0, -7.1, -0.25)

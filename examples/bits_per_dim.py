@@ -31,9 +31,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import sdeflow
-from sdeflow.bounds import Elbo
-from sdeflow.dequantisation import Levels, TruncatedNormal, Uniform, Variational, bits_per_dim
 from sdeflow.likelihood import LogProb
+from sdeflow.likelihood.bounds import Elbo
+from sdeflow.likelihood.dequantisation import Levels, TruncatedNormal, Uniform, Variational, bits_per_dim
 
 LOW, HIGH = digits.LOW, digits.HIGH
 MODELS = ("flow", "reverse SDE, at most")

@@ -58,7 +58,7 @@ def declared() -> tuple[SDE, sdeflow.Score]:
 
 def fit(
     score: sdeflow.Score, train: torch.Tensor, steps: int, seed: int, out: Path, resume: bool
-) -> sdeflow.training.Fit:
+) -> sdeflow.training.fit.Fit:
     """Trains on integer images, with checkpoints in ``out``."""
     return sdeflow.fit(
         score, Dequantised(train), steps, batch_size=64, lr=2e-3, seed=seed, out=out, resume=resume, progress=True

@@ -1,8 +1,7 @@
 """sdeflow: write a stochastic differential equation as it stands in a paper, and everything else follows."""
 
-from sdeflow import basis, catalog, errors, losses, nets, scores, solvers
+from sdeflow import catalog, errors, nets, scores, solvers
 from sdeflow._version import __version__
-from sdeflow.brownian import BrownianPath
 from sdeflow.errors import (
     DataError,
     DeclarationError,
@@ -13,13 +12,16 @@ from sdeflow.errors import (
     SdeflowError,
     SolverError,
 )
-from sdeflow.gaussian import Gaussian
-from sdeflow.kernel import Kernel
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics import basis
+from sdeflow.numerics.brownian import BrownianPath
 from sdeflow.scores import Score
 from sdeflow.sde import SDE
 from sdeflow.symbolic.schedule import schedule
 from sdeflow.symbolic.symbols import s, state, t, x, x_0
-from sdeflow.training import fit
+from sdeflow.training import losses
+from sdeflow.training.fit import fit
 
 __all__ = [
     "SDE",

@@ -9,8 +9,8 @@ from numbers import Real
 import numpy as np
 import sympy as sp
 
-from sdeflow.basis import DCT
 from sdeflow.errors import DeclarationError
+from sdeflow.numerics.basis import DCT
 from sdeflow.sde import SDE
 from sdeflow.symbolic.patience import rehearsed, small
 from sdeflow.symbolic.symbols import state, t, x

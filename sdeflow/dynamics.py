@@ -5,7 +5,7 @@ r"""The reverse-time SDE and the probability-flow ODE of a declaration, bound to
 Both carry noise at t = T to data at t = cutoff with the same marginals. They print as equations, give
 their ``drift`` and ``diffusion`` as SymPy, and solve themselves once they have a score. A sample at the
 cutoff follows the model whose density ``FlowODE.log_prob`` measures; ``denoise=True`` replaces it by
-E[x_0 | x], which looks cleaner and has another law. What a solve may do beside is in :mod:`sdeflow.sampling`.
+E[x_0 | x], which looks cleaner and has another law. What a solve may do beside is in :mod:`sdeflow.solving.run`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.bounds import Elbo, KLBound, elbo, kl_bound
-from sdeflow.brownian import BrownianPath
-from sdeflow.checks import checked_count, checked_dtype
 from sdeflow.errors import DataError
-from sdeflow.gradients import is_meant
-from sdeflow.latents import spherical
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
-from sdeflow.model import Model, Prior
-from sdeflow.noise import resolve_seed
-from sdeflow.pilot import Pilot, pilot
-from sdeflow.sampling import Answer, Callback, Options, field, run
+from sdeflow.likelihood.bounds import Elbo, KLBound, elbo, kl_bound
+from sdeflow.numerics.brownian import BrownianPath
+from sdeflow.numerics.checks import checked_count, checked_dtype
+from sdeflow.numerics.noise import resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction
+from sdeflow.scores.thresholded import Threshold
 from sdeflow.solvers import Exponential, Grid, Solver, resolve
+from sdeflow.solving.gradients import is_meant
+from sdeflow.solving.latents import spherical
+from sdeflow.solving.model import Model, Prior
+from sdeflow.solving.pilot import Pilot, pilot
+from sdeflow.solving.run import Answer, Callback, Options, field, run
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
-from sdeflow.thresholding import Threshold
 
 __all__ = ["FlowODE", "ReverseSDE"]
 
@@ -70,7 +70,7 @@ class _Bound:
     ) -> Pilot:
         """The grid that ``grid="pilot"`` takes for states of shape ``event``, and what its measurement cost.
 
-        See :mod:`sdeflow.pilot`. It is measured once for a score and solver, here or at the first solve.
+        See :mod:`sdeflow.solving.pilot`. It is measured once for a score and solver, here or at the first solve.
         """
         chosen = Exponential() if solver is None else resolve(solver, "ode" if self.equation.diffusion == 0 else "sde")
         like = self.model.initial_state((1, *event), 0, dtype, device)
@@ -145,7 +145,7 @@ class ReverseSDE(_Bound):
         Args:
             shape: (batch, *event).
             solver: a name that ``sdeflow.solvers.names_for("sde")`` lists, or a solver object; by default that of
-                :func:`sdeflow.plan.default_solver`.
+                :func:`sdeflow.solving.plan.default_solver`.
             steps: of a solver of fixed steps; without a solver, the number of calls of the score, which has a default.
                 A solver that is given a tensor for ``grid`` may do without: it takes the steps between its times.
             seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
@@ -153,8 +153,8 @@ class ReverseSDE(_Bound):
                 then that of the prior's draw alone.
             rtol, atol: without ``steps``, tolerances of an adaptive solve.
             grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t" or "pilot", measured once
-                for a score (:mod:`sdeflow.pilot`); by default what the solver prefers, or else the angle. A tensor of
-                times, rising or falling, means steps in t between exactly these.
+                for a score (:mod:`sdeflow.solving.pilot`); by default what the solver prefers, or else the angle. A
+                tensor of times, rising or falling, means steps in t between exactly these.
             max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
             trajectory: whether to return (states, times) instead, the state after each step and its time: states
                 (steps + 1, batch, *event) from t = T to the cutoff, both included, and times (steps + 1,) in float64.
@@ -165,8 +165,8 @@ class ReverseSDE(_Bound):
             return_denoised: whether to return E[x_0 | x_t] of each state returned as well, shaped alike, as the last of
                 a tuple. A call of the score for each, which is not counted among the solver's.
             threshold: keeps E[x_0 | x_t] in range on the way: (low, high) clips it, a quantile in (0, 1) is Imagen's
-                dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.thresholding.Thresholded` score
-                yourself.
+                dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.scores.thresholded.Thresholded`
+                score yourself.
             chunk: how many samples to solve at once; by default all, up to 2^24 elements. Solvers that choose steps for
                 the whole batch take no chunks.
             progress: a progress bar; None shows it on a terminal only.
@@ -188,11 +188,11 @@ class ReverseSDE(_Bound):
         return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=True)
 
     def elbo(self, x: Tensor, **options: object) -> Elbo:
-        """A lower bound on log p of this SDE's samples, in nats; see :func:`sdeflow.bounds.elbo`."""
+        """A lower bound on log p of this SDE's samples, in nats; see :func:`sdeflow.likelihood.bounds.elbo`."""
         return elbo(self.model, x, **options)
 
     def kl_bound(self, data: Tensor, score_of_data: AnyScore = None, **options: object) -> KLBound:
-        """An upper bound on KL(data || this SDE's samples), in nats; see :func:`sdeflow.bounds.kl_bound`."""
+        """An upper bound on KL(data || this SDE's samples), in nats; see :func:`sdeflow.likelihood.bounds.kl_bound`."""
         return kl_bound(self.model, data, score_of_data, **options)
 
 
@@ -261,7 +261,7 @@ class FlowODE(_Bound):
         Args:
             z: (batch, *event).
             solver: a name that ``sdeflow.solvers.names_for("ode")`` lists, or a solver object; by default dopri5, and
-                with ``steps`` that of :func:`sdeflow.plan.default_solver`.
+                with ``steps`` that of :func:`sdeflow.solving.plan.default_solver`.
             steps: of a solver of fixed steps; without a solver, the number of calls of the score.
             rtol, atol: of an adaptive method, per sample; 1e-5 by default.
             grid, max_calls, trajectory, callback, denoise, return_denoised, threshold, chunk, progress: as
@@ -332,8 +332,8 @@ class FlowODE(_Bound):
     ) -> Tensor:
         """States from x_a to x_b along the sphere of the prior, (points, batch, *event), both ends included.
 
-        Both are encoded, whitened by the Gaussian prior, interpolated by :func:`sdeflow.latents.spherical` and decoded.
-        The ends come back up to :meth:`round_trip_error`.
+        Both are encoded, whitened by the Gaussian prior, interpolated by :func:`sdeflow.solving.latents.spherical` and
+        decoded. The ends come back up to :meth:`round_trip_error`.
 
         Args:
             x_a, x_b: (batch, *event) each, at t = cutoff.

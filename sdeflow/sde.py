@@ -10,13 +10,6 @@ from typing import TYPE_CHECKING
 import sympy as sp
 import torch
 
-from sdeflow.basis import Basis, CentreOfMassFree
-from sdeflow.boundary import states_to_try
-from sdeflow.bridge import Bridge, ReducibleBridge, SquareRootBridge
-from sdeflow.certificate import Certificate, certify
-from sdeflow.checks import OF_BASIS, OF_PRIOR, checked_methods
-from sdeflow.compile import Compiled, compile_expressions
-from sdeflow.derivation import Derivation, derive
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
 from sdeflow.errors import (
     DeclarationError,
@@ -25,18 +18,25 @@ from sdeflow.errors import (
     ScheduleError,
     UnsafeExpressionError,
 )
-from sdeflow.explanation import explain
-from sdeflow.gaussian import Gaussian
-from sdeflow.kernel import Kernel
-from sdeflow.model import Prior
-from sdeflow.noise import NoiseStream
-from sdeflow.parameters import Values
-from sdeflow.priors import FittedPrior, StationaryLaw, default_prior, fit_prior
-from sdeflow.reducible import PushForward, ReducibleKernel
+from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.reducible import PushForward, ReducibleKernel
+from sdeflow.kernels.square_root import SquareRootKernel
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.basis import Basis, CentreOfMassFree
+from sdeflow.numerics.checks import OF_BASIS, OF_PRIOR, checked_methods
+from sdeflow.numerics.compile import Compiled, compile_expressions
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.parameters import Values
+from sdeflow.proof.certificate import Certificate, certify
+from sdeflow.proof.derivation import Derivation, derive
+from sdeflow.proof.explanation import explain
 from sdeflow.scores import ScoreFunction, as_score
-from sdeflow.simulation import simulate, start
 from sdeflow.solvers import Solver
-from sdeflow.square_root import SquareRootKernel
+from sdeflow.solving.boundary import states_to_try
+from sdeflow.solving.model import Prior
+from sdeflow.solving.priors import FittedPrior, StationaryLaw, default_prior, fit_prior
+from sdeflow.solving.simulate import simulate, start
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
@@ -46,7 +46,7 @@ from sdeflow.symbolic.pearson import why_not_exact
 from sdeflow.symbolic.symbols import t
 
 if TYPE_CHECKING:
-    from sdeflow.pearson import PearsonKernel
+    from sdeflow.kernels.pearson import PearsonKernel
 
 __all__ = ["SDE"]
 
@@ -72,7 +72,8 @@ class SDE:
         calculus: "ito", or "stratonovich" for a declaration in that sense, which is converted.
         prior: p(x_T), where it should not follow from the kernel, the data and the score.
         state: names of the components, where f and g are text or functions of several.
-        basis: an orthogonal transform of events (:mod:`sdeflow.basis`) in which the declaration holds, coefficient by
+        basis: an orthogonal transform of events (:mod:`sdeflow.numerics.basis`) in which the declaration holds,
+        coefficient by
             coefficient.
 
     Attributes:
@@ -299,7 +300,7 @@ class SDE:
             try:
                 return ReducibleKernel(declaration, self.values)
             except NotAffineError:
-                from sdeflow.pearson import pearson_kernel  # SciPy takes a third of a second to import
+                from sdeflow.kernels.pearson import pearson_kernel  # SciPy takes a third of a second to import
 
                 return pearson_kernel(declaration, self.values)
 
@@ -347,7 +348,7 @@ class SDE:
         return start(self.declaration, data, NoiseStream(seed, "lift"))
 
     def bridge(self, x_T: torch.Tensor | float) -> Bridge | ReducibleBridge | SquareRootBridge:
-        """This SDE conditioned on x_T: linear, reducible and square-root ones; see :mod:`sdeflow.bridge`.
+        """This SDE conditioned on x_T: linear, reducible and square-root ones; see :mod:`sdeflow.kernels.bridge`.
 
         Raises:
             NotAffineError: for any other SDE.
@@ -366,14 +367,15 @@ class SDE:
     ) -> torch.Tensor:  # fmt: skip
         """States of this SDE at the times ``ts``, (len(ts), batch, *event), from x_0 at t = 0.
 
-        For the options see :func:`sdeflow.simulation.simulate`.
+        For the options see :func:`sdeflow.solving.simulate.simulate`.
         """
         return simulate(self, x_0, ts, solver, steps, seed=seed, **options)
 
     def fit_prior(
         self, data: torch.Tensor, n: int = 10_000, *, seed: int | torch.Generator | None = None, **options: object
     ) -> FittedPrior:
-        """p(x_T) of ``data`` as a mixture of Gaussians fitted to n simulated states; see :mod:`sdeflow.priors`."""
+        """p(x_T) of ``data`` as a mixture of Gaussians fitted to n simulated states; see
+        :mod:`sdeflow.solving.priors`."""
         return fit_prior(self, data, n, seed=seed, **options)
 
     def default_prior(self, score: ScoreFunction, like: torch.Tensor) -> PushForward | StationaryLaw | None:
@@ -398,7 +400,8 @@ class SDE:
         return self._score if score is None else score, self._prior if prior is None else prior
 
     def verify(self) -> Certificate:
-        """Which identities the derived objects satisfy, symbolically or to which residual: :mod:`sdeflow.certificate`.
+        """Which identities the derived objects satisfy, symbolically or to which residual:
+        :mod:`sdeflow.proof.certificate`.
 
         It tests the compiled numbers that solvers use, in about a second, and is true where every identity holds.
         """

@@ -17,9 +17,9 @@ import sympy as sp
 import torch
 from torch import Tensor, nn
 
-from sdeflow.basis import DCT, Basis, Orthogonal
 from sdeflow.errors import DeclarationError, UnsafeExpressionError
-from sdeflow.parameters import Values
+from sdeflow.numerics.basis import DCT, Basis, Orthogonal
+from sdeflow.numerics.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.schedule import Schedule, schedule
 from sdeflow.symbolic.symbols import require_plain, state, t, x

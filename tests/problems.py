@@ -6,9 +6,9 @@ import sympy as sp
 import torch
 
 from sdeflow import SDE, catalog, state, t, x
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
-from sdeflow.times import WeightedTimes
+from sdeflow.training.times import WeightedTimes
 
 R = sp.Rational
 

@@ -64,7 +64,7 @@ def test_truncation_evolves_the_state_and_clamps_the_coefficients():
     start = torch.full((200, 1), 0.01, dtype=torch.float64)
     steps = 20
     shown = CIR.simulate(start, [k / steps for k in range(1, steps + 1)], steps=steps, seed=3, boundary="truncate")
-    noise = sdeflow.noise.NoiseStream(3, "simulation")
+    noise = sdeflow.numerics.noise.NoiseStream(3, "simulation")
     state, h = start, 1 / steps
     for ours in shown:
         positive = state.clamp_min(0)
@@ -81,7 +81,7 @@ def test_a_reflected_path_is_mirrored_after_each_step(end, side):
     sde = SDE(side * 2 * (R(1, 25) - distance), sp.sqrt(distance))
     state = torch.full((200, 1), 0.01, dtype=torch.float64)
     shown = sde.simulate(end + side * state, [0.05, 0.1], steps=2, seed=3, boundary="reflect")
-    noise = sdeflow.noise.NoiseStream(3, "simulation")
+    noise = sdeflow.numerics.noise.NoiseStream(3, "simulation")
     for ours in shown:
         dw = side * noise.normal((200, 1), torch.float64) * math.sqrt(0.05)
         state = (state + 2 * (0.04 - state) * 0.05 + state.sqrt() * dw).abs()

@@ -10,9 +10,10 @@ from problems import CATALOGUE
 from scipy.integrate import quad, solve_ivp
 
 import sdeflow
-from sdeflow import SDE, bounds, catalog, t, x
-from sdeflow.bounds import elbo, kl_bound
+from sdeflow import SDE, catalog, t, x
 from sdeflow.errors import DataError, NotAffineError
+from sdeflow.likelihood import bounds
+from sdeflow.likelihood.bounds import elbo, kl_bound
 from sdeflow.scores import GaussianMixture
 
 NAMES = [name for name in CATALOGUE if name != "OU"]

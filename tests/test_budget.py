@@ -89,12 +89,14 @@ def test_truncation_is_the_difference_of_the_two_densities(name):
     data = exact.sample(30, seed=0, dtype=torch.float64)
     rows = torch.arange(30)
     with torch.no_grad():
-        change, _ = budget.truncation(sde.flow_ode(exact).model, data, sdeflow.traces.Exact(), seed=0, rows=rows)
+        change, _ = budget.truncation(
+            sde.flow_ode(exact).model, data, sdeflow.numerics.traces.Exact(), seed=0, rows=rows
+        )
     truth = exact.log_prob(data) - exact.log_prob(data, sde.cutoff)
     assert float((change - truth).abs().max()) < 0.03 * float(truth.abs().max())
     y, volume = budget.mean_path(sde.flow_ode(exact).model, data)
     applied, left = budget.truncation(
-        sde.flow_ode(exact).model, data, sdeflow.traces.Exact(), seed=0, rows=rows, from_data=True
+        sde.flow_ode(exact).model, data, sdeflow.numerics.traces.Exact(), seed=0, rows=rows, from_data=True
     )
     truth = exact.log_prob(data) - exact.log_prob(y, sde.cutoff) - volume
     assert bool(((applied - truth).abs() <= left + 1e-9).all())
@@ -110,7 +112,9 @@ def test_truncation_is_of_second_order_in_the_noise():
         model = sde.flow_ode(exact).model
         rows = torch.arange(50)
         with torch.no_grad():
-            applied, left = budget.truncation(model, data, sdeflow.traces.Exact(), seed=0, rows=rows, from_data=True)
+            applied, left = budget.truncation(
+                model, data, sdeflow.numerics.traces.Exact(), seed=0, rows=rows, from_data=True
+            )
         truth = exact.log_prob(data) - exact.log_prob(data, cutoff)
         errors.append((float((applied - truth).abs().mean()), float(left.mean()), float(truth.abs().mean())))
     (second, first, whole), (second_2, first_2, whole_2) = errors

@@ -7,7 +7,7 @@ import torch
 
 import sdeflow
 from sdeflow import DataError, catalog
-from sdeflow.basis import CentreOfMassFree
+from sdeflow.numerics.basis import CentreOfMassFree
 
 double = torch.float64
 N, S = 4, 0.6  # particles, and the standard deviation of Gaussian data on the subspace

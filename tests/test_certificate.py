@@ -15,15 +15,15 @@ from scipy import special
 from sympy import Rational as R
 
 import sdeflow
-import sdeflow.certificate.transport as transport
-import sdeflow.kernel
+import sdeflow.kernels.gaussian
+import sdeflow.proof.certificate.transport as transport
 from sdeflow import SDE, t, x
-from sdeflow.basis import DCT, Orthogonal
-from sdeflow.bridge import Bridge
-from sdeflow.certificate import Certificate, Check, bridge, certify, changes, draws, formulas, moments
-from sdeflow.certificate.intervals import breaks, enclose
-from sdeflow.certificate.oracle import Oracle
-from sdeflow.certificate.subject import Subject
+from sdeflow.kernels.bridge import Bridge
+from sdeflow.numerics.basis import DCT, Orthogonal
+from sdeflow.proof.certificate import Certificate, Check, bridge, certify, changes, draws, formulas, moments
+from sdeflow.proof.certificate.intervals import breaks, enclose
+from sdeflow.proof.certificate.oracle import Oracle
+from sdeflow.proof.certificate.subject import Subject
 from sdeflow.symbolic.coupled import information
 from sdeflow.symbolic.evaluate import evaluate
 
@@ -60,7 +60,7 @@ EVERY = {**CATALOGUE, **AWKWARD, **{f"coupled {name}": make for name, make in CO
 @pytest.fixture(autouse=True)
 def integrals_stay(monkeypatch):
     """Formulas keep their integral signs, which SymPy tries for two seconds to take off."""
-    monkeypatch.setattr(sdeflow.kernel, "integrate_within", lambda *args: None)
+    monkeypatch.setattr(sdeflow.kernels.gaussian, "integrate_within", lambda *args: None)
     monkeypatch.setattr("sdeflow.symbolic.conditioned._SECONDS", 20.0)  # however slow the machine is
 
 
@@ -233,7 +233,7 @@ def test_a_noise_that_is_wrong_for_a_short_while_is_found(monkeypatch):
 @pytest.mark.parametrize(("wrong", "expected"), [("exp", "alpha"), ("expm1", "sigma²"), ("expm1 as exp", "sigma²")])
 def test_a_mistake_in_compilation_is_found(monkeypatch, wrong, expected):
     """The closed form compiled with a torch function that is another, or off by 1e-8."""
-    import sdeflow.compile as module
+    import sdeflow.numerics.compile as module
 
     sde, exp, expm1 = sdeflow.catalog.VP(), torch.exp, torch.expm1
     with monkeypatch.context() as patch:
@@ -247,7 +247,7 @@ def test_a_mistake_in_compilation_is_found(monkeypatch, wrong, expected):
 
 @pytest.mark.parametrize("part", ["var", "alpha"])
 def test_a_wrong_closed_form_is_found_where_nothing_else_compares_it(monkeypatch, part):
-    derive = sdeflow.kernel.derive_moments
+    derive = sdeflow.kernels.gaussian.derive_moments
 
     def wrong(*args):
         right = derive(*args)
@@ -255,8 +255,8 @@ def test_a_wrong_closed_form_is_found_where_nothing_else_compares_it(monkeypatch
         changed = sp.exp(log_alpha) if part == "alpha" else right.var * (1 + R(1, 10**6))
         return replace(right, log_alpha=log_alpha, **{part: changed})
 
-    monkeypatch.setattr(sdeflow.kernel, "derive_moments", wrong)
-    monkeypatch.setattr(sdeflow.coefficients.Coefficients, "agrees", lambda *args: True)
+    monkeypatch.setattr(sdeflow.kernels.gaussian, "derive_moments", wrong)
+    monkeypatch.setattr(sdeflow.kernels.coefficients.Coefficients, "agrees", lambda *args: True)
     sde = sdeflow.catalog.SubVP()
     assert sde.kernel.form == "closed"
     assert failed(sde) >= {"alpha" if part == "alpha" else "sigma²", "formula"}
@@ -295,7 +295,7 @@ def test_a_forgotten_divergence_is_found(monkeypatch, name):
 
 
 def test_wrong_noise_for_the_solvers_is_found(monkeypatch):
-    from sdeflow.model import Model
+    from sdeflow.solving.model import Model
 
     for name in ("VP", "coupled noise matrix", "CIR"):
         sde, right = build(name), Model.noise
@@ -341,7 +341,7 @@ def test_wrong_answers_of_a_kernel_are_found(monkeypatch, method):
 
 
 def test_wrong_weighting_prior_transition_and_log_snr_are_found(monkeypatch):
-    kernel, one = sdeflow.kernel.Kernel, build("OU").kernel
+    kernel, one = sdeflow.kernels.gaussian.Kernel, build("OU").kernel
     plants = {
         "weighting": (SDE, "weighting", property(lambda self: self.kernel.var * (1 + R(1, 10**6)))),
         "prior": (kernel, "marginal", lambda self, m, c, s, right=kernel.marginal: right(self, m, c, s * 0.9999)),
@@ -369,9 +369,9 @@ def test_a_basis_that_is_not_orthogonal_is_found():
 
 
 def test_the_largest_residual_is_that_of_all_checks():
-    good = sdeflow.certificate.Check("a", "x", "numeric", 1e-12, 1e-9)
-    broken = sdeflow.certificate.Check("b", "can be computed", "numeric", math.inf, 0.0)
-    certificate = sdeflow.certificate.Certificate("s", (good, broken))
+    good = sdeflow.proof.certificate.Check("a", "x", "numeric", 1e-12, 1e-9)
+    broken = sdeflow.proof.certificate.Check("b", "can be computed", "numeric", math.inf, 0.0)
+    certificate = sdeflow.proof.certificate.Certificate("s", (good, broken))
     assert not certificate.ok and certificate.largest_residual == math.inf and certificate.largest is broken
 
 
@@ -623,8 +623,10 @@ def test_a_wrong_formula_is_found_closed_or_not(monkeypatch, name, formula):
     sde = build(name)
     if formula == "offset" and not sde.kernel.has_offset:
         pytest.skip("it has no offset")
-    right = getattr(sdeflow.kernel.Kernel, formula).fget
-    monkeypatch.setattr(sdeflow.kernel.Kernel, formula, property(lambda self: right(self) * (1 + R(1, 10**5))))
+    right = getattr(sdeflow.kernels.gaussian.Kernel, formula).fget
+    monkeypatch.setattr(
+        sdeflow.kernels.gaussian.Kernel, formula, property(lambda self: right(self) * (1 + R(1, 10**5)))
+    )
     assert f"kernel.{formula}" in failed(sde, formulas.shown)
 
 
@@ -689,15 +691,15 @@ def test_wrong_seeded_draws_are_found(monkeypatch):
 
 
 def test_a_wrong_line_score_cutoff_or_bessel_function_is_found(monkeypatch):
-    from sdeflow import pearson
-    from sdeflow.reducible import ReducibleKernel
+    from sdeflow.kernels import pearson
+    from sdeflow.kernels.reducible import ReducibleKernel
 
     right = ReducibleKernel.line_score
     with monkeypatch.context() as patch:
         patch.setattr(ReducibleKernel, "line_score", lambda *args: (lambda y, s: (y, s * 1.001))(*right(*args)))
         assert "line_score" in failed(build("geometric Brownian motion"), changes.line)
     with monkeypatch.context() as patch:
-        patch.setattr("sdeflow.coefficients._CUTOFF_NOISE", 2.1e-3)
+        patch.setattr("sdeflow.kernels.coefficients._CUTOFF_NOISE", 2.1e-3)
         assert "cutoff" in failed(sdeflow.catalog.VP(), moments.cutoff_rule)
         assert "cutoff" in failed(GENERAL["CIR"](), changes.clock)
     log_prob = pearson.PearsonKernel.log_prob

@@ -7,8 +7,8 @@ import sympy as sp
 import torch
 
 from sdeflow import t, x
-from sdeflow.compile import compile_expressions
 from sdeflow.errors import DeclarationError, ScheduleError
+from sdeflow.numerics.compile import compile_expressions
 
 EXPRESSIONS = {
     "constant power": sp.exp(2) * t + sp.sqrt(2) * t + sp.log(5000) * t,

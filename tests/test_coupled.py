@@ -13,9 +13,9 @@ from scipy.integrate import solve_ivp
 
 import sdeflow
 from sdeflow import SDE, DataError, DeclarationError, ScheduleError, catalog, state, t, x
-from sdeflow.certificate.oracle import Oracle
-from sdeflow.linear import Linear
 from sdeflow.nets import MLP
+from sdeflow.numerics.linear import Linear
+from sdeflow.proof.certificate.oracle import Oracle
 from sdeflow.scores import GaussianMixture
 from sdeflow.symbolic.coupled import stationary_covariance
 

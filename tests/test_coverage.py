@@ -12,9 +12,9 @@ import torch
 from sdeflow import catalog
 from sdeflow.errors import LongSolveWarning
 from sdeflow.likelihood import budget, exponential
+from sdeflow.numerics.traces import Hutchinson, HutchPP, widening
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, Torchdiffeq
-from sdeflow.traces import Hutchinson, HutchPP, widening
 
 _path = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
 _spec = importlib.util.spec_from_file_location("coverage_of_bars", _path)

@@ -9,9 +9,10 @@ import torch
 from problems import correlated, gaussian, ring
 
 import sdeflow
-from sdeflow import SDE, catalog, t, traces, x
+from sdeflow import SDE, catalog, t, x
 from sdeflow.likelihood import exponential
 from sdeflow.likelihood.nodes import quadrature_weights
+from sdeflow.numerics import traces
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential
 
@@ -202,7 +203,9 @@ def test_the_budget_of_bits_is_that_of_nats_in_bits_per_dimension():
     flow, images = sde.flow_ode(ring(sde)), torch.tensor([[0, 3], [2, 1], [1, 1]])
     options = {"steps": 8, "seed": 4, "full": True}
     bits = flow.bits_per_dim(images, levels=4, low=-1.0, high=1.0, **options)
-    drawn = sdeflow.dequantisation.Uniform().sample(images, levels=4, low=-1.0, high=1.0, seed=4, dtype=torch.float32)
+    drawn = sdeflow.likelihood.dequantisation.Uniform().sample(
+        images, levels=4, low=-1.0, high=1.0, seed=4, dtype=torch.float32
+    )
     nats = flow.log_prob(drawn.x[0], **options)
     torch.testing.assert_close(bits.value, -(nats.value / 2 + math.log(0.5)) / math.log(2))
     for name in ("solver_error", "truncation", "prior_mismatch", "prior_error"):

@@ -9,10 +9,19 @@ import torch
 from scipy import stats
 from scipy.integrate import quad
 
-from sdeflow import catalog, dequantisation
-from sdeflow.bounds import elbo
-from sdeflow.dequantisation import Dequantised, Levels, TruncatedNormal, Uniform, Variational, bits_from, bits_per_dim
+from sdeflow import catalog
 from sdeflow.errors import DataError
+from sdeflow.likelihood import dequantisation
+from sdeflow.likelihood.bounds import elbo
+from sdeflow.likelihood.dequantisation import (
+    Dequantised,
+    Levels,
+    TruncatedNormal,
+    Uniform,
+    Variational,
+    bits_from,
+    bits_per_dim,
+)
 from sdeflow.scores import GaussianMixture
 
 LOG2 = math.log(2.0)

@@ -19,17 +19,17 @@ from torch import nn
 
 import sdeflow
 from sdeflow import SDE, Gaussian, Score, SdeflowError, catalog, fit, state, t, x
-from sdeflow.basis import DCT, Orthogonal
-from sdeflow.bridge import ReducibleBridge
-from sdeflow.checks import checked_start, checked_state, checked_time
-from sdeflow.dequantisation import Uniform
 from sdeflow.errors import DataError, DeclarationError, HiddenParametersWarning, ScheduleError, ScoreError
-from sdeflow.latents import spherical
-from sdeflow.losses import denoising_score_matching
+from sdeflow.kernels.bridge import ReducibleBridge
+from sdeflow.likelihood.dequantisation import Uniform
+from sdeflow.numerics.basis import DCT, Orthogonal
+from sdeflow.numerics.checks import checked_start, checked_state, checked_time
 from sdeflow.scores import GaussianMixture
+from sdeflow.scores.thresholded import Thresholded
+from sdeflow.solving.latents import spherical
 from sdeflow.symbolic.declaration import declare
 from sdeflow.symbolic.path import declare_path
-from sdeflow.thresholding import Thresholded
+from sdeflow.training.losses import denoising_score_matching
 
 D = 2
 HERE = str(Path(__file__))

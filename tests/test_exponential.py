@@ -13,8 +13,8 @@ import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, SingleStep, available, names_for, presets
-from sdeflow.solvers.exponential import RULES
-from sdeflow.solvers.weights import derive, weights
+from sdeflow.solvers.exponential.solver import RULES
+from sdeflow.solvers.exponential.weights import derive, weights
 
 
 def grid(kernel, n):

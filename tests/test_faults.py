@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import sdeflow
 from sdeflow import SDE, Gaussian, NotAffineError, Score, SdeflowError, catalog, fit, t, x, x_0
-from sdeflow.checkpoint import latest_checkpoint, write_checkpoint
 from sdeflow.errors import (
     CheckpointError,
     CheckpointMismatch,
@@ -50,11 +49,12 @@ from sdeflow.errors import (
     TrainingDivergedError,
     UnsafeExpressionError,
 )
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.traces import spread_dof, widening
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Clock, Problem, Torchdiffeq, Torchsde
 from sdeflow.symbolic.symbols import s
-from sdeflow.traces import spread_dof, widening
+from sdeflow.training.checkpoint import latest_checkpoint, write_checkpoint
 
 D = 3
 PACKAGE = Path(sdeflow.__file__).parent
@@ -754,7 +754,7 @@ def test_19_display_ends_too(name):
 
 
 def test_21_closed_form_that_disagrees_is_discarded(monkeypatch):
-    derive = sdeflow.kernel.derive_moments
+    derive = sdeflow.kernels.gaussian.derive_moments
     right = SDE(f=-x / 2, g=1, T=3).kernel
     assert right.form == "closed"
 
@@ -764,7 +764,7 @@ def test_21_closed_form_that_disagrees_is_discarded(monkeypatch):
         moments = derive(*arguments)
         return replace(moments, var=moments.var * (1 + 1e-6 * t))
 
-    monkeypatch.setattr(sdeflow.kernel, "derive_moments", wrong)
+    monkeypatch.setattr(sdeflow.kernels.gaussian, "derive_moments", wrong)
     kernel = SDE(f=-x / 2, g=1, T=3).kernel
     assert kernel.form == "quadrature"
     times = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
@@ -1086,7 +1086,7 @@ def _killed_at(line, action):
     """Runs ``action`` in a process that is killed at its ``line``-th line; whether it got that far."""
     child = os.fork()
     if child == 0:
-        files, count = (sdeflow.checkpoint.__file__, shutil.__file__), 0
+        files, count = (sdeflow.training.checkpoint.__file__, shutil.__file__), 0
 
         def trace(frame, event, arg):
             nonlocal count

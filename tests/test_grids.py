@@ -12,7 +12,7 @@ from problems import ring
 
 from sdeflow import SDE, scores, solvers, x
 from sdeflow import t as time_symbol
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import Exponential, Torchdiffeq, Torchsde
 
 double = torch.float64
@@ -243,7 +243,7 @@ def test_adams_weights_are_those_of_equal_steps(method, monkeypatch):
 
     assert slope(lambda n: torch.linspace(sde.cutoff, sde.T, n + 1)) > 2.75  # float32: even to rounding
     with monkeypatch.context() as patch:
-        patch.setattr("sdeflow.solvers.torchdiffeq._UNEVEN", 1.0)
+        patch.setattr("sdeflow.solvers.adapters.torchdiffeq._UNEVEN", 1.0)
         assert slope(lambda n: random_times(sde, n, 0, spread=0.5)) < 1.5
 
 

@@ -10,9 +10,9 @@ import torch
 from scipy.special import betaln, xlog1py, xlogy
 
 from sdeflow import SDE, x
-from sdeflow.ancestral import draw_count, log_count, mixture
 from sdeflow.errors import ScheduleError
-from sdeflow.jacobi import _sums, _terms
+from sdeflow.kernels.ancestral import draw_count, log_count, mixture
+from sdeflow.kernels.jacobi import _sums, _terms
 
 a, b = sp.symbols("a b")
 FAR = [  # u, u_0, tau, A, B

@@ -14,7 +14,7 @@ from sympy.codegen.rewriting import expm1_opt, optimize
 import sdeflow
 from sdeflow import SDE, t, x, x_0
 from sdeflow.errors import ScheduleError
-from sdeflow.kernel import Kernel
+from sdeflow.kernels.gaussian import Kernel
 from sdeflow.symbolic.declaration import Declaration
 
 EVERY = {**CATALOGUE, **AWKWARD}
@@ -72,7 +72,7 @@ def test_the_comparison_rejects_a_wrong_closed_form(monkeypatch):
     """A mistake in a rule cannot become a number: the kernel falls back to quadrature."""
     from dataclasses import replace
 
-    import sdeflow.kernel as module
+    import sdeflow.kernels.gaussian as module
 
     derive = module.derive_moments
     monkeypatch.setattr(module, "derive_moments", lambda *args: replace(derive(*args), var=1.001 * derive(*args).var))
@@ -336,7 +336,7 @@ def test_a_closed_form_that_cancels_below_the_cutoff_is_not_used(f, g):
 def test_a_wrong_formula_is_not_shown(monkeypatch):
     from dataclasses import replace
 
-    import sdeflow.kernel as module
+    import sdeflow.kernels.gaussian as module
 
     derive = module.derive_moments
     monkeypatch.setattr(module, "derive_moments", lambda *args: replace(derive(*args), var=1.001 * derive(*args).var))

@@ -10,8 +10,8 @@ from problems import correlated, ring
 import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.errors import PriorMismatchWarning
-from sdeflow.latents import spherical
 from sdeflow.scores import GaussianMixture
+from sdeflow.solving.latents import spherical
 
 
 def pair(exact, n=4):

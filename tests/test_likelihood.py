@@ -145,7 +145,7 @@ def test_bits_per_dim_of_a_known_density():
     images = torch.randint(0, 16, (64, 4), generator=torch.Generator().manual_seed(0))
     flow = sde.flow_ode(exact)
     bits = flow.bits_per_dim(images, levels=16, low=-1.0, high=1.0, seed=3)
-    uniform = sdeflow.noise.NoiseStream(3, "dequantise").uniform((64, 4))
+    uniform = sdeflow.numerics.noise.NoiseStream(3, "dequantise").uniform((64, 4))
     x_0 = -1 + 2 * (images + uniform) / 16
     expected = -(exact.log_prob(x_0, sde.cutoff) / 4 + math.log(2 / 16)) / math.log(2)
     torch.testing.assert_close(bits, expected, rtol=1e-4, atol=1e-4)

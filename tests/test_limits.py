@@ -12,14 +12,15 @@ import sympy as sp
 import torch
 
 import sdeflow
-from sdeflow import SDE, checkpoint, t, x
+from sdeflow import SDE, t, x
 from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, SdeflowError, TooLargeError
-from sdeflow.simulation import SimulatedPairs
 from sdeflow.solvers.clock import make_clock
+from sdeflow.solving.simulate import SimulatedPairs
 from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.declaration import _covariance
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.patience import budget, deadline, growth, patiently, small, within
+from sdeflow.training import checkpoint
 
 
 def processor_time():
@@ -332,7 +333,7 @@ def test_the_formulas_of_a_small_sde_may_be_large(monkeypatch):
     """The derivation of three components is tried out in another process first; where it ends there, it says so."""
     sde = SDE(["v", "w", "-y-v-w"], [0, 0, 1], state=("y", "v", "w"))
     assert small(sde.declaration) and not small(sde.kernel.shown)
-    monkeypatch.setattr(sdeflow.derivation, "rehearsed", lambda *_: False)
+    monkeypatch.setattr(sdeflow.proof.derivation, "rehearsed", lambda *_: False)
     assert sde.derivation().steps[-1].title == "The steps from here on are left out"
     assert len(SDE(-x, 1).derivation().steps) > 5
 
@@ -351,7 +352,7 @@ def test_the_covariance_of_many_components_is_checked_at_once():
 
 @pytest.mark.parametrize("place", ["oracle", "density"])
 def test_a_certificate_says_what_sympy_takes_too_long_for(place, monkeypatch):
-    monkeypatch.setattr(getattr(sdeflow.certificate, place), "patiently", lambda *_, **__: None)
+    monkeypatch.setattr(getattr(sdeflow.proof.certificate, place), "patiently", lambda *_, **__: None)
     certificate = SDE(1 - x, sp.sqrt(x)).verify()
     assert certificate and "SymPy takes too long" in str(certificate)
 

@@ -15,9 +15,9 @@ from declarations import coupled, elementwise, integrate
 
 import sdeflow
 from sdeflow import SDE, t, x
-from sdeflow.breakpoints import break_points
-from sdeflow.chebyshev import PiecewiseChebyshev
 from sdeflow.errors import ScheduleError
+from sdeflow.numerics.breakpoints import break_points
+from sdeflow.numerics.chebyshev import PiecewiseChebyshev
 from sdeflow.symbolic.enclosure import Enclosure
 
 R, PW = sp.Rational, sp.Piecewise

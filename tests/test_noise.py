@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sdeflow.noise import BLOCK, NoiseStream, key_of, words
+from sdeflow.numerics.noise import BLOCK, NoiseStream, key_of, words
 
 FLOATS = (torch.float32, torch.float64)
 ONES = 2**64 - 1

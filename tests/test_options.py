@@ -23,23 +23,23 @@ from torch import nn
 import sdeflow
 from sdeflow import SDE, Gaussian, Kernel, Score, catalog, fit, x
 from sdeflow import t as time
-from sdeflow.basis import DCT
-from sdeflow.boltzmann import BoltzmannLaw
-from sdeflow.bounds import elbo, kl_bound
-from sdeflow.bridge import Bridge
-from sdeflow.dequantisation import TruncatedNormal, Uniform, Variational, bits_from
-from sdeflow.dequantisation import bits_per_dim as bits_of_density
 from sdeflow.dynamics import FlowODE, ReverseSDE
+from sdeflow.kernels.bridge import Bridge
+from sdeflow.kernels.pearson import PearsonKernel
+from sdeflow.kernels.reducible import PushForward, ReducibleKernel
+from sdeflow.laws.boltzmann import BoltzmannLaw
 from sdeflow.likelihood import bits_per_dim, data_log_prob, log_prob
-from sdeflow.losses import denoising_score_matching
-from sdeflow.pearson import PearsonKernel
-from sdeflow.priors import FittedPrior, StationaryLaw, fit_prior
-from sdeflow.reducible import PushForward, ReducibleKernel
+from sdeflow.likelihood.bounds import elbo, kl_bound
+from sdeflow.likelihood.dequantisation import TruncatedNormal, Uniform, Variational, bits_from
+from sdeflow.likelihood.dequantisation import bits_per_dim as bits_of_density
+from sdeflow.numerics.basis import DCT
+from sdeflow.numerics.traces import Hadamard, Hutchinson, HutchPP
 from sdeflow.scores import GaussianMixture
-from sdeflow.simulation import simulate
+from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin, presets
-from sdeflow.thresholding import Thresholded
-from sdeflow.traces import Hadamard, Hutchinson, HutchPP
+from sdeflow.solving.priors import FittedPrior, StationaryLaw, fit_prior
+from sdeflow.solving.simulate import simulate
+from sdeflow.training.losses import denoising_score_matching
 
 k = sp.Symbol("k", positive=True)
 D = 2
@@ -668,7 +668,7 @@ INTERNAL = {  # what users do not call, or what takes no option that changes a r
 def test_the_table_holds_every_public_name():
     modules = (
         sdeflow, sdeflow.solvers, sdeflow.scores, sdeflow.nets, sdeflow.catalog, sdeflow.basis, sdeflow.losses,
-        sdeflow.traces, sdeflow.dequantisation, sdeflow.likelihood, sdeflow.bounds,
+        sdeflow.numerics.traces, sdeflow.likelihood.dequantisation, sdeflow.likelihood, sdeflow.likelihood.bounds,
     )  # fmt: skip
     missing = []
     known = {getattr(f, "__init__", f) if inspect.isclass(f) else f for f, _, _ in TABLE.values()}

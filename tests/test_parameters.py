@@ -13,9 +13,9 @@ from torch import nn
 
 import sdeflow
 from sdeflow import SDE, DeclarationError, ScheduleError, catalog, state, t, x
-from sdeflow.basis import DCT, Orthogonal
 from sdeflow.errors import UnsafeExpressionError
 from sdeflow.nets import MLP
+from sdeflow.numerics.basis import DCT, Orthogonal
 from sdeflow.scores import GaussianMixture
 
 k, c = sp.symbols("k c", positive=True)
@@ -97,7 +97,7 @@ def test_changed_values_give_the_kernel_declared_with_them(name):
 
 
 def test_with_params_derives_nothing_anew(monkeypatch):
-    import sdeflow.kernel as module
+    import sdeflow.kernels.gaussian as module
 
     sde = SDE(-(k + c * t) * x / 2, sp.sqrt(k + c * t), params={k: 0.1, c: 19.9})
 

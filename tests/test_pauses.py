@@ -9,9 +9,9 @@ import pytest
 import sympy as sp
 import torch
 
-import sdeflow.sampling
+import sdeflow.solving.run
 from sdeflow import SDE, catalog, errors, t, x
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, make_clock
 
 double = torch.float64
@@ -141,7 +141,7 @@ def error(gaussians, kind, monkeypatch, **options):
     sde = gaussians.sde
 
     def run(rows):
-        monkeypatch.setattr(sdeflow.sampling, "NoiseStream", lambda *given: rows)
+        monkeypatch.setattr(sdeflow.solving.run, "NoiseStream", lambda *given: rows)
         equation = (sde.reverse if kind == "sde" else sde.flow_ode)(gaussians.score, prior=rows)
         return equation.sample((2, *gaussians.event), seed=0, dtype=double, **options).flatten(1)
 

@@ -16,11 +16,11 @@ from test_reducible import case, fokker_planck_residual, log_density, numbers_of
 
 from sdeflow import SDE, t, x, x_0
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
-from sdeflow.jacobi import JacobiKernel
-from sdeflow.noncentral import log_bessel
-from sdeflow.pearson import pearson_kernel
-from sdeflow.reducible import ReducibleKernel
-from sdeflow.square_root import SquareRootKernel
+from sdeflow.kernels.jacobi import JacobiKernel
+from sdeflow.kernels.pearson import pearson_kernel
+from sdeflow.kernels.reducible import ReducibleKernel
+from sdeflow.kernels.square_root import SquareRootKernel
+from sdeflow.numerics.noncentral import log_bessel
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.pearson import classify
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sdeflow import SDE, catalog, solvers, x
-from sdeflow.gaussian import Gaussian
-from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.scores import GaussianMixture
 
 # ------------------------------------------------------------------------------------------------ the problem

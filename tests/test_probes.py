@@ -7,7 +7,7 @@ import torch
 
 import sdeflow
 from sdeflow import catalog
-from sdeflow.traces import Given, widening
+from sdeflow.numerics.traces import Given, widening
 
 D = 3
 M = torch.tensor([[0.8, 0.5, -0.2], [0.1, 1.1, 0.3], [-0.4, 0.2, 0.9]], dtype=torch.float64)

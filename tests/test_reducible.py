@@ -21,7 +21,7 @@ from sdeflow.errors import (
     NotAffineError,
     ScheduleError,
 )
-from sdeflow.reducible import PushForward, ReducibleKernel
+from sdeflow.kernels.reducible import PushForward, ReducibleKernel
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.lamperti import reduce
 

@@ -17,13 +17,14 @@ from problems import COUPLED, gaussian, ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
-from sdeflow.basis import Orthogonal
-from sdeflow.linear import Linear
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.basis import Orthogonal
+from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, Problem, Torchdiffeq, Torchsde, make_clock
 from sdeflow.solvers.edm import StochasticHeun
 from sdeflow.solvers.euler import Euler, EulerMaruyama, Heun
+from sdeflow.solvers.exponential.singlestep import SingleStep
 from sdeflow.solvers.gotta_go_fast import GottaGoFast, _Memory
 from sdeflow.solvers.langevin import (
     AnnealedLangevin,
@@ -36,7 +37,6 @@ from sdeflow.solvers.langevin import (
     scale_ratio,
 )
 from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.singlestep import SingleStep
 
 double = torch.float64
 SDES = {"VP": catalog.VP, "VE": catalog.VE, "EDM": catalog.EDM, "FlowMatching": catalog.FlowMatching}

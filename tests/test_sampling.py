@@ -10,11 +10,12 @@ from problems import COUPLED, correlated, gaussian, ring
 from torch import nn
 
 import sdeflow
-from sdeflow import SDE, catalog, sampling, t, x
-from sdeflow.noise import BLOCK, NoiseStream
+from sdeflow import SDE, catalog, t, x
+from sdeflow.numerics.noise import BLOCK, NoiseStream
 from sdeflow.scores import GaussianMixture, ScoreFunction
+from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import Torchsde
-from sdeflow.thresholding import Thresholded
+from sdeflow.solving import run as sampling
 
 N = 3000  # three chunks, the last of them not whole
 

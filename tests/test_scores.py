@@ -6,8 +6,8 @@ from problems import CATALOGUE, correlated, ring
 
 import sdeflow
 from sdeflow import SDE, Score, catalog, t, x
-from sdeflow.losses import denoising_score_matching
 from sdeflow.scores import PREDICTIONS, GaussianMixture
+from sdeflow.training.losses import denoising_score_matching
 
 
 def network_for(predicts, sde, exact, time):

@@ -12,12 +12,12 @@ import torch
 
 import sdeflow
 from sdeflow import SDE, Score, catalog, errors, state, t, x
-from sdeflow.losses import KernelPairs
-from sdeflow.model import Model
-from sdeflow.noise import NoiseStream
-from sdeflow.priors import stationary_law
-from sdeflow.simulation import LocalLaw, SimulatedPairs, start
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import Torchsde
+from sdeflow.solving.model import Model
+from sdeflow.solving.priors import stationary_law
+from sdeflow.solving.simulate import LocalLaw, SimulatedPairs, start
+from sdeflow.training.losses import KernelPairs
 
 R = sp.Rational
 DOUBLE_WELL = SDE(x - x**3, 1, T=2)

@@ -130,7 +130,7 @@ def test_explicit_adams_does_not_explode(monkeypatch):
     z = torch.ones(1, 1, dtype=torch.float64)
     truth = flow.decode(z, "dopri8", rtol=1e-11, atol=1e-11)
     assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) < 2e-3
-    monkeypatch.setattr("sdeflow.solvers.torchdiffeq._ADAMS_ORDER", 12)
+    monkeypatch.setattr("sdeflow.solvers.adapters.torchdiffeq._ADAMS_ORDER", 12)
     assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) > 1e6
 
 

@@ -13,12 +13,12 @@ from scipy.stats import kstest
 import sdeflow
 from sdeflow import SDE, t, x
 from sdeflow.errors import ScheduleError, WeightingError
-from sdeflow.losses import KernelPairs
-from sdeflow.noise import NoiseStream
-from sdeflow.noncentral import log_density, slope
-from sdeflow.pearson import pearson_kernel
+from sdeflow.kernels.pearson import pearson_kernel
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.noncentral import log_density, slope
 from sdeflow.symbolic import pearson as symbolic_pearson
 from sdeflow.symbolic.declaration import Declaration
+from sdeflow.training.losses import KernelPairs
 
 kappa, theta, sigma = sp.symbols("kappa theta sigma")
 HALF = sp.Rational(1, 2)

@@ -11,11 +11,11 @@ from scipy.special import gammaln, iv
 from scipy.stats import chi2, kstest
 
 from sdeflow import SDE, t, x
-from sdeflow.bridge import ReducibleBridge, SquareRootBridge
 from sdeflow.errors import DataError, NotAffineError, ScheduleError
-from sdeflow.noncentral import bessel_counts
-from sdeflow.pearson import pearson_kernel
-from sdeflow.square_root import _counts
+from sdeflow.kernels.bridge import ReducibleBridge, SquareRootBridge
+from sdeflow.kernels.pearson import pearson_kernel
+from sdeflow.kernels.square_root import _counts
+from sdeflow.numerics.noncentral import bessel_counts
 from sdeflow.symbolic.declaration import Declaration
 
 R = sp.Rational

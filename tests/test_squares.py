@@ -8,7 +8,7 @@ import sympy as sp
 import torch
 
 from sdeflow import SDE, state, t, x
-from sdeflow.breakpoints import break_points
+from sdeflow.numerics.breakpoints import break_points
 from sdeflow.symbolic.squares import with_squares_read
 
 a = sp.Symbol("a")

@@ -10,8 +10,8 @@ import time
 import pytest
 import sympy as sp
 
-from sdeflow import compile as compiler
 from sdeflow.errors import DeclarationError, UnsafeExpressionError
+from sdeflow.numerics import compile as compiler
 from sdeflow.symbolic.grammar import MAX_LENGTH, parse
 from sdeflow.symbolic.special import special_functions
 from sdeflow.symbolic.symbols import s, t, x

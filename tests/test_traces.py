@@ -7,9 +7,10 @@ import torch
 from scipy.stats import t as student
 
 import sdeflow
-from sdeflow import catalog, traces
+from sdeflow import catalog
 from sdeflow.errors import ScoreError
-from sdeflow.traces import Estimate, Exact, Hadamard, Hutchinson, HutchPP, pool, until
+from sdeflow.numerics import traces
+from sdeflow.numerics.traces import Estimate, Exact, Hadamard, Hutchinson, HutchPP, pool, until
 
 NODES = 48
 ALL = [Exact(), Hutchinson(3), Hutchinson(3, fresh=False), Hutchinson(3, "gaussian"), Hadamard(3), HutchPP(6)]
@@ -227,7 +228,7 @@ def test_intervals_of_independent_probes_cover(trace, trajectory):
 def test_intervals_of_hadamard_columns_cover(probes, trajectory):
     """From 8 columns on the cancellation is deeper than can be told, and the standard error is on the safe side.
 
-    So it is of this mixture; of others see sdeflow.traces.
+    So it is of this mixture; of others see sdeflow.numerics.traces.
     """
     assert calibrated(Hadamard(probes), trajectory, conservative=probes >= 8)
 

@@ -13,10 +13,10 @@ from problems import training_times
 import sdeflow
 from sdeflow import SDE, Score, catalog, fit, t, x
 from sdeflow.errors import WeightingError
-from sdeflow.losses import denoising_score_matching
-from sdeflow.noise import NoiseStream
-from sdeflow.times import WeightedTimes
-from sdeflow.weightings import mean_weight, metric, share
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.training.losses import denoising_score_matching
+from sdeflow.training.times import WeightedTimes
+from sdeflow.training.weightings import mean_weight, metric, share
 
 R = sp.Rational
 STD = 0.7  # of the data, which "edm" knows

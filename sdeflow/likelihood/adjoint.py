@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sdeflow.likelihood.nodes import Carried, Carrier, Integrand, quadrature_weights
-from sdeflow.linear import Linear, multiplied
-from sdeflow.model import Model
+from sdeflow.numerics.linear import Linear, multiplied
 from sdeflow.scores import evaluating
-from sdeflow.solvers.program import identity, shaped
-from sdeflow.solvers.weights import derive
+from sdeflow.solvers.exponential.program import identity, shaped
+from sdeflow.solvers.exponential.weights import derive
+from sdeflow.solving.model import Model
 
 __all__ = ["carried"]
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_count, checked_flag, checked_images, checked_methods
-from sdeflow.dequantisation import Dequantisation, Uniform, bits_from
+from sdeflow.likelihood.dequantisation import Dequantisation, Uniform, bits_from
 from sdeflow.likelihood.measure import of_data, of_states, warn_if_noisy
 from sdeflow.likelihood.options import Options
 from sdeflow.likelihood.result import LogProb
-from sdeflow.model import Model
-from sdeflow.noise import resolve_seed
+from sdeflow.numerics.checks import checked_count, checked_flag, checked_images, checked_methods
+from sdeflow.numerics.noise import resolve_seed
+from sdeflow.solving.model import Model
 from sdeflow.symbolic.equations import Equation
 
 __all__ = ["bits_per_dim"]
@@ -44,7 +44,7 @@ def bits_per_dim(
         full: whether to return a :class:`LogProb` in bits per dimension instead, ``value`` with the error budget of the
             mean over draws; ``stderr`` is that of the draws and the trace together, and of the trace alone where one
             draw leaves the spread of u unknown.
-        dequantise: q, of :mod:`sdeflow.dequantisation`; uniform by default.
+        dequantise: q, of :mod:`sdeflow.likelihood.dequantisation`; uniform by default.
         draws: of u, for each image.
         importance: whether draws are averaged as weights; by default where log p is no estimate itself, since noise in
             it would be taken for probability.
@@ -65,7 +65,7 @@ def bits_per_dim(
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
     scheme = Uniform() if dequantise is None else dequantise
-    checked_methods(scheme, "dequantise", ("sample",), "sdeflow.dequantisation.Uniform()")
+    checked_methods(scheme, "dequantise", ("sample",), "sdeflow.likelihood.dequantisation.Uniform()")
     importance = checked_flag(importance, "importance", optional=True)
     draws, samples = checked_count(draws, "draws"), checked_count(samples, "samples")
     part = {"first_row": asked.first_row} if asked.first_row else {}

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.gaussian import Gaussian
-from sdeflow.kernel import Path
-from sdeflow.linear import Linear
-from sdeflow.model import Model, Prior
-from sdeflow.traces import Trace, widening
+from sdeflow.kernels.gaussian import Path
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.traces import Trace, widening
+from sdeflow.solving.model import Model, Prior
 
 __all__ = ["mean_path", "prior_mismatch", "truncation"]
 

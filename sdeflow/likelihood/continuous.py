@@ -12,14 +12,8 @@ from torch import Tensor
 from sdeflow.errors import ScoreError, SolverError
 from sdeflow.likelihood.options import DEFAULT_PROBES, Options, is_exact
 from sdeflow.likelihood.result import Solved
-from sdeflow.model import Model
-from sdeflow.noise import NoiseStream
-from sdeflow.plan import Plan, make_plan
-from sdeflow.reference import reference, reference_growth
-from sdeflow.solvers import Problem
-from sdeflow.solvers.clock import Clock
-from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import (
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.traces import (
     Estimate,
     Exact,
     Given,
@@ -32,6 +26,12 @@ from sdeflow.traces import (
     spread_dof,
     until,
 )
+from sdeflow.solvers import Problem
+from sdeflow.solvers.clock import Clock
+from sdeflow.solving.model import Model
+from sdeflow.solving.plan import Plan, make_plan
+from sdeflow.solving.reference import reference, reference_growth
+from sdeflow.symbolic.equations import Equation
 
 _MANY_PROBES = 8  # from here on the spread of fixed probes tells their error
 _LOOSE = 1e-3  # from this tolerance on the error does not follow the tolerance; two tighter ones tell it
@@ -149,7 +149,7 @@ def fixed_probes(x: Tensor, rows: Tensor, options: Options, probes: int, round: 
     """Probes of states x (batch, *event).
 
     Where random signs could all be the same by chance they are distinct columns of a randomised Hadamard matrix, as
-    those of :class:`~sdeflow.traces.Hutchinson`; as many as it has are the exact trace.
+    those of :class:`~sdeflow.numerics.traces.Hutchinson`; as many as it has are the exact trace.
     """
     event, left = tuple(x.shape[1:]), 1.0
     first, purpose = int(rows.min()) if len(rows) else 0, "probe" if round == 0 else f"probe {round}"

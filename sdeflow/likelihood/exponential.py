@@ -16,13 +16,13 @@ from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
 from sdeflow.likelihood.options import Options, estimator
 from sdeflow.likelihood.result import Solved
-from sdeflow.model import Model
-from sdeflow.pilot import pilot
-from sdeflow.plan import Plan
+from sdeflow.numerics.traces import Estimate, Exact, Given, Hutchinson, until
 from sdeflow.solvers import Exponential, Torchdiffeq
 from sdeflow.solvers.clock import steps_of
+from sdeflow.solving.model import Model
+from sdeflow.solving.pilot import pilot
+from sdeflow.solving.plan import Plan
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Estimate, Exact, Given, Hutchinson, until
 
 __all__ = ["by_exponential"]
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow.checks import checked_count
 from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
 from sdeflow.likelihood.exponential import by_exponential
 from sdeflow.likelihood.options import Options, estimator, stands_still
 from sdeflow.likelihood.result import LogProb
-from sdeflow.linear import Linear
-from sdeflow.model import Model
-from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.numerics.checks import checked_count
+from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.noise import NoiseStream, resolve_seed
+from sdeflow.numerics.traces import Exact, Given, Hutchinson, Trace, widening
 from sdeflow.scores import evaluating
 from sdeflow.solvers import Grid, Solver
+from sdeflow.solving.model import Model
 from sdeflow.symbolic.equations import Equation
-from sdeflow.traces import Exact, Given, Hutchinson, Trace, widening
 
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
@@ -65,7 +65,8 @@ def log_prob(
         model: the SDE with its score and prior.
         equation: its probability flow.
         x: (batch, *event), finite.
-        trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.traces`; None is exact up to
+        trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.numerics.traces`; None is
+        exact up to
             128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential solver.
             A tensor holds probes that are taken as they are, at every node and with every solver: (m, *event), or
             (m, batch, *event) for probes of each sample.

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.kernel import Kernel
-from sdeflow.linear import Linear, multiplied, rows
-from sdeflow.model import Model
-from sdeflow.reference import reference, reference_growth
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.numerics.traces import Integral, Trace
 from sdeflow.scores import GridScore
 from sdeflow.solvers import Clock, Exponential, Problem
-from sdeflow.solvers.program import identity
-from sdeflow.traces import Integral, Trace
+from sdeflow.solvers.exponential.program import identity
+from sdeflow.solving.model import Model
+from sdeflow.solving.reference import reference, reference_growth
 
 __all__ = ["Carried", "Carrier", "Integrand", "quadrature_weights"]
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_choice, checked_count, checked_flag, checked_real, checked_state
-from sdeflow.model import Model
-from sdeflow.noise import resolve_seed
-from sdeflow.plan import require_calls
+from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag, checked_real, checked_state
+from sdeflow.numerics.noise import resolve_seed
+from sdeflow.numerics.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
 from sdeflow.solvers import Exponential, Grid, Solver
 from sdeflow.solvers.clock import as_grid, steps_of
-from sdeflow.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
+from sdeflow.solving.model import Model
+from sdeflow.solving.plan import require_calls
 
 __all__ = ["DEFAULT_PROBES", "EXACT_BY_DEFAULT", "Options", "estimator", "is_exact", "stands_still"]
 
@@ -79,7 +79,7 @@ class Options:
         elif self.probes is not None:
             object.__setattr__(self, "probes", checked_count(self.probes, "probes"))
         if isinstance(self.trace, str) or not isinstance(self.trace, Trace | None):
-            checked_choice(self.trace, "trace", TRACES, "an object of sdeflow.traces, or a tensor of probes")
+            checked_choice(self.trace, "trace", TRACES, "an object of sdeflow.numerics.traces, or a tensor of probes")
         if self.probe is not None and self.trace not in (None, "hutchinson"):
             raise ValueError(f"probe={self.probe!r} is of Hutchinson's trace, not of trace={self.trace!r}.")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdeflow.traces import widening
+from sdeflow.numerics.traces import widening
 
 __all__ = ["LogProb", "Solved"]
 

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_state, checked_time
 from sdeflow.errors import DataError, NotAffineError, ScoreError
-from sdeflow.kernel import Kernel, Path
-from sdeflow.linear import Linear, multiplied, rows
-from sdeflow.parameters import Values
+from sdeflow.kernels.gaussian import Kernel, Path
+from sdeflow.numerics.checks import checked_state, checked_time
+from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.numerics.parameters import Values
 from sdeflow.scores.readout import GridScore, Readout
 from sdeflow.symbolic.declaration import Declaration
 
@@ -100,7 +100,8 @@ class ScoreFunction(nn.Module):
         return GridScore(ScoreFunction.readout(self, path, like, times), call)
 
     def _entered(self, x: Tensor, t: Tensor | float, least: float | None = None) -> tuple[Tensor, Tensor]:
-        """x as a state of this SDE, and t as float64, () or (batch,), within [cutoff, T]: see :mod:`sdeflow.checks`.
+        """x as a state of this SDE, and t as float64, () or (batch,), within [cutoff, T]: see
+        :mod:`sdeflow.numerics.checks`.
 
         Args:
             x: (batch, *event).

@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_count, checked_dtype, checked_finite, checked_flag, checked_numbers, checked_point
 from sdeflow.errors import DataError, ScheduleError
-from sdeflow.noise import NoiseStream
+from sdeflow.numerics.checks import (
+    checked_count,
+    checked_dtype,
+    checked_finite,
+    checked_flag,
+    checked_numbers,
+    checked_point,
+)
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction
 
 __all__ = ["GaussianMixture"]

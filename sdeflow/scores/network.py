@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checks import checked_choice, checked_finite, checked_labels, checked_numbers
 from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
-from sdeflow.kernel import Path
+from sdeflow.kernels.gaussian import Path
+from sdeflow.numerics.checks import checked_choice, checked_finite, checked_labels, checked_numbers
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction, checked, network_time, network_times, on_states
 from sdeflow.scores.readout import GridScore, Readout
 from sdeflow.symbolic.coupled import rank

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdeflow.linear import Linear
+from sdeflow.numerics.linear import Linear
 
 __all__ = ["GridScore", "Readout"]
 

@@ -10,13 +10,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sdeflow.checks import checked_choice, checked_flag
+from sdeflow.numerics.checks import checked_choice, checked_flag
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import presets
+from sdeflow.solvers.adapters.torchdiffeq import Torchdiffeq
+from sdeflow.solvers.adapters.torchsde import Torchsde
 from sdeflow.solvers.clock import Clock, Grid, make_clock
 from sdeflow.solvers.edm import StochasticHeun
 from sdeflow.solvers.euler import Euler, EulerMaruyama, Heun
-from sdeflow.solvers.exponential import Exponential
+from sdeflow.solvers.exponential import presets
+from sdeflow.solvers.exponential.singlestep import SingleStep
+from sdeflow.solvers.exponential.solver import Exponential
 from sdeflow.solvers.gotta_go_fast import GottaGoFast
 from sdeflow.solvers.langevin import (
     AnnealedLangevin,
@@ -29,9 +32,6 @@ from sdeflow.solvers.langevin import (
 )
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.restart import Restart
-from sdeflow.solvers.singlestep import SingleStep
-from sdeflow.solvers.torchdiffeq import Torchdiffeq
-from sdeflow.solvers.torchsde import Torchsde
 from sdeflow.symbolic.declaration import Declaration
 
 __all__ = [

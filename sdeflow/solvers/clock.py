@@ -39,10 +39,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.chebyshev import PiecewiseChebyshev
-from sdeflow.checks import checked_numbers, checked_real
 from sdeflow.errors import DataError, ScheduleError
-from sdeflow.kernel import Kernel
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.numerics.chebyshev import PiecewiseChebyshev
+from sdeflow.numerics.checks import checked_numbers, checked_real
 from sdeflow.solvers.resolution import Plain, require_resolved, require_stable, require_turning
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]

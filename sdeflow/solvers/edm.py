@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_real
-from sdeflow.linear import Linear, multiplied, rows
+from sdeflow.numerics.checks import checked_real
+from sdeflow.numerics.linear import Linear, multiplied, rows
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["StochasticHeun"]

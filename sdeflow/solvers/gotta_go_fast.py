@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.checks import checked_real
 from sdeflow.errors import StepUnderflowError
-from sdeflow.linear import Linear
+from sdeflow.numerics.checks import checked_real
+from sdeflow.numerics.linear import Linear
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["GottaGoFast"]

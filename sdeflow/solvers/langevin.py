@@ -34,7 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checks import (
+from sdeflow.errors import NonFiniteStateError
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.numerics.checks import (
     checked_choice,
     checked_count,
     checked_dtype,
@@ -45,10 +47,8 @@ from sdeflow.checks import (
     checked_states,
     checked_within,
 )
-from sdeflow.errors import NonFiniteStateError
-from sdeflow.kernel import Kernel
-from sdeflow.linear import Factor, Linear, multiplied, rows
-from sdeflow.noise import NoiseStream, resolve_seed
+from sdeflow.numerics.linear import Factor, Linear, multiplied, rows
+from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.function import checked, network_time
 from sdeflow.solvers.clock import Clock

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.brownian import BrownianRows
 from sdeflow.errors import MaxStepsError, NonFiniteStateError
-from sdeflow.kernel import Kernel
-from sdeflow.noise import NoiseStream
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.numerics.brownian import BrownianRows
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.resolution import Plain

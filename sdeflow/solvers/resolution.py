@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import CoarseStepsWarning, warn
-from sdeflow.kernel import FORGOTTEN, Kernel
+from sdeflow.kernels.gaussian import FORGOTTEN, Kernel
 
 __all__ = ["Plain", "require_resolved", "require_stable", "require_turning"]
 

@@ -1,6 +1,6 @@
 """SymPy expressions evaluated by NumPy, node by node, at arrays of points: the plain reading of what was declared.
 
-It shares no code with what solvers run (``sdeflow.compile``), rewrites nothing and interpolates nothing, so
+It shares no code with what solvers run (``sdeflow.numerics.compile``), rewrites nothing and interpolates nothing, so
 that the two can be compared. Special functions come from mpmath in double precision, one number at a time.
 """
 

@@ -8,7 +8,7 @@ N(alpha x_0 + offset, sigma^2) with
     sigma^2   = alpha^2 P0 + ∫_0^t (alpha(t) / alpha(s))^2 g(s)^2 ds.
 
 Rules are tried in order; where none applies the moment stays an unevaluated integral and its numbers
-come by quadrature (``sdeflow.quadrature``). Closed forms found here are candidates: the kernel accepts
+come by quadrature (``sdeflow.numerics.quadrature``). Closed forms found here are candidates: the kernel accepts
 them only after comparing their compiled numbers with quadrature.
 """
 

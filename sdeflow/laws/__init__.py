@@ -1,0 +1,1 @@
+"""Laws of a state, p(x): what priors and marginals are."""

@@ -1,0 +1,67 @@
+"""The law of Boltzmann, which underdamped Langevin dynamics leave as it is: ``sdeflow.symbolic.langevin``."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError
+from sdeflow.numerics.checks import checked_dtype, checked_point, checked_shape
+from sdeflow.numerics.noise import NoiseStream
+
+__all__ = ["BoltzmannLaw"]
+
+
+class _OfPosition(Protocol):
+    def quantile(self, level: Tensor) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+
+class BoltzmannLaw:
+    """p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)) of states (batch, 2, *event), each coordinate of the event by itself.
+
+    Args:
+        of_position: the law ∝ exp(-Φ) of the position.
+        temperature: θ, the variance of the velocity.
+        position, velocity: which component is which.
+    """
+
+    def __init__(self, of_position: _OfPosition, temperature: float, position: int, velocity: int) -> None:
+        self.of_position, self.temperature = of_position, temperature
+        self.position, self.velocity = position, velocity
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Independent draws of the given ``shape`` (batch, 2, *event)."""
+        shape, dtype = checked_shape(shape), checked_dtype(dtype)
+        self._require_event(shape[1:])
+        noise, part = NoiseStream(seed, "prior"), (shape[0], *shape[2:])
+        positions = self.of_position.quantile(noise.uniform(part, torch.float64))
+        velocities = math.sqrt(self.temperature) * noise.normal(part, torch.float64)
+        both = (positions, velocities) if self.position == 0 else (velocities, positions)
+        return torch.stack(both, dim=1).to(device=device, dtype=dtype or torch.get_default_dtype())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x, v) in nats, (batch,) in float64, for states (batch, 2, *event); -inf outside the domain."""
+        x = checked_point(x, sides=2)
+        self._require_event(tuple(x.shape[1:]))
+        positions, velocities = (x[:, i].double().reshape(len(x), -1) for i in (self.position, self.velocity))
+        constant = 0.5 * math.log(2.0 * math.pi * self.temperature)
+        of_velocity = -0.5 * velocities.square() / self.temperature - constant
+        return self.of_position.log_prob(positions) + of_velocity.sum(1)
+
+    def _require_event(self, event: tuple[int, ...]) -> None:
+        if event[0] != 2:
+            raise DataError(f"this prior is of states (batch, 2, *event), position and velocity, not (batch, {event}).")
+
+    def __repr__(self) -> str:
+        return f"BoltzmannLaw(position ~ {self.of_position}, velocity variance {self.temperature:.6g})"

@@ -1,0 +1,1 @@
+"""What the rest computes with, in torch: no SDE is known here."""

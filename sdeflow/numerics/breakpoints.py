@@ -1,0 +1,175 @@
+"""Break points: the times at which what is declared is not smooth, which must be edges of panels.
+
+Each :class:`~sdeflow.symbolic.switches.Switch` of an expression asks where some u(t) takes some levels. Where u is
+linear the answer is a fraction, rounded once. Elsewhere u is interpolated, with bounds so that nothing is missed, on
+panels between the break points found so far; each panel's series is halved until it has no root or is monotone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import sympy as sp
+from numpy.polynomial.chebyshev import chebder, chebval
+
+from sdeflow.errors import ScheduleError
+from sdeflow.numerics.chebyshev import MAX_PANELS, PiecewiseChebyshev, halved
+from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
+from sdeflow.symbolic.switches import Switch, exact, switches
+
+__all__ = ["break_points"]
+
+_LARGEST_COUNT = MAX_PANELS // 2
+_DEPTH = 48  # halvings of a panel
+_ROUNDING = 1e-14
+_EARLIEST = 1e-15
+_PANELS = 37  # to start from: a prime number, so that edges seldom are roots
+
+Numbers = Mapping[sp.Symbol, "float | np.ndarray"]
+
+
+def break_points(expressions: Sequence[sp.Expr], values: Numbers, T: float) -> np.ndarray:
+    """The times in (0, T) at which the expressions may not be smooth, increasing.
+
+    Args:
+        expressions: of t and the parameters.
+        values: the parameters' numbers, or arrays (entries, 1): then the times of all entries.
+        T: the horizon.
+
+    Raises:
+        ScheduleError: for more break points than panels are allowed.
+    """
+    found = np.zeros(0)
+    for switch in switches(expressions):
+        line = switch.line
+        times = _of_line(*line, switch, values, T) if line else _of_curve(switch, values, T, found)
+        found = np.union1d(found, times[(times > 0.0) & (times < T)])
+        if len(found) > _LARGEST_COUNT:
+            raise _too_many(switch, T)
+    return found
+
+
+def _too_many(switch: Switch, T: float) -> ScheduleError:
+    return ScheduleError(
+        f"{switch.expr} switches more than {_LARGEST_COUNT} times on [0, {T:g}]: quadrature has no more panels."
+    )
+
+
+def _of_line(slope: sp.Expr, start: sp.Expr, switch: Switch, values: Numbers, T: float) -> np.ndarray:
+    """Solutions of start + slope t = level: exact where all are fractions, by long doubles or doubles else."""
+    symbols = slope.free_symbols | start.free_symbols
+    if any(isinstance(values[symbol], np.ndarray) for symbol in symbols):
+        at = np.zeros(1)
+        slopes, starts = (Enclosure([e], values)(at, at)[0] for e in (slope, start))
+        return _solutions(slopes, starts, switch, T)
+    numbers = {symbol: sp.Rational(values[symbol]) for symbol in symbols}
+    slope, start = exact(slope).xreplace(numbers), exact(start).xreplace(numbers)
+    if slope.is_Rational and start.is_Rational:
+        slope, start = Fraction(int(slope.p), int(slope.q)), Fraction(int(start.p), int(start.q))
+        levels = (
+            switch.levels if switch.levels is not None else _integers(start, start + slope * Fraction(T), switch, T)
+        )
+        return np.array([float((Fraction(level) - start) / slope) for level in levels])
+    slope, start = (np.longdouble(str(e.evalf(25))) for e in (slope, start))
+    return _solutions(slope, start, switch, T)
+
+
+def _solutions(slope: np.ndarray, start: np.ndarray, switch: Switch, T: float) -> np.ndarray:
+    ends = np.broadcast_arrays(start, start + slope * T)
+    lowest, highest = float(np.min(ends)), float(np.max(ends))
+    levels = np.array(switch.levels if switch.levels is not None else _integers(lowest, highest, switch, T))
+    with np.errstate(all="ignore"):
+        times = ((levels - start) / slope).astype(np.float64).reshape(-1)
+    return times[np.isfinite(times)]
+
+
+def _integers(one: float | Fraction, other: float | Fraction, switch: Switch, T: float) -> range:
+    first, last = sorted((one, other))
+    if last - first > _LARGEST_COUNT:
+        raise _too_many(switch, T)
+    return range(-int(-first // 1), int(last // 1) + 1)
+
+
+def _of_curve(switch: Switch, values: Numbers, T: float, known: np.ndarray) -> np.ndarray:
+    """Solutions of u(t) = level for any u, on panels between the break points already ``known``."""
+    try:
+        bound = Enclosure([switch.expr], values, T)
+    except NoEnclosure:  # the panels of the coefficients close in on it
+        return np.zeros(0)
+    edges = np.union1d(np.linspace(0.0, T, _PANELS + 1), known)
+    curve = PiecewiseChebyshev.fit(
+        lambda points: bound(points, np.zeros_like(points), analytic=False)[0],
+        edges, bound=bound, lenient=True, name=f"the switch {switch.expr}",
+    )  # fmt: skip
+    left, right = curve.edges[:-1], curve.edges[1:]
+    middle = 0.5 * (left + right)
+    rounding = bound(middle, 2.0**-53 * middle, analytic=False)[1]
+    panel = np.broadcast_to(np.arange(len(left)), rounding.shape)[np.isfinite(rounding)]
+    series = curve.coefficients[np.isfinite(rounding)]
+    rounding = 8.0 * rounding[np.isfinite(rounding)]
+    spread = np.abs(series[:, 1:]).sum(1) + rounding
+    which, level = _levels_within(series[:, 0] - spread, series[:, 0] + spread, switch, T)
+    series = series[which].copy()
+    series[:, 0] -= level
+    which = which[np.abs(series).max(1) > rounding[which]], np.abs(series).max(1) > rounding[which]
+    times = _roots(series[which[1]], left[panel[which[0]]], right[panel[which[0]]], rounding[which[0]])
+    hidden = curve.unresolved
+    times = np.concatenate([times, left[hidden], right[hidden]])
+    return times[times > _EARLIEST * T]  # what is nearer to 0 cannot be told from it
+
+
+def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (series, level) for the levels in [low, high] of each series."""
+    if switch.levels is None:
+        first, last = np.ceil(low), np.floor(high)
+        counts = np.maximum(last - first + 1, 0)
+        if counts.sum() > 2 * _LARGEST_COUNT:  # and perhaps more than an integer holds
+            raise _too_many(switch, T)
+        counts = counts.astype(np.int64)
+        which = np.repeat(np.arange(len(low)), counts)
+        return which, first[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    levels = np.asarray(switch.levels)
+    which, index = np.nonzero((levels >= low[:, None]) & (levels <= high[:, None]))
+    return which, levels[index]
+
+
+def _roots(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> np.ndarray:
+    """Roots of Chebyshev series (m, terms) on [left, right] (m,); where one only touches 0, a point near it."""
+    found = []
+    for _ in range(_DEPTH):
+        spread = np.abs(series[:, 1:]).sum(1)
+        keep = np.abs(series[:, 0]) <= spread + rounding
+        series, left, right, rounding, spread = (v[keep] for v in (series, left, right, rounding, spread))
+        if not len(series):
+            return np.concatenate([*found, left])
+        slope = chebder(series, axis=1)
+        monotone = np.abs(slope[:, 0]) > np.abs(slope[:, 1:]).sum(1)
+        tiny = (right - left <= _ROUNDING * np.abs(right)) | (np.abs(series[:, 0]) + spread <= rounding)
+        found.append(_root_of_monotone(*(v[monotone] for v in (series, left, right, rounding))))
+        found.append(0.5 * (left + right)[tiny & ~monotone])
+        on = ~monotone & ~tiny
+        first, second = halved(series[on])
+        middle, rounding = 0.5 * (left + right)[on], np.tile(rounding[on], 2)
+        series = np.concatenate([first, second])
+        left, right = np.concatenate([left[on], middle]), np.concatenate([middle, right[on]])
+    return np.concatenate([*found, 0.5 * (left + right)])
+
+
+def _root_of_monotone(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> np.ndarray:
+    """The root of each monotone series, if it has one: bracketed Newton steps."""
+    at_ends = [chebval(np.full(len(series), end), series.T, tensor=False) for end in (-1.0, 1.0)]
+    close = np.minimum(*map(np.abs, at_ends)) <= rounding + _ROUNDING * np.abs(series).sum(1)
+    has = (at_ends[0] * at_ends[1] <= 0) | close
+    series, left, right, rising = series[has], left[has], right[has], (at_ends[1] > at_ends[0])[has]
+    slope = chebder(series, axis=1)
+    low, high = -np.ones(len(series)), np.ones(len(series))
+    v = np.zeros(len(series))
+    for _ in range(40):
+        value = chebval(v, series.T, tensor=False)
+        below = (value < 0) == rising
+        low, high = np.where(below, v, low), np.where(below, high, v)
+        step = v - value / chebval(v, slope.T, tensor=False)
+        v = np.where((step >= low) & (step <= high), step, 0.5 * (low + high))
+    return 0.5 * (left + right) + 0.5 * (right - left) * v

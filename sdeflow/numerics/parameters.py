@@ -1,0 +1,143 @@
+"""Values of a declaration's parameters: numbers, tensors that broadcast over an event, and nn.Parameters.
+
+A number is a constant of what is compiled. A tensor stays what it is: compiled functions read it at each
+call, so that a changed value needs no new derivation and gradients flow to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
+
+import sympy as sp
+import torch
+from torch import Tensor, nn
+
+from sdeflow.errors import DeclarationError
+from sdeflow.numerics.checks import require_memory
+
+__all__ = ["Values"]
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NUMBERS = 10_000  # that the kernel's table of one coordinate holds, at least
+
+
+class Values(Mapping[sp.Symbol, "float | Tensor"]):
+    """Parameter values by symbol, read-only; tensors may change in place.
+
+    Raises:
+        DeclarationError: for what is neither a finite real number nor a finite floating tensor, and for
+            tensors whose shapes do not broadcast.
+    """
+
+    def __init__(self, values: Mapping[sp.Symbol, object]) -> None:
+        for symbol, value in values.items():
+            if isinstance(value, Tensor):
+                require_memory(_NUMBERS * value.numel(), f"kernels of {symbol}'s {value.numel():,} entries", 8)
+        self._values = {symbol: _checked(value, symbol) for symbol, value in values.items()}
+        try:
+            self.shape = tuple(torch.broadcast_shapes(*(tuple(v.shape) for v in self.tensors.values())))
+        except RuntimeError as error:
+            shapes = ", ".join(f"{symbol}: {tuple(v.shape)}" for symbol, v in self.tensors.items())
+            raise DeclarationError(f"the tensors of params must broadcast to one event: {shapes}.") from error
+
+    def __getitem__(self, symbol: sp.Symbol) -> float | Tensor:
+        return self._values[symbol]
+
+    def __iter__(self) -> Iterator[sp.Symbol]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Values) or self.keys() != other.keys():
+            return False
+        return all(_same(value, other[symbol]) for symbol, value in self.items())
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{symbol} = {_shown(value)}" for symbol, value in self.items())
+
+    def __deepcopy__(self, memo: dict) -> Values:
+        """The same object, unless it holds learned parameters: those are copied."""
+        if not self.learned:
+            return self
+        return Values({symbol: copy.deepcopy(value, memo) for symbol, value in self.items()})
+
+    @property
+    def tensors(self) -> dict[sp.Symbol, Tensor]:
+        """Those that are tensors."""
+        return {symbol: value for symbol, value in self._values.items() if isinstance(value, Tensor)}
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Those that training may change, by name."""
+        return {symbol.name: value for symbol, value in self._values.items() if isinstance(value, nn.Parameter)}
+
+    @property
+    def fixed(self) -> dict[str, float | list | str]:
+        """What training does not change, as JSON holds it; a learned parameter is only named."""
+        return {
+            symbol.name: "learned" if isinstance(v, nn.Parameter) else v.tolist() if isinstance(v, Tensor) else v
+            for symbol, v in self._values.items()
+        }
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient may be asked of some value now."""
+        return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors.values())
+
+    @property
+    def version(self) -> tuple:
+        """Changes whenever a tensor is written to."""
+        return tuple((value.data_ptr(), value._version) for value in self.tensors.values())
+
+    @property
+    def numbers(self) -> dict[sp.Symbol, float]:
+        """One number for each: of a tensor the entry in the middle. For signs, display and error messages."""
+        return {
+            symbol: value if isinstance(value, float) else float(value.detach().double().flatten().median())
+            for symbol, value in self._values.items()
+        }
+
+    def replaced(self, changes: Mapping[sp.Symbol, object]) -> Values:
+        """The same with some values changed."""
+        return Values({**self._values, **changes})
+
+
+def _checked(value: object, symbol: sp.Symbol) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or not value.numel() or not bool(torch.isfinite(value).all()):
+            raise DeclarationError(
+                f"the parameter {symbol} must be a finite floating tensor, not {value}"
+                f"{f'; write {symbol}.double()' if value.dtype in _WHOLE else ''}."
+            )
+        return value
+    if isinstance(value, int | sp.Integer) and abs(int(value)).bit_length() > 1024:
+        raise DeclarationError(f"the parameter {symbol} must be within double precision, which ends at 1.8e308.")
+    if isinstance(value, sp.Expr) and value.is_number and value.is_real:
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        several = hasattr(value, "__array__") or isinstance(value, list | tuple)
+        hint = f"; write torch.as_tensor({symbol}, dtype=torch.float64) for an array or a list" if several else ""
+        raise DeclarationError(f"the parameter {symbol} must be a finite real number or a tensor, not {value!r}{hint}.")
+    return float(value)
+
+
+def _same(ours: float | Tensor, theirs: float | Tensor) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours is theirs or (ours.shape == theirs.shape and bool((ours.cpu() == theirs.cpu()).all()))
+    return not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs
+
+
+def _shown(value: float | Tensor) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    value = value.detach()
+    if value.numel() == 1:
+        return f"{float(value):.6g}"
+    return f"<{tuple(value.shape)}, {float(value.min()):.4g} to {float(value.max()):.4g}>"

@@ -1,0 +1,286 @@
+"""The SDE under test: what it was declared to be, what the oracle says of it, and what the library computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import numpy as np
+import sympy as sp
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError, NotAffineError, SdeflowError
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.reducible import ReducibleKernel
+from sdeflow.numerics.linear import Linear
+from sdeflow.proof.certificate.oracle import Law, Oracle
+from sdeflow.proof.certificate.report import Check
+from sdeflow.scores import DeclaredSDE
+from sdeflow.solving.model import Model
+from sdeflow.symbolic.evaluate import Declared, UnknownValue
+from sdeflow.symbolic.patience import time_left
+from sdeflow.symbolic.schedule import Schedule
+
+__all__ = ["Subject", "product", "tensor", "transposed"]
+
+_MOST_ENTRIES = 1024  # of tensor parameters
+_TOGETHER = 1024  # integrated at once
+_NEAR = 1e-9  # of the horizon: which side of a break a time lies on is not compared closer
+
+Array = np.ndarray
+
+
+class Subject:
+    """An SDE with its kernel, and the checks made of it so far.
+
+    Attributes:
+        kind: "affine", "reducible", "pearson" or "general", by its kernel.
+        k: the number of components.
+        readers: of formulas, by entry, so that what one has integrated is not integrated again.
+        cost: seconds that a density of a kernel that is not Gaussian takes, once measured.
+        rows: the entries of tensor parameters that are compared, places in the flattened event; (0,) without tensors.
+        numbers: the parameters' values at these entries.
+    """
+
+    def __init__(self, sde: DeclaredSDE) -> None:
+        self.sde, self.declaration, self.values = sde, sde.declaration, sde.values
+        try:
+            self.kernel = sde.kernel
+        except NotAffineError:
+            self.kernel = None
+        self.model = Model(sde, None, None)
+        self.T, self.cutoff = self.model.T, getattr(self.kernel, "cutoff", self.model.cutoff)
+        self.k, self.coupled = len(self.declaration.state), self.declaration.coupled
+        self.basis = getattr(self.kernel, "basis", None)
+        self.checks: list[Check] = []
+        self.unchecked: list[str] = self._without_bounds()
+        self.rng = np.random.default_rng(0)
+        self.readers: dict[int, object] = {}
+        self.cost: list[float] = []
+        self.rows, self.numbers = self._entries()
+
+    @property
+    def kind(self) -> str:
+        if self.kernel is None:
+            return "general"
+        if isinstance(self.kernel, Kernel):
+            return "affine"
+        return "reducible" if isinstance(self.kernel, ReducibleKernel) else "pearson"
+
+    @property
+    def first(self) -> float:
+        """The earliest time that is looked at."""
+        return max(self.cutoff, 1e-6 * self.T)
+
+    # ---------------------------------------------------------------- checks
+
+    @contextmanager
+    def allowing(self, name: str) -> Iterator[None]:
+        """What has no independent value to compare with is said; what cannot be computed at all is a failure."""
+        try:
+            yield
+        except UnknownValue as error:
+            self.unchecked.append(f"{name}: {error}")
+        except Exception as error:  # whatever a wrong object stumbles on is a failure of that object
+            if time_left() <= 0:  # it may have been refused for want of time
+                self.unchecked.append(f"{name}: {error}")
+                return
+            what = str(error) if isinstance(error, SdeflowError) else f"{type(error).__name__}: {error}"
+            self.checks.append(Check(name, f"can be computed: {what}", "numeric", math.inf, 0.0))
+
+    def note(
+        self,
+        name: str,
+        identity: str,
+        residual: Array | float,
+        tolerance: float,
+        times: Array | float | None = None,
+        states: Array | None = None,
+        doubt: Array | float = 0.0,
+    ) -> None:
+        """Records the largest of residuals (n, ...), found at times (n,) and states (n, k); NaN is the largest.
+
+        ``doubt`` (n,) is what the expected value itself may be off by; residuals count in units of it where it is
+        the larger.
+        """
+        if isinstance(residual, Tensor):
+            residual = residual.detach().numpy()
+        residual = np.nan_to_num(np.abs(np.asarray(residual, dtype=float)), nan=np.inf)
+        rows = residual.reshape(len(residual), -1).max(1) if residual.ndim else residual.reshape(1)
+        rows = rows / (1.0 + np.asarray(doubt) / tolerance) if tolerance else rows
+        worst = int(rows.argmax())
+        where = "" if times is None else f"t = {np.broadcast_to(times, rows.shape)[worst]:.4g}"
+        if states is not None:
+            where += ", x = " + ", ".join(f"{value:.4g}" for value in states.reshape(len(rows), -1)[worst])
+        self.checks.append(Check(name, identity, "numeric", float(rows[worst]), tolerance, where))
+
+    # ---------------------------------------------------------------- what was declared
+
+    def _without_bounds(self) -> list[str]:
+        """The Python functions among the schedules: between the points visited nothing is known of them."""
+        d = self.declaration
+        calls = set().union(*(e.atoms(Schedule) for e in (*d.drifts, *d.diffusions, *(d.path or ()))))
+        names = {type(call).__name__.removesuffix("_t" * call.order) for call in calls if call.table is None}
+        width = f"{1e-4 * d.T:.3g}"
+        return [
+            f"{name} between its points: a Python function has no bounds, and features of it narrower than about "
+            f"1e-4 T = {width} may be missed"
+            for name in sorted(names)
+        ]
+
+    def _entries(self) -> tuple[Array, dict[sp.Symbol, Array]]:
+        shape = self.values.shape
+        if not shape:
+            return np.zeros(1, dtype=int), dict(self.values.numbers)
+        rows = np.arange(math.prod(shape))
+        if len(rows) > _MOST_ENTRIES:
+            rows = np.sort(self.rng.choice(rows, _MOST_ENTRIES, replace=False))
+            self.unchecked.append(f"{math.prod(shape) - _MOST_ENTRIES} of the {math.prod(shape)} entries of params")
+        numbers = {}
+        for symbol, value in self.values.items():
+            if isinstance(value, Tensor):
+                value = value.detach().double().cpu().expand(shape).reshape(-1).numpy()[rows]
+            numbers[symbol] = value
+        return rows, numbers
+
+    def numbers_of(self, entry: int) -> dict[sp.Symbol, float]:
+        """The parameters of one of ``rows``."""
+        return {symbol: float(v if np.ndim(v) == 0 else v[entry]) for symbol, v in self.numbers.items()}
+
+    def truth(self, entry: int = 0) -> Declared:
+        """f and g as declared, for one of ``rows``."""
+        return Declared(self.declaration, self.numbers_of(entry))
+
+    @cached_property
+    def some_entries(self) -> list[int]:
+        """Three of ``rows``, for what takes an entry at a time."""
+        return np.unique(np.linspace(0, len(self.rows) - 1, 3).astype(int)).tolist()
+
+    @cached_property
+    def oracles(self) -> list[Oracle]:
+        first, parts = 0.5 * self.first, range(0, len(self.rows), _TOGETHER)
+        cut = [{n: v if np.ndim(v) == 0 else v[i : i + _TOGETHER] for n, v in self.numbers.items()} for i in parts]
+        return [Oracle(self.declaration, numbers, first) for numbers in cut]
+
+    def oracle(self, entry: int = 0) -> Oracle:
+        """The oracle of one of ``rows``."""
+        if len(self.rows) == 1:
+            return self.oracles[0]
+        return Oracle(self.declaration, self.numbers_of(entry), 0.5 * self.first)
+
+    def law(self, times: Array, since: float = 0.0, known: bool = False) -> Law:
+        """The moments of the oracle at times (n,) for all ``rows``; ``known``: without P0, from t = 0 too."""
+        cov = np.zeros((self.k, self.k)) if known else None
+        laws = [oracle.law(np.asarray(times, dtype=float), since, cov) for oracle in self.oracles]
+        if len(laws) == 1:
+            return laws[0]
+        arrays, doubts = zip(*((law[:5], law[5:]) for law in laws), strict=True)
+        joined = (np.concatenate(parts, axis=1) for parts in zip(*arrays, strict=True))
+        return Law(*joined, *(np.max(parts, axis=0) for parts in zip(*doubts, strict=True)))
+
+    @cached_property
+    def times(self) -> Array:
+        """Random times: uniform, log-uniform, and in panels of the oracle, so that narrow features get some."""
+        return self._random_times(12, np.random.default_rng(3))
+
+    @cached_property
+    def dense(self) -> Array:
+        """As many of them as show what is wrong for a short while."""
+        return self._random_times(200, np.random.default_rng(4))
+
+    def apart(self, times: Array) -> Array:
+        """Times for coefficients: those within 1e-9 T of a break move before it: there rounding decides nothing."""
+        near, points = _NEAR * self.T, np.unique(np.concatenate([oracle.jumps for oracle in self.oracles]))
+        for _ in range(8):  # the place before a break may be another's
+            close = (np.abs(times[:, None] - points) <= near).any(1)
+            times = np.where(close, times - 4.0 * near, times)
+        return times
+
+    def _random_times(self, n: int, rng: np.random.Generator) -> Array:
+        first, T = self.first, self.T
+        even = first + (T - first) * (np.arange(n) + rng.uniform(size=n)) / n
+        early = np.exp(rng.uniform(math.log(first), math.log(T), n))
+        panels = self.oracles[0].panels
+        chosen = np.sort(rng.integers(0, len(panels) - 1, n))
+        within = panels[chosen] + rng.uniform(size=n) * np.diff(panels)[chosen]
+        return np.unique(np.clip(np.concatenate([[first, T], even, early, within]), first, T))
+
+    # ---------------------------------------------------------------- what the library computes
+
+    def pick(self, values: Tensor, lead: int = 1) -> Array:
+        """Coefficients (*n, *parameters) of one component at ``rows``, (*n, e)."""
+        values = values.detach().cpu()
+        shape = self.values.shape or (1,)
+        if not self.values.shape:
+            return values.reshape(*values.shape[:lead], 1).numpy()
+        full = (
+            values.expand(*values.shape[:lead], *shape) if values.ndim > lead else values[(..., *[None] * len(shape))]
+        )
+        return full.expand(*values.shape[:lead], *shape).reshape(*values.shape[:lead], -1).numpy()[..., self.rows]
+
+    def gaussian(self, times: Array) -> tuple[Array, Array, Array]:
+        """The kernel's Φ (n, e, k, k), covariance and offset (n, e, k)."""
+        alpha, sigma, offset = self.kernel.coefficients(torch.as_tensor(times))
+        if self.coupled:
+            alpha, sigma, offset = (v.numpy()[:, None] for v in (alpha, sigma, offset))
+            return alpha, sigma @ transposed(sigma), offset
+        alpha, sigma, offset = (self.pick(v)[..., None] for v in (alpha, sigma, offset))
+        return alpha[..., None], sigma[..., None] ** 2, offset
+
+    def map(self, linear: Linear, like: Tensor) -> Array:
+        """A linear map at one time as matrices (e, k, k), for states like ``like``."""
+        if self.coupled:
+            return linear.values.reshape(-1, self.k, self.k)[:1].numpy()
+        return self.level(linear.values, like)[..., None]
+
+    def level(self, values: Tensor, like: Tensor) -> Array:
+        """What broadcasts to states like ``like`` (1, *event) as (e, k)."""
+        full = torch.as_tensor(values).broadcast_to(like.shape).detach()
+        if self.coupled:
+            return full.reshape(1, self.k).numpy()
+        return self.of_entries(full)[0][:, None]
+
+    def of_entries(self, states: Tensor) -> Array:
+        """Coordinates of states (n, *event) at ``rows``, (n, e)."""
+        flat = states.detach().flatten(1).numpy()
+        return flat[:, self.rows] if self.values.shape else flat[:, :1]
+
+    # ---------------------------------------------------------------- where to look
+
+    @cached_property
+    def event(self) -> tuple[int, ...]:
+        """An event that the SDE takes; in a basis, one that it transforms."""
+        inner = (1,) if self.coupled else self.values.shape or (1,)
+        shapes = [inner] if self.basis is None else [inner, (*(1,) * 2, *inner), (8,), (8, 8), (1, 8, 8)]
+        if hasattr(self.basis, "matrix"):
+            shapes.append((len(self.basis.matrix),))
+        for shape in shapes:
+            event = (self.k, *shape) if self.coupled else tuple(shape)
+            try:
+                if self.basis is not None:
+                    self.basis.forward(torch.zeros(1, *event, dtype=torch.float64))
+                return event
+            except DataError:
+                continue
+        raise UnknownValue("no event was found that the basis transforms")
+
+    def states(self, n: int) -> Tensor:
+        """Random states (n, *event) in float64."""
+        return torch.as_tensor(self.rng.normal(size=(n, *self.event)))
+
+
+def tensor(values: Array) -> Tensor:
+    """An array as a tensor of its own."""
+    return torch.as_tensor(np.ascontiguousarray(values))
+
+
+def transposed(matrices: Array) -> Array:
+    return matrices.swapaxes(-1, -2)
+
+
+def product(matrices: Array, vectors: Array) -> Array:
+    """(..., i, j) times (..., j)."""
+    return (matrices @ vectors[..., None])[..., 0]

@@ -1,0 +1,1 @@
+"""Exponential solvers, derived from the declaration."""

@@ -1,0 +1,239 @@
+r"""The steps of an exponential multistep solve as numbers, and the loop that uses them.
+
+What depends on the kernel and the grid alone (:class:`Steps`) is kept for the next solve; a :class:`Program` joins it
+to the score, whose own coefficients on the grid (:class:`~sdeflow.scores.GridScore`) are multiplied in. A step then
+costs the call, one fused operation for each coefficient, and nothing else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.numerics.basis import Basis
+from sdeflow.numerics.linear import Factor, Linear, add_multiple, multiplied, rows
+from sdeflow.scores import GridScore
+from sdeflow.solvers.exponential.weights import Rule, Transfer, weights
+from sdeflow.solvers.problem import Problem
+
+__all__ = ["Program", "Steps", "identity", "kept", "predictions", "shaped"]
+
+Nodes = Sequence[tuple[np.ndarray, np.ndarray | None]]
+
+_KEPT = 16  # grids for each kernel
+_known: weakref.WeakKeyDictionary[Kernel, OrderedDict[object, Steps]] = weakref.WeakKeyDictionary()
+
+
+def kept(kernel: Kernel, key: object, make: Callable[[], Steps]) -> Steps:
+    """``make()``, or what it gave for the same ``key`` before; None is never kept."""
+    if key is None:
+        return make()
+    found = _known.setdefault(kernel, OrderedDict())
+    if key not in found:
+        found[key] = make()
+        while len(found) > _KEPT:
+            found.popitem(last=False)
+    found.move_to_end(key)
+    return found[key]
+
+
+class Steps:
+    """Propagators and weights of a grid, ready for states like ``like``.
+
+    Args:
+        transfer: of the grid.
+        nodes: the nodes θ of predictor and corrector at each step, the newest first.
+        rule: how moments become those of a published formula.
+        like: states (batch, *event), for their shape, dtype and device.
+        coupled: whether ``transfer`` holds matrices.
+
+    Attributes:
+        state, noise: factors of the state and of ξ in each step; noise is None for the flow.
+        predictor, corrector: factors of the predictions F in each step.
+    """
+
+    def __init__(self, transfer: Transfer, nodes: Nodes, rule: Rule, like: Tensor, coupled: bool) -> None:
+        self.transfer = transfer
+        self._rule, self._like, self._coupled = rule, like[:0], coupled
+        self.state = self._ready(transfer.state)
+        self.noise = None if transfer.noise is None else self._ready(transfer.noise)
+        self.predictor = self._weighed([points for points, _ in nodes])
+        self.corrector = self._weighed([points for _, points in nodes])
+        self.longest = max(len(w) for pair in (self.predictor, self.corrector) for w in pair)
+
+    def _ready(self, values: Tensor) -> list[Factor]:
+        return rows(shaped(values, self._like, self._coupled), self._like)
+
+    def _weighed(self, nodes: Sequence[np.ndarray | None]) -> list[list[Factor]]:
+        """The weights of each step, computed together for all steps with as many nodes."""
+        found: list[list[Factor]] = [[] for _ in nodes]
+        for count in {len(points) for points in nodes if points is not None}:
+            steps = [step for step, points in enumerate(nodes) if points is not None and len(points) == count]
+            points = np.stack([nodes[step] for step in steps])
+            length = None if self.transfer.length is None else self.transfer.length[steps]
+            values = weights(self._rule(self.transfer.moments[steps, :count], points, length), points)
+            for j in range(count):
+                for step, factor in zip(steps, self._ready(values[:, j]), strict=True):
+                    found[step].append(factor)
+        return found
+
+
+class Program:
+    """A solve: its steps, the score on its grid, and the loop.
+
+    Args:
+        steps: of the grid.
+        score: on the grid.
+        times: of the grid, from start to end.
+        mean: the data's mean, (1, *event), for predictions relative to a reference; None where it is 0.
+        like: states (batch, *event).
+        kernel: the perturbation kernel.
+        basis: in which the states are, where it is the solver's own.
+
+    Raises:
+        ValueError: for a basis that the SDE or the score cannot be taken to.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        score: GridScore,
+        times: np.ndarray,
+        mean: Tensor | None,
+        like: Tensor,
+        kernel: Kernel,
+        basis: Basis | None = None,
+    ) -> None:
+        self.steps, self.score, self.times, self.basis = steps, score, times.tolist(), basis
+        transfer, n, coupled = steps.transfer, len(steps.state), kernel.coupled
+        if basis is not None:
+            sizes = [v.numel() for v in score.coefficients(n, identity(like, coupled))[:2]]
+            if kernel.basis is not None or coupled or max(sizes) > n:
+                raise ValueError("a solver's basis needs an elementwise SDE, and one data_std for all coordinates.")
+        own, of_noise = transfer.of_state, transfer.of_noise
+        self.of_state, self.of_output, self.constant = predictions(own, of_noise, score, like, coupled)
+        self.mean = None if mean is None else mean.to(like)
+        if mean is not None:  # F and the steps are of u - alpha mean
+            alpha_0, alpha_1, keep, own = (
+                shaped(v, like, coupled) for v in (*transfer.alpha, transfer.state, transfer.of_state)
+            )
+            self.mean_in_prediction = rows((own @ alpha_0).scaled(-1.0), like)
+            self.mean_in_step = rows(Linear(alpha_1.values - (keep @ alpha_0).values, coupled), like)
+        self.first_order = self._fused()
+
+    def _fused(self) -> list[tuple[float, float]] | None:
+        """Factors of the state and the output in each step of a first-order solve with numbers alone, else None."""
+        steps, n = self.steps, len(self.steps.state)
+        factors = [*steps.state, *self.of_state, *self.of_output, *(w for ws in steps.predictor for w in ws)]
+        plain = self.constant is None and self.mean is None and self.basis is None
+        if not plain or steps.longest > 1 or not all(isinstance(factor, float) for factor in factors):
+            return None
+        each = [weight for (weight,) in steps.predictor]
+        return [(steps.state[i] + each[i] * self.of_state[i], each[i] * self.of_output[i]) for i in range(n)]
+
+    def run(self, problem: Problem, u: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """The state after the last step, from ``u`` (batch, *event); ``record`` receives every prediction F."""
+        if self.first_order is not None and record is None:
+            return self._run_first_order(problem, u)
+        past: deque[Tensor] = deque(maxlen=self.steps.longest)
+        base, noise = u, None
+        for n in range(len(self.steps.state)):
+            if len(past) == self.steps.longest:
+                past.appendleft(self._prediction(problem, n, u, past.pop()))
+            else:
+                past.appendleft(self._prediction(problem, n, u, torch.empty_like(u)))
+            if record is not None:
+                record.append(past[0].clone())
+            if n and self.steps.corrector[n - 1]:
+                base = self._moved(n - 1, base, self.steps.corrector[n - 1], past, noise)
+                if problem.on_correction is not None:
+                    problem.on_correction(n, u, base)
+            else:
+                base = u
+            if self.steps.noise is not None:
+                noise = multiplied(self.steps.noise[n], self._motion(problem, n, u))
+            u = self._moved(n, base, self.steps.predictor[n], past, noise)
+            problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
+        return u
+
+    def _run_first_order(self, problem: Problem, u: Tensor) -> Tensor:
+        """The same, a step's prediction and propagation in one."""
+        noise = self.steps.noise
+        for n, (of_state, of_output) in enumerate(self.first_order):
+            output = self.score.call(n, u)
+            problem.called(u, output, n)
+            u = torch.mul(u, of_state).add_(output, alpha=of_output)
+            if noise is not None:
+                add_multiple(u, noise[n], self._motion(problem, n, u))
+            problem.observe(n + 1, self.times[n + 1], u)
+        return u
+
+    def _motion(self, problem: Problem, n: int, u: Tensor) -> Tensor:
+        """The normal numbers of step n."""
+        return problem.motion((self.times[n], self.times[n + 1]), tuple(u.shape), u.dtype, u.device)
+
+    def _prediction(self, problem: Problem, n: int, u: Tensor, out: Tensor) -> Tensor:
+        """F at time number n, in the memory of ``out``."""
+        if self.basis is None:
+            output = self.score.call(n, u)
+        else:
+            output = self.basis.forward(self.score.call(n, self.basis.inverse(u)))
+        problem.called(u, output, n)
+        factor = self.of_output[n]
+        if torch.is_grad_enabled() and (output.requires_grad or u.requires_grad):
+            out = multiplied(factor, output)  # memory that a graph holds must not be written again
+        elif isinstance(factor, Linear):
+            out.copy_(factor(output))
+        else:
+            torch.mul(output, factor, out=out)
+        add_multiple(out, self.of_state[n], u)
+        if self.mean is not None:
+            add_multiple(out, self.mean_in_prediction[n], self.mean)
+        return out if self.constant is None else out.add_(self.constant[n])
+
+    def _moved(
+        self, n: int, base: Tensor, factors: list[Factor], past: Sequence[Tensor], noise: Tensor | None
+    ) -> Tensor:
+        """Ψ base + Σ_j w_j F_j + noise, over step n."""
+        u = multiplied(self.steps.state[n], base)
+        for factor, prediction in zip(factors, past, strict=False):
+            add_multiple(u, factor, prediction)
+        if self.mean is not None:
+            add_multiple(u, self.mean_in_step[n], self.mean)
+        return u if noise is None else u.add_(noise)
+
+
+def predictions(
+    of_state: Tensor, of_noise: Tensor, score: GridScore, like: Tensor, coupled: bool
+) -> tuple[list[Factor], list[Factor], Tensor | None]:
+    """F at each time from what the score returns: factors of the state and of the output, and a constant.
+
+    F = of_state u + of_noise eps, with eps as :meth:`~sdeflow.scores.GridScore.coefficients` has it.
+    """
+    own, map_of_noise = (shaped(v, like, coupled) for v in (of_state, of_noise))
+    of_u, of_output, constant = score.coefficients(len(of_state), identity(like, coupled))
+    of_u, of_output = (map_of_noise @ Linear(v, coupled) for v in (of_u, of_output))
+    constant = None if constant is None else map_of_noise(constant.to(of_noise.dtype)).to(like)
+    return rows(Linear(of_u.values + own.values, coupled), like), rows(of_output, like), constant
+
+
+def identity(like: Tensor, coupled: bool) -> Tensor:
+    """The values of the identity map of states like ``like``, without the leading side."""
+    if not coupled:
+        return torch.ones((1,) * (like.ndim - 1), dtype=torch.float64)
+    k = like.shape[1]
+    return torch.eye(k, dtype=torch.float64).reshape(*(1,) * (like.ndim - 2), k, k)
+
+
+def shaped(values: Tensor, like: Tensor, coupled: bool) -> Linear:
+    """Numbers (n, *shape), or matrices (n, k, k), as maps of states like ``like`` with n as the leading side."""
+    if coupled:
+        return Linear(values.reshape(len(values), *(1,) * (like.ndim - 2), *values.shape[-2:]), True)
+    shape = values.shape[1:]
+    return Linear(values.reshape(len(values), *(1,) * (like.ndim - 1 - len(shape)), *shape))

@@ -1,0 +1,1 @@
+"""One solve of an SDE with its score: model, prior, plan, grid, samples, paths."""

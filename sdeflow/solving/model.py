@@ -1,0 +1,488 @@
+"""An SDE with its score and its prior: what the reverse SDE, the flow and the likelihood share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import sympy as sp
+import torch
+from torch import Tensor, nn
+
+from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError, warn
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
+from sdeflow.numerics.compile import compile_expressions
+from sdeflow.numerics.linear import Linear
+from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score, evaluating
+from sdeflow.scores.thresholded import Thresholded
+from sdeflow.solvers import Clock, make_clock
+from sdeflow.solvers.clock import Grid
+from sdeflow.symbolic.declaration import stratonovich_correction
+from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.equations import Equation
+from sdeflow.symbolic.symbols import score_symbols, t
+
+if TYPE_CHECKING:
+    from sdeflow.kernels.pearson import PearsonKernel
+    from sdeflow.kernels.reducible import ReducibleKernel
+
+__all__ = ["Model", "Prior", "fitted_moments"]
+
+_PROBES = 1024  # samples from which the prior is read off the score
+_MISMATCH = 0.01  # nats per dimension
+
+
+class Prior(Protocol):
+    """What a prior must do."""
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+
+class Model:
+    """A declaration, its score and its prior.
+
+    Args:
+        sde: the SDE.
+        score: a score, any callable (x, t) -> ∇ log p_t(x), or None for equations alone.
+        prior: p(x_T); None derives it from the data's moments, or reads it off the score at T.
+    """
+
+    def __init__(
+        self, sde: DeclaredSDE, score: ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None, prior: Prior | None
+    ) -> None:
+        self.declaration, self.values = sde.declaration, sde.values
+        exact = _kernel_of(sde)
+        self.kernel: Kernel | None = exact if isinstance(exact, Kernel) else None
+        self.state = self.declaration.state
+        self._default_prior = getattr(sde, "default_prior", None)
+        self._score = None if score is None else as_score(score, sde)
+        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
+        self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+        self._clocks: dict[tuple[str | None, float], Clock] = {}
+        self._read_off: dict[tuple[int, ...], Prior] = {}
+        self._of_label: dict[float, Model] = {}
+        self.T = self.declaration.T
+        if exact is not None:
+            self.cutoff = exact.cutoff
+        elif self.declaration.cutoff is not None:
+            self.cutoff = self.declaration.cutoff
+        else:
+            self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
+        self._warn_of_mismatch()
+
+    def __getstate__(self) -> dict:
+        """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
+        return {**self.__dict__, "_drifts": {}, "_clocks": {}, "_of_label": {}}
+
+    def __copy__(self) -> Model:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def with_score(self, score: ScoreFunction) -> Model:
+        """The same model with another score of its SDE; what was compiled, and the prior, are shared."""
+        if score is self._score:
+            return self
+        other = copy.copy(self)
+        other._score, other._read_off, other._of_label = score, dict(self._read_off), {}
+        return other
+
+    def with_own_prior(self) -> Model:
+        """The same model with the prior that follows from the data's moments or the score, whichever was given."""
+        if self._prior is None or self.kernel is None:
+            return self
+        other = copy.copy(self)
+        other._prior, other._read_off = None, {}
+        return other
+
+    def repeated(self, times: int, each: bool = False) -> Model:
+        """The same model of batches repeated ``times`` times, whole or ``each`` sample; labels of a batch follow."""
+        return self.with_score(
+            _relabelled(self.score, lambda y: y.repeat_interleave(times) if each else y.repeat(times))
+        )
+
+    def of_probes(self, n: int) -> Model:
+        """The same model of any ``n`` samples: labels that were fixed for a batch are cut or repeated to as many."""
+        return self.with_score(_relabelled(self.score, lambda y: y.repeat(-(-n // max(len(y), 1)))[:n]))
+
+    def of_rows(self, first: int, last: int, batch: int) -> Model:
+        """The same model of rows ``first`` to ``last`` of a batch: labels that were fixed for the batch are cut too."""
+
+        def cut(y: Tensor) -> Tensor:
+            if len(y) != batch:
+                raise DataError(f"{len(y)} labels were given for a batch of {batch}.")
+            return y[first:last]
+
+        return self if last - first == batch else self.with_score(_relabelled(self.score, cut))
+
+    def of_indices(self, rows: Tensor, batch: int) -> Model:
+        """The same model of some rows of a batch, which labels that were fixed for the batch follow."""
+        if len(rows) == batch:
+            return self
+        return self.with_score(_relabelled(self.score, lambda y: y[rows.to(y.device)]))
+
+    def by_label(self, batch: int) -> list[tuple[Model, Tensor]]:
+        """A model for each label that was fixed for a batch, with its rows; this one with all rows where none was.
+
+        What is read off the score (a prior, a grid) then belongs to the label, and not to the batch.
+        """
+        parts = (part for part in self.score.modules() if isinstance(part, Conditional) and part.y.ndim)
+        labels = next((part.y for part in parts), None)
+        if labels is None or not len(labels):
+            return [(self, torch.arange(batch))]
+        if len(labels) != batch:
+            raise DataError(f"{len(labels)} labels were given for a batch of {batch}.")
+        groups = []
+        for label in labels.unique():
+            key = label.item()
+            if key not in self._of_label:
+                self._of_label[key] = self.with_score(_relabelled(self.score, lambda _, label=label: label))
+                self._of_label[key]._read_off = {}
+            groups.append((self._of_label[key], (labels == label).nonzero().flatten().cpu()))
+        return groups
+
+    @property
+    def score(self) -> ScoreFunction:
+        """The score, or a ScoreError where there is none."""
+        if self._score is None:
+            raise ScoreError("no score is bound to this equation: pass one, as in sde.reverse(score).")
+        return self._score
+
+    def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The compiled drift of ``equation``, a function of (x, t, s).
+
+        Of an affine SDE it is that of the centred state u = x - offset(t) in the kernel's basis, which is
+        A(t) u + C(t) s: b(t) drops out exactly (it would be an end-point singularity in the angle).
+        """
+        if equation not in self._drifts:
+            self._drifts[equation] = self._compile_drift(equation)
+        return self._drifts[equation]
+
+    def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.kernel is None:
+            return self.function_of_state(equation.drifts, with_score=True)
+        scores = score_symbols(self.state)
+        standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
+        rows = [drift.xreplace(standing) for drift in equation.drifts]
+        A = [derivative(row, component) for row in rows for component in self.state]
+        C = [derivative(row, standing[score]) for row in rows for score in scores]
+        numbers = compile_expressions((*A, *C), (t,), self.values, self.T)
+        if self.declaration.coupled or self.values.shape:
+            return self._linear_drift(numbers)
+
+        def elementwise(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            a, c = (float(v.detach()) for v in numbers(time))
+            return torch.add(u * a, score, alpha=c) if a else score * c
+
+        return elementwise
+
+    def _linear_drift(self, numbers: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+        k, coupled = len(self.state), self.declaration.coupled
+
+        def linear(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            values = [v.to(u.device) for v in numbers(time.reshape((1,) * len(self.values.shape)))]
+            if coupled:
+                values = [torch.stack(half).reshape(k, k) for half in (values[: k * k], values[k * k :])]
+            a, c = (Linear(v, coupled) for v in values)
+            return a(u) + c(score)
+
+        return linear
+
+    def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
+        """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
+        if self.kernel is None or not self.kernel.has_offset:
+            return 0.0
+        level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
+        return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
+
+    def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
+        """The state as solvers carry it: its coefficients in the kernel's basis, centred."""
+        if self.kernel is None:
+            return x
+        return self.kernel.to_basis(x) - self.offset(time, x)
+
+    def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
+        """The state behind what solvers carry."""
+        if self.kernel is None:
+            return u
+        level = self.offset(time, u)
+        return self.kernel.from_basis(u if isinstance(level, float) and not level else u + level)
+
+    def solver_score(self, u: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """∇ log p_t of what solvers carry, the score asked in ``dtype``."""
+        score = self.score(self.from_solver(u, time).to(dtype), time).to(u.dtype)
+        return score if self.kernel is None else self.kernel.to_basis(score)
+
+    def solver_inputs(self, event: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
+        """What a :class:`~sdeflow.solvers.Problem` needs for the methods that know the kernel."""
+        given: dict[str, object] = {
+            "kernel": self.kernel, "event": event, "score": partial(self.solver_score, dtype=dtype),
+        }  # fmt: skip
+        if self.kernel is not None:
+            moments = self.score.data_moments()
+            given["on_grid"] = partial(self.score.on_grid, dtype=dtype)
+            given["scale"] = self.reference_scale()
+            given["mean"] = 0.0 if moments is None else moments[0]
+        return given
+
+    def function_of_state(self, expressions: Sequence[sp.Expr], with_score: bool = False) -> Callable[..., Tensor]:
+        """A compiled function of (x, t) or (x, t, s), one expression for each component of the result.
+
+        Of an elementwise state x it returns what broadcasts to x (a number where x does not occur); of a coupled
+        one the components along the second axis.
+        """
+        symbols = (*self.state, t, *(score_symbols(self.state) if with_score else ()))
+        k = len(self.state)
+        if not self.declaration.coupled:
+            (expression,) = expressions
+            if not with_score and not expression.has(*self.state):
+                compiled = compile_expressions(expression, (t,), self.values, self.T)
+                return lambda _, time: compiled(self._sided(time))
+            # The state comes last, whose shape a constant takes.
+            order = (t, *symbols[2:], symbols[0])
+            compiled = compile_expressions(expression, order, self.values, self.T)
+            return lambda x, time, *score: compiled(time, *score, x)
+        order = (t, *symbols[k + 1 :], *self.state)
+        compiled = compile_expressions(tuple(expressions), order, self.values, self.T)
+
+        def coupled(x: Tensor, time: Tensor, *score: Tensor) -> Tensor:
+            values = compiled(time, *(part for whole in score for part in whole.unbind(1)), *x.unbind(1))
+            return torch.stack([value.expand_as(x[:, 0]).to(x.dtype) for value in values], dim=1)
+
+        return coupled
+
+    def noise(self, equation: Equation, event: tuple[int, ...]) -> dict[str, object]:
+        """What a :class:`~sdeflow.solvers.Problem` needs to know of the noise, for flattened states of ``event``."""
+        g = equation.noise_matrix
+        k, m = g.shape
+        correction = stratonovich_correction(g, self.state)
+        given: dict[str, object] = {"hint": self.declaration.domain_hint}
+        if not correction.is_zero_matrix:
+            given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
+        if self.declaration.diagonal:
+            own = [g[i, i] if g[i, i].has(*self.state) else sp.Abs(g[i, i]) for i in range(k)]  # g(t): no sign
+            given["diffusion"] = _flat(self.function_of_state(own), event)
+            return given
+        columns = [self.function_of_state(tuple(g[:, j])) for j in range(m)]
+
+        def matrix(y: Tensor, time: Tensor) -> Tensor:
+            """(batch · coordinates, k, m): one k x m matrix for each coordinate of the event."""
+            x = y.reshape(-1, *event)
+            entries = torch.stack([column(x, time) for column in columns], dim=-1)
+            return entries.movedim(1, -2).reshape(-1, k, m)
+
+        return {**given, "diffusion": matrix, "components": k, "motions": m}
+
+    def _sided(self, time: Tensor) -> Tensor:
+        """A time with a side for each of the parameters' sides."""
+        return time.reshape((1,) * len(self.values.shape)) if self.values.shape else time
+
+    def clock(self, grid: Grid) -> Clock:
+        """The time variable, centred on the data's scale where it is known."""
+        scale = self.reference_scale()
+        if grid is not None and not isinstance(grid, str):
+            return make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+        if (grid, scale) not in self._clocks:  # some milliseconds to build
+            self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+        return self._clocks[grid, scale]
+
+    def reference_scale(self) -> float:
+        """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""
+        moments = self.score.data_moments()
+        if moments is None:
+            return 1.0
+        std = moments[1].double()
+        if self.declaration.coupled and std.ndim:
+            std = std[[i for i in range(len(self.state)) if i not in self.declaration.auxiliary]]
+        return float(std.square().mean().sqrt()) or 1.0
+
+    def reference(self, like: Tensor) -> Tensor:
+        """c of each coordinate, () or (*event): the isotropic scale, none for auxiliary components."""
+        return torch.tensor(self.reference_scale(), dtype=torch.float64, device=like.device)
+
+    # ---------------------------------------------------------------- prior
+
+    @property
+    def known_prior(self) -> Prior | None:
+        """The prior, or None where it is still to be read off the score."""
+        if self._prior is not None:
+            return self._prior
+        moments = None if self._score is None else self._score.data_moments()
+        spread = self.kernel is not None and self.kernel.basis is not None  # a mean over a basis needs the event
+        if moments is not None and self.kernel is not None and not spread:
+            return self.kernel.marginal(*moments, self.T)
+        return next(iter(self._read_off.values()), None)
+
+    def prior_for(self, like: Tensor) -> Prior:
+        """The prior for states shaped as ``like`` (batch, *event).
+
+        Raises:
+            MissingPriorError: for an SDE without a Gaussian kernel and without ``prior=``.
+        """
+        event = tuple(like.shape[1:])
+        known = self.known_prior if self._prior is not None or not self._read_off else self._read_off.get(event)
+        if known is not None:
+            return known
+        if self.kernel is None:
+            if self._default_prior is not None:
+                self._prior = self._default_prior(self._score, like)
+            if self._prior is not None:
+                return self._prior
+            raise MissingPriorError(
+                "this SDE has no Gaussian kernel from which p(x_T) would follow, and no stationary law was found: pass "
+                "prior=, such as sde.fit_prior(data), sdeflow.Gaussian(mean, std), or any object with "
+                "sample(shape, seed, dtype, device) and log_prob(x)."
+            )
+        self.kernel.require_event(event)
+        moments = self._score.data_moments()
+        if moments is not None:
+            self._read_off[event] = self.kernel.marginal(moments[0].expand(event), moments[1], self.T)
+            return self._read_off[event]
+        self._read_off[event] = self._read_prior(like)
+        return self._read_off[event]
+
+    def _read_prior(self, like: Tensor) -> Gaussian:
+        """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks."""
+        kernel, event = self.kernel, tuple(like.shape[1:])
+        start = kernel.marginal(0.0, 1.0, self.T)
+        x_T = start.sample((_PROBES, *event), seed=0, dtype=like.dtype, device=like.device)
+        score = self.of_probes(_PROBES).score
+        with torch.no_grad(), evaluating(score):
+            gradient = kernel.to_basis(score(x_T, self.T).double())
+        u = kernel.to_basis(x_T.double())
+        fitted = (_fitted_blocks if kernel.coupled else fitted_moments)(u, gradient, start)
+        if fitted is not None:
+            mean, root = fitted
+            return Gaussian(mean.cpu(), Linear(root.cpu(), kernel.coupled), kernel.basis)
+        warn(
+            "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off it; "
+            f"{start} is used. Give the data's moments, or prior=.",
+            PriorMismatchWarning,
+        )
+        return start
+
+    def _warn_of_mismatch(self) -> None:
+        if not isinstance(self._prior, Gaussian) or self.kernel is None or self._score is None:
+            return
+        moments = self._score.data_moments()
+        if moments is not None:
+            kl = self.kernel.marginal(*moments, self.T).kl_per_dimension(self._prior)
+            if not kl <= _MISMATCH:
+                warn(
+                    f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
+                    PriorMismatchWarning,
+                )
+
+    # ---------------------------------------------------------------- states
+
+    def states(self, x: Tensor, name: str = "x") -> Tensor:
+        """``x`` as finite states (batch, *event) that the score takes; see :mod:`sdeflow.numerics.checks`."""
+        x = checked_states(x, name, None if isinstance(x, Tensor) or self._score is None else self._score.dtype)
+        if self._score is not None:
+            self.require_dtype(x)
+        return x
+
+    def require_dtype(self, x: Tensor) -> None:
+        """Raises a DataError where the network's parameters and ``x`` differ in dtype."""
+        score = self.score
+        while isinstance(score, Thresholded):
+            score = score.score
+        ours = score.dtype
+        if not isinstance(score, Score | Conditional) or ours in (None, x.dtype):
+            return
+        if not torch.is_autocast_enabled(x.device.type):
+            raise DataError(
+                f"x is {x.dtype} and the network {ours}: pass x.to({ours}), or convert the score with "
+                f"score.to({x.dtype})."
+            )
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of states where none is given: the network's."""
+        return self.score.dtype or torch.get_default_dtype()
+
+    def initial_state(
+        self, shape: tuple[int, ...], seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tensor:
+        """x_T from the prior; shape, dtype and device checked or taken from the score."""
+        shape = checked_shape(shape)
+        parameter = next(self.score.parameters(), None)
+        holder = parameter if parameter is not None else next(self.score.buffers(), None)
+        dtype = checked_dtype(dtype) or self.state_dtype
+        if device is None:
+            device = holder.device if holder is not None else "cpu"
+        if self.kernel is not None:
+            self.kernel.require_event(shape[1:])
+        like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+        prior = checked_methods(self.prior_for(like), "prior", ("sample",), "sdeflow.Gaussian(mean, std)")
+        return prior.sample(shape, seed=seed, dtype=dtype, device=device)
+
+
+def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | None:
+    """The SDE's exact kernel, Gaussian or not, or None."""
+    try:
+        return sde.kernel
+    except NotAffineError:
+        return None
+
+
+def _relabelled(score: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """``score`` with ``change`` made to labels fixed for a batch, wherever it holds them; all else is shared."""
+    if isinstance(score, Conditional):
+        return Conditional(score.score, change(score.y)) if score.y.ndim else score
+    parts = {name: _relabelled(part, change) for name, part in score._modules.items() if part is not None}
+    if all(part is score._modules[name] for name, part in parts.items()):
+        return score
+    other = copy.copy(score)
+    other._modules = {**score._modules, **parts}
+    return other
+
+
+def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
+    centred = x - x.mean(0)
+    slope = (centred * gradient).mean(0) / centred.square().mean(0)
+    variance = -1.0 / slope
+    mean = x.mean(0) + variance * gradient.mean(0)
+    usual = start.std.square().to(x.device)
+    near = (variance > 0.1 * usual) & (variance < 10 * usual)
+    return (mean, variance.sqrt()) if bool(torch.isfinite(mean).all()) and bool(near.all()) else None
+
+
+def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean (k, ...) and Cholesky factors (..., k, k) of the components from s = -V⁻¹ (x - m), or None."""
+    centred = (x - x.mean(0)).movedim(1, -1)  # (batch, ..., k)
+    of_state = torch.einsum("b...i,b...j->...ij", centred, centred)
+    of_score = torch.einsum("b...i,b...j->...ij", gradient.movedim(1, -1), centred)
+    precision = -(of_score @ torch.linalg.inv(of_state))
+    covariance = torch.linalg.inv(0.5 * (precision + precision.mT))
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(0).movedim(0, -1)[..., None])[..., 0]
+    usual = (start.root.values @ start.root.values.mT).diagonal(dim1=-2, dim2=-1).to(x.device)
+    found = covariance.diagonal(dim1=-2, dim2=-1)
+    near = (found > 0.1 * usual) & (found < 10 * usual) & (failed == 0)[..., None]
+    if not bool(torch.isfinite(mean).all()) or not bool(near.all()):
+        return None
+    return mean.movedim(-1, 0), root if root.ndim == 2 else root[None]
+
+
+def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of states as one of flattened states; what depends on t alone stays a number."""
+
+    def flat(y: Tensor, t: Tensor) -> Tensor:
+        value = function(y.reshape(-1, *event), t)
+        return value.expand(len(y), *event).flatten(1) if value.ndim else value
+
+    return flat

@@ -1,0 +1,346 @@
+"""One solve of the reverse SDE or the flow as its user asked for it: options, chunks, trajectories and callbacks.
+
+Batches too large for memory are solved in chunks. Each row draws its noise as in the whole batch
+(:mod:`sdeflow.numerics.noise`), so that no sample depends on where the batch was cut. A trajectory is the state after
+each of the solver's steps, as the solver tells it; nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdeflow.errors import SolverError
+from sdeflow.numerics.brownian import BrownianPath, BrownianRows
+from sdeflow.numerics.checks import checked_count, checked_flag
+from sdeflow.numerics.noise import BLOCK, NoiseStream
+from sdeflow.scores import evaluating
+from sdeflow.scores.thresholded import Threshold, Thresholded
+from sdeflow.solvers import Clock, Grid, Problem, Solver, names_for, resolve
+from sdeflow.solvers.clock import as_grid
+from sdeflow.solving.gradients import require_graph, require_reach
+from sdeflow.solving.model import Model
+from sdeflow.solving.pilot import pilot
+from sdeflow.solving.plan import Plan, make_plan
+from sdeflow.symbolic.equations import Equation
+
+__all__ = ["Answer", "Callback", "Options", "field", "require_follower", "run"]
+
+Callback = Callable[[int, float, Tensor], object]
+Answer = Tensor | tuple[Tensor, ...]
+
+_LARGEST = 2**24  # elements of a state that are solved at once
+
+
+@dataclass(frozen=True)
+class Options:
+    """What sampling, decoding and encoding take alike; :meth:`sdeflow.dynamics.ReverseSDE.sample` documents it.
+
+    Raises:
+        TypeError, ValueError: for a value that makes no sense.
+    """
+
+    solver: str | Solver | None = None
+    steps: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    grid: Grid = None
+    max_calls: int | None = None
+    trajectory: bool = False
+    callback: Callback | None = None
+    denoise: bool = False
+    return_denoised: bool = False
+    threshold: Threshold | None = None
+    chunk: int | None = None
+    progress: bool | None = None
+    noise: BrownianPath | None = None
+    gradient: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "max_calls", "chunk"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_count(getattr(self, name), name))
+        object.__setattr__(self, "grid", as_grid(self.grid))
+        for name in ("trajectory", "denoise", "return_denoised"):
+            object.__setattr__(self, name, checked_flag(getattr(self, name), name))
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be callable as callback(step, t, x), not {self.callback!r}.")
+        if not (self.noise is None or isinstance(self.noise, BrownianPath)):
+            raise TypeError(f"noise must be a sdeflow.BrownianPath, not {self.noise!r}; seed= is for the rest.")
+        object.__setattr__(self, "progress", checked_flag(self.progress, "progress", optional=True))
+
+    @property
+    def observed(self) -> bool:
+        """Whether anyone looks at the states on the way."""
+        return self.trajectory or self.callback is not None
+
+
+@torch.inference_mode(False)  # what is kept for later calls must be able to carry gradients
+def run(
+    model: Model,
+    equation: Equation,
+    start: Callable[[], Tensor],
+    dtype: torch.dtype,
+    options: Options,
+    *,
+    backward: bool = True,
+    seed: int | None = None,
+    graph: bool = False,
+) -> Answer:
+    """The state at the other end, and what else ``options`` ask for.
+
+    Args:
+        model: the SDE with its score.
+        equation: its reverse SDE or its flow.
+        start: gives the state (batch, *event) to start from; asked once the options are known to fit.
+        dtype: of that state.
+        options: as the user gave them.
+        backward: whether t runs from T down to the cutoff.
+        seed: of the noise, for an SDE; None for an ODE.
+        graph: whether the result is to be differentiated.
+
+    Returns:
+        x, (x, denoised), (states, times) or (states, times, denoised).
+    """
+    if options.threshold is not None:
+        model = model.with_score(Thresholded(model.score, options.threshold))
+    with torch.no_grad():
+        plan = _plan(model, "ode" if seed is None else "sde", options, dtype)
+        x = start()
+        clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x.detach())
+    if graph:
+        x = x.clone() if x.is_inference() else x
+        require_reach(model, x)
+        if getattr(plan.solver, "method", None) == "scipy_solver":
+            raise ValueError(f"gradient=: {plan.solver} runs in SciPy, through which none flows.")
+    with torch.enable_grad() if graph else torch.no_grad():
+        answer = _run(model, equation, x, clock, plan, options, backward, seed)
+    if graph:
+        require_graph(answer[0] if isinstance(answer, tuple) else answer)
+    return answer
+
+
+def _run(
+    model: Model, equation: Equation, x: Tensor, clock: Clock, plan: Plan, options: Options, backward: bool,
+    seed: int | None,
+) -> Answer:  # fmt: skip
+    """The solves of all chunks, joined."""
+    if not len(x):
+        return _answer(options, [_of_no_samples(x, plan, clock, backward, options)])
+    event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)
+    noise = {} if seed is None else model.noise(equation, event)
+    calls = None if plan.expected_calls is None else plan.expected_calls * len(pieces)
+    hidden = None if options.progress is None else not options.progress
+    found = []
+    with tqdm(total=calls, desc="solving", disable=hidden, leave=False) as bar:
+        for first, last in pieces:
+            part = model.of_rows(first, last, len(x))
+            make_problem = partial(
+                Problem, field(part, equation, event, x.dtype), clock, backward=backward, max_calls=plan.max_calls,
+                on_call=None if bar.disable else bar.update,
+                noise=_noise(options, seed, first), **noise,
+            )  # fmt: skip
+            with evaluating(part.score), _rows_counted_from(first):
+                found.append(_solve(part, x[first:last], make_problem, plan, options))
+    return _answer(options, found)
+
+
+def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | BrownianRows | None:
+    """What drives the rows of a solve from ``first`` on."""
+    if options.noise is not None:
+        return options.noise.rows(first)
+    return None if seed is None else NoiseStream(seed, "path", first)
+
+
+def field(
+    model: Model, equation: Equation, event: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
+    drift, score = model.drift(equation), model.solver_score
+
+    def field(y: Tensor, t: Tensor) -> Tensor:
+        u = y.reshape(-1, *event)
+        return drift(u, t, score(u, t, dtype)).flatten(1)
+
+    return field
+
+
+# -------------------------------------------------------------------- before a solve
+
+
+def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan:
+    """The plan of a solve, once its options are known to fit the equation and each other."""
+    general = model.kernel is None
+    plan = make_plan(
+        kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
+        with_kernel=model.kernel is not None, coupled=model.declaration.coupled,
+    )  # fmt: skip
+    solver = plan.solver
+    if options.observed and not _observable(solver):
+        asked = "trajectory=True" if options.trajectory else "callback="
+        found = {name: resolve(name, kind) for name in names_for(kind, not general)}
+        names = (
+            name
+            for name, other in found.items()
+            if _observable(other) and not (options.trajectory and _per_sample(other))
+        )
+        raise ValueError(
+            f"{asked}: {solver} does not say when a step ends; those that do, by name: {', '.join(names)}."
+        )
+    if options.trajectory and _per_sample(solver):
+        raise ValueError(f"trajectory=True: {solver} takes each sample through times of its own; use callback=.")
+    if options.noise is not None:
+        require_follower(solver, model.declaration.coupled)
+    if options.chunk is not None and _of_whole_batch(solver):
+        raise ValueError(
+            f"chunk={options.chunk}: {solver} chooses its steps for the whole batch, so samples would depend on the "
+            "chunks; take a solver of fixed steps, or call once for each chunk."
+        )
+    if general and (options.denoise or options.return_denoised):
+        model.declaration.require_affine("denoise=True" if options.denoise else "return_denoised=True")
+    return plan
+
+
+def require_follower(solver: Solver, coupled: bool) -> None:
+    """A ValueError unless the solver can follow a path of Brownian motion; those that can say ``follows_path``."""
+    if not getattr(solver, "follows_path", False) or (coupled and solver.needs_kernel):
+        also = "" if coupled else ", or an Exponential(eta=1)"
+        raise ValueError(
+            f"noise=: {solver} does not follow a given path; take EulerMaruyama() or a method of torchsde's{also}."
+        )
+
+
+def _observable(solver: Solver) -> bool:
+    """Whether the solver says when a step ends; adapters to methods that do not have an attribute of this name."""
+    return getattr(solver, "observable", True)
+
+
+def _per_sample(solver: Solver) -> bool:
+    """Whether each sample has steps of its own; solvers that work so have an attribute of this name."""
+    return getattr(solver, "per_sample", False)
+
+
+def _of_whole_batch(solver: Solver) -> bool:
+    """Whether the steps depend on all samples together."""
+    return solver.adaptive and not _per_sample(solver)
+
+
+def _clock(model: Model, grid: Grid, solver: Solver, x: Tensor) -> Clock:
+    """The time variable asked for, or the one that the solver prefers where this SDE has it."""
+    if isinstance(grid, str) and grid == "pilot":
+        return pilot(model, solver, x).clock
+    preferred = None if model.kernel is None else solver.default_grid
+    return model.clock(preferred if grid is None else grid)
+
+
+def _pieces(x: Tensor, chunk: int | None, solver: Solver) -> list[tuple[int, int]]:
+    """First and last row of each chunk; without ``chunk`` one alone, unless the batch is very large."""
+    batch = len(x)
+    if chunk is None and (x.numel() <= _LARGEST or _of_whole_batch(solver)):
+        return [(0, batch)]
+    size = chunk or max(1, _LARGEST // math.prod(x.shape[1:]))
+    size = size // BLOCK * BLOCK if size > BLOCK and chunk is None else size  # whole blocks of noise cost less
+    return [(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
+@contextmanager
+def _rows_counted_from(first: int) -> Iterator[None]:
+    """Errors of a chunk name the rows of the batch."""
+    try:
+        yield
+    except SolverError as error:
+        if first and error.bad_rows:
+            error.bad_rows = [first + row for row in error.bad_rows]
+            error.args = (f"{error} (Rows count from sample {first}, where their chunk begins.)",)
+        raise
+
+
+# -------------------------------------------------------------------- a solve
+
+
+@dataclass
+class _Found:
+    """What a solve finds: the state at its end; states and times from its start on; E[x_0 | x] of what is returned."""
+
+    x: Tensor
+    states: Tensor | None = None
+    times: Tensor | None = None
+    denoised: Tensor | None = None
+
+
+def _solve(model: Model, x: Tensor, make_problem: Callable[..., Problem], plan: Plan, options: Options) -> _Found:
+    """What one solve from x finds; in float32 on the way where the state is in half precision."""
+    watch = _Watch(model, x, options)
+    inputs = model.solver_inputs(tuple(x.shape[1:]), x.dtype)
+    problem = make_problem(**inputs, on_step=watch if options.observed else None)
+    start, end = (model.T, model.cutoff) if problem.backward else (model.cutoff, model.T)
+    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    y = model.to_solver(y, start).flatten(1)
+    y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
+    found = _Found(model.from_solver(y.reshape(x.shape), end).to(x.dtype))
+    if options.trajectory:
+        if not watch.times:
+            raise ValueError(f"trajectory=True: {plan.solver} did not call problem.observe after its steps.")
+        found.states = torch.stack([x, *watch.states[:-1], found.x])
+        found.times = torch.tensor([start, *watch.times[:-1], end], dtype=torch.float64)
+    return _denoised(model, found, end, options)
+
+
+def _denoised(model: Model, found: _Found, end: float, options: Options) -> _Found:
+    """With E[x_0 | x] of every state that is returned, and in place of the last, where that was asked for."""
+    denoise = model.score.denoise
+    if options.return_denoised and options.trajectory:
+        found.denoised = torch.stack([denoise(x, t) for x, t in zip(found.states, found.times.tolist(), strict=True)])
+    elif options.return_denoised or options.denoise:
+        found.denoised = denoise(found.x, end)
+    if options.denoise:
+        last = found.denoised[-1] if options.trajectory and options.return_denoised else found.denoised
+        found.x = last.clone() if options.return_denoised else last
+        if options.trajectory:
+            found.states[-1] = found.x
+    return found
+
+
+class _Watch:
+    """Sees the state after each step as its user does: keeps it for the trajectory, shows it to the callback."""
+
+    def __init__(self, model: Model, x: Tensor, options: Options) -> None:
+        self._model, self._shape, self._dtype, self._options = model, x.shape, x.dtype, options
+        self.states: list[Tensor] = []
+        self.times: list[float] = []
+
+    def __call__(self, step: int, t: float, y: Tensor) -> None:
+        x = self._model.from_solver(y.reshape(self._shape), t).to(self._dtype)
+        if self._options.trajectory:
+            self.states.append(x.clone())  # a solver may go on in place
+            self.times.append(t)
+        if self._options.callback is not None:
+            self._options.callback(step, t, x.clone())  # and what a callback does in place must not reach the solver
+
+
+def _of_no_samples(x: Tensor, plan: Plan, clock: Clock, backward: bool, options: Options) -> _Found:
+    """As :func:`_solve` for an empty batch, which is given to no solver."""
+    times = torch.as_tensor(clock.times(plan.steps or 1))
+    times = times.flip(0) if backward else times
+    states = x.new_empty(len(times), *x.shape)
+    return _Found(x, states, times, states if options.trajectory else x)
+
+
+def _answer(options: Options, found: list[_Found]) -> Answer:
+    """What was asked for, of all chunks together."""
+
+    def joined(name: str, dim: int) -> Tensor:
+        parts = [getattr(part, name) for part in found]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    denoised = (joined("denoised", int(options.trajectory)),) if options.return_denoised else ()
+    if options.trajectory:
+        return joined("states", 1), found[0].times, *denoised
+    return (joined("x", 0), *denoised) if denoised else joined("x", 0)

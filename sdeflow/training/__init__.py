@@ -1,0 +1,1 @@
+"""Training of score networks: losses, weightings, times, batches, the loop."""

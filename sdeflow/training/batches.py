@@ -1,0 +1,215 @@
+"""Batches for training from a tensor, a Dataset or a DataLoader: checked, endless, the same after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from sdeflow.errors import DataError
+from sdeflow.numerics.checks import checked_finite, checked_state
+from sdeflow.numerics.noise import NoiseStream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Batch", "Batches", "checked_data", "mixed_seed"]
+
+_LOOK = 10_000  # rows of a tensor, from which moments are measured
+_LOOK_ITEMS = 512  # items of a Dataset
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class Batches:
+    """Batches (x_0, y or None) without end.
+
+    A tensor or a Dataset is shuffled anew in every epoch, from (seed, epoch) alone, so that training can go
+    on at any step. A DataLoader brings its own order and batches, and a resumed run starts it from its beginning.
+
+    Args:
+        data: (n, *event), a tensor, an array or a list of samples; a tuple (x, y) of such with labels (n, ...); or a
+            Dataset or DataLoader of samples, alone or with labels as (x, y).
+        batch_size: of a tensor or a Dataset, over all processes.
+        seed: of the order.
+        accelerator: tells the device and this process's share.
+        dtype: of the network, to which floating data are converted; None leaves them as they are.
+
+    Raises:
+        DataError: for data of another kind, and for an empty one.
+    """
+
+    def __init__(
+        self,
+        data: Tensor | tuple[Tensor, Tensor] | Dataset | DataLoader,
+        batch_size: int,
+        seed: int,
+        accelerator: Accelerator,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._accelerator, self._dtype = accelerator, dtype
+        self._order: _Shuffled | None = None
+        if isinstance(data, DataLoader | IterableDataset):
+            self._loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
+        else:
+            if _holds_rows(data):
+                data = _Rows(*_labelled(data))
+            elif isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+                raise DataError(
+                    f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}."
+                )
+            if len(data) == 0:
+                raise DataError("the data set is empty.")
+            self._order = _Shuffled(len(data), batch_size, seed)
+            collate = _as_it_is if isinstance(data, _Rows) else None
+            self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=collate)
+        x, self.first_labels = self._look()
+        self.first = x if dtype is None else x.to(dtype)
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """This process's share of the batches from ``step`` on, each checked."""
+        loader = self._loader
+        if self._order is not None:
+            self._order.first_step = step
+        else:
+            loader = self._accelerator.prepare_data_loader(loader)
+        # Made now: a DataLoader's iterator draws from the global random state when it begins.
+        return self._checked(iter(loader), loader, step)
+
+    def _checked(self, iterator: Iterator, loader: DataLoader, step: int) -> Iterator[Batch]:
+        device, event = self._accelerator.device, tuple(self.first.shape[1:])
+        checked_already = isinstance(self._loader.dataset, _Rows)
+        while True:
+            for batch in iterator:
+                x, y = _split(batch)
+                if not checked_already:
+                    x = checked_data(x, f"a batch at step {step}", self._order.latest if self._order else None)
+                if tuple(x.shape[1:]) != event:
+                    raise DataError(f"the batch at step {step} has shape {tuple(x.shape)}, samples before it {event}.")
+                if self._order is not None:
+                    mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
+                    x, y = x[mine], None if y is None else y[mine]
+                yield x.to(device=device, dtype=self._dtype or x.dtype), None if y is None else y.to(device)
+                step += 1
+            iterator = iter(loader)
+
+    def fingerprint(self) -> list:
+        """What JSON can hold of the data, to tell other data from the same: shape and moments of some samples."""
+        x = self.first.double()
+        return [*self.first.shape, float(f"{float(x.mean()):.9g}"), float(f"{float(x.std(correction=0)):.9g}")]
+
+    def _look(self) -> Batch:
+        """Some samples with their labels, for shape and scale; the order of training is not disturbed."""
+        dataset = self._loader.dataset
+        if isinstance(dataset, _Rows):
+            seen = slice(None, None, max(1, len(dataset) // _LOOK))
+            return dataset.data[seen], None if dataset.labels is None else dataset.labels[seen]
+        if self._order is None:
+            for batch in self._loader:
+                x, y = _split(batch)
+                return checked_data(x, "the first batch"), y
+            raise DataError("the data loader is empty: it brings no batch.")
+        indices = list(range(0, len(dataset), max(1, len(dataset) // _LOOK_ITEMS)))
+        items = [dataset[i] for i in indices]
+        labelled = isinstance(items[0], tuple | list)
+        try:
+            x = torch.stack([torch.as_tensor(item[0] if labelled else item) for item in items])
+            y = torch.stack([torch.as_tensor(item[1]) for item in items]) if labelled and len(items[0]) > 1 else None
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DataError(f"the data set's samples are no tensors, or have different shapes: {error}") from error
+        return checked_data(x, "the data set", indices), y
+
+
+def checked_data(x: Tensor, what: str = "data", indices: list[int] | None = None) -> Tensor:
+    """``x`` as a floating, finite tensor (n, *event) with n >= 1.
+
+    Raises:
+        DataError: otherwise, naming the samples (by ``indices`` where given).
+    """
+    x = checked_state(x, what, 0)
+    if x.ndim < 2 or not len(x):
+        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(x.shape)}.")
+    return checked_finite(x.clone() if x.is_inference() else x, what, indices)
+
+
+def _holds_rows(data: object) -> bool:
+    """Whether ``data`` are samples side by side; a list of pairs (x, y) is a Dataset."""
+    if isinstance(data, list):
+        return not (data and isinstance(data[0], tuple))
+    return isinstance(data, Tensor | tuple) or hasattr(data, "__array__")
+
+
+def _labelled(data: object) -> Batch:
+    """Samples, and their labels where ``data`` is a tuple (x, y)."""
+    if not isinstance(data, tuple):
+        return checked_data(data), None
+    if len(data) != 2:
+        raise DataError(f"data that is a tuple is (x, y), samples and their labels, and has {len(data)} parts here.")
+    x, y = checked_data(data[0], "x of the data (x, y)"), torch.as_tensor(data[1])
+    if not y.ndim or len(y) != len(x):
+        raise DataError(f"data (x, y) has {len(x)} samples and labels of shape {tuple(y.shape)}: one for each, please.")
+    return x, y
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several integers."""
+    value = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
+        value ^= value >> 29
+    return value % 2**63
+
+
+class _Rows(Dataset):
+    """Rows of a tensor, and of their labels, a batch of indices at once."""
+
+    def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
+        self.data, self.labels = data, labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int | list[int]) -> Tensor | tuple[Tensor, Tensor]:
+        return self.data[index] if self.labels is None else (self.data[index], self.labels[index])
+
+    __getitems__ = __getitem__
+
+
+class _Shuffled(Sampler):
+    """Batches of indices, a permutation per epoch from (seed, epoch), from any step on.
+
+    Attributes:
+        first_step: where iteration starts.
+        latest: the batch given last.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+        self.first_step = 0
+        self.latest: list[int] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.n // self.batch_size
+        epoch, position = divmod(self.first_step, per_epoch)
+        while True:
+            level = NoiseStream(self.seed, f"order {epoch}").uniform((1, self.n), torch.float64)[0]
+            order = level.argsort(stable=True)
+            for i in range(position, per_epoch):
+                self.latest = order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+                yield self.latest
+            epoch, position = epoch + 1, 0
+
+
+def _as_it_is(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    return batch
+
+
+def _split(batch: object) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    raise DataError(f"a batch must be a tensor (batch, *event), alone or with labels, not {type(batch).__name__}.")

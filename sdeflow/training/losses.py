@@ -1,0 +1,148 @@
+r"""Denoising score matching (Vincent 2011; arXiv:2011.13456, eq. 7).
+
+    L(t) = w(t) E ‖s(x_t, t) - ∇ log p(x_t | x_0)‖²,   x_t ~ p(x_t | x_0)
+
+whose minimiser is ∇ log p_t whatever w > 0. Since ∇ log p(x_t | x_0) = -sigma⁻ᵀ eps, it is computed from the
+error of eps, in which nothing is large near t = 0. The weightings are those of :mod:`sdeflow.training.weightings`; two
+are derived from the declaration:
+
+    "score"        w = 1 / E|∇ log p(x_t | x_0)|² per coordinate = sigma²; for a coupled state ‖sigmaᵀ (s - ∇ log p)‖²
+    "likelihood"   w = g², ‖gᵀ (s - ∇ log p)‖² in general: ½ ∫ L dt bounds the KL divergence (arXiv:2101.09258)
+
+An SDE without a Gaussian kernel gives pairs (x_t, target), the target with the score as its mean given x_t: the score
+of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated path (:mod:`sdeflow.solving.simulate`).
+Then
+
+    L = E ‖rootᵀ (s(x_t, t) - target)‖²,    root a function of (x_t, t) alone,
+
+for with a weight that knew x_0, such as the kernel's own standard deviation, the minimiser would be
+E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
+
+**Where paths reach an end of the domain** (a square-root process of dimension delta < 2, a Jacobi process with A or
+B < 1, a change of state that folds), p_t goes to the end as u^(nu) with -1 < nu < 0, u the distance from it. The score
+is nu / u there and g² is linear in u, so that E[g² ‖∇ log p‖²], which "likelihood" is, is infinite, in Lamperti's
+coordinate too. The weight of "score" falls by one more power of u: its root has the factor sqrt(u / (u + sigma²)), with
+sigma² in the units of u, which makes every target bounded near the end. The weight depends on (x_t, t) alone, and the
+minimiser is still the score.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import WeightingError
+from sdeflow.kernels.gaussian import Kernel, broadcast_to_event
+from sdeflow.numerics.checks import checked_noise, checked_numbers, checked_state
+from sdeflow.numerics.compile import compile_expressions
+from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.scores import Score
+from sdeflow.symbolic.symbols import t as time_symbol
+from sdeflow.training.weightings import Weighting, metric, of_times, overall_std, require_weighting
+
+__all__ = ["KernelPairs", "Pairs", "Weighting", "denoising_score_matching", "score_error", "weighted_error"]
+
+
+def denoising_score_matching(
+    score: Score, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "score", y: Tensor | None = None
+) -> Tensor:
+    """L(t) of each sample at its time, averaged over its coordinates, (batch,).
+
+    Args:
+        score: a score whose SDE has a Gaussian kernel.
+        x_0: data, (batch, *event); whole states (batch, k, *event) of a coupled SDE.
+        t: times, (batch,), in [cutoff, T].
+        noise: eps ~ N(0, 1), shaped as x_0.
+        weighting: "score", "likelihood", "edm", "min_snr", "p2", or w as a function of t.
+        y: labels, (batch,), for a class-conditional network.
+
+    Raises:
+        ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
+    """
+    x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
+    noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
+    x_t = score.kernel.sample(x_0, t, noise=noise)
+    data_std = overall_std(score.data_std) if isinstance(weighting, str) and weighting == "edm" else 1.0
+    return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t, data_std)
+
+
+class Pairs(NamedTuple):
+    """States and times with a target whose mean given x_t is the score, and the root of a weight."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    root: Linear
+
+
+def score_error(score: Score, pairs: Pairs, y: Tensor | None = None) -> Tensor:
+    """‖rootᵀ (s(x_t, t) - target)‖² per coordinate, (batch,)."""
+    x_t, t, target, root = pairs
+    return root.T(score(x_t, t, y) - target).square().flatten(1).mean(1)
+
+
+class KernelPairs:
+    """Pairs from an exact kernel that is not Gaussian: x_t ~ p(x_t | x_0) with ∇ log p(x_t | x_0).
+
+    Args:
+        score: a score whose SDE has such a kernel, one behind a change of the state or of the Pearson class.
+        weighting: "likelihood", root = g(x_t, t); "score", that times the standard deviation over g of the affine SDE
+            behind it, which makes a target of unit size for y = H(x), and times what keeps it bounded at an end that
+            paths reach (see the module); or w(t).
+
+    Raises:
+        WeightingError: for a weighting under which the loss is infinite, since paths come too near an end.
+    """
+
+    def __init__(self, score: Score, weighting: Weighting) -> None:
+        require_weighting(weighting, gaussian=False)
+        self.kernel, self.weighting = score.kernel, weighting
+        infinite = self.kernel.unbounded if callable(weighting) else self.kernel.attained
+        if infinite and weighting != "score":
+            what = "w(t) |∇ log p|²" if callable(weighting) else "g² |∇ log p|²"
+            raise WeightingError(
+                f"E[{what}], the loss of this weighting, is infinite: the density of this SDE falls too slowly towards "
+                'an end of the domain, where its score is infinite. Use weighting="score", which weighs states near '
+                "the end so that the loss is finite, and has the same minimiser."
+            )
+        declaration = score.declaration
+        self._g = compile_expressions(declaration.g, (time_symbol, *declaration.state), score.values, declaration.T)
+
+    @torch.no_grad()
+    def __call__(self, x_0: Tensor, t: Tensor, noise: NoiseStream) -> Pairs:
+        """Pairs at the times t (batch,) for data (batch, *event)."""
+        x_t = self.kernel.sample(x_0, t, seed=noise.seed)
+        return Pairs(x_t, t, self.kernel.score(x_t, x_0, t), Linear(self._root(x_t, t)))
+
+    def _root(self, x: Tensor, t: Tensor) -> Tensor:
+        if callable(self.weighting):
+            return broadcast_to_event(of_times(self.weighting, t).sqrt(), x)
+        g = self._g(broadcast_to_event(t, x), x)
+        if self.weighting == "likelihood":
+            return g
+        inner = self.kernel.inner
+        _, _, q = inner.equation(x, t)
+        scale = inner.path(x, t).sigma.values / q.values.sqrt()
+        return g * (scale * self.kernel.damping(x, t)).to(x.dtype)
+
+
+def weighted_error(kernel: Kernel, weighting: Weighting, error: Tensor, t: Tensor, data_std: float = 1.0) -> Tensor:
+    """L(t) = errorᵀ M error per coordinate for an error of eps (batch, *event), (batch,) in its dtype.
+
+    Args:
+        kernel: the Gaussian kernel.
+        weighting: M of :func:`sdeflow.training.weightings.metric`.
+        error: of eps, (batch, *event).
+        t: times, (batch,).
+        data_std: the data's standard deviation, which "edm" knows.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(weighting, str) and weighting == "score":
+        return error.square().flatten(1).mean(1)
+    error = kernel.to_basis(error)
+    return (error * metric(kernel, weighting, error, t, data_std)(error)).flatten(1).mean(1)
