@@ -22,7 +22,9 @@ from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.reducible import PushForward, ReducibleKernel
 from sdeflow.kernels.square_root import SquareRootKernel
+from sdeflow.laws.fitted import FittedPrior
 from sdeflow.laws.gaussian import Gaussian
+from sdeflow.laws.stationary import StationaryLaw
 from sdeflow.numerics.basis import Basis, CentreOfMassFree
 from sdeflow.numerics.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.numerics.compile import Compiled, compile_expressions
@@ -35,7 +37,7 @@ from sdeflow.scores import ScoreFunction, as_score
 from sdeflow.solvers import Solver
 from sdeflow.solving.boundary import states_to_try
 from sdeflow.solving.model import Prior
-from sdeflow.solving.priors import FittedPrior, StationaryLaw, default_prior, fit_prior
+from sdeflow.solving.priors import default_prior, fit_prior
 from sdeflow.solving.simulate import simulate, start
 from sdeflow.storage import from_dict, to_dict
 from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, parameter_symbols

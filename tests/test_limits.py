@@ -15,12 +15,12 @@ import sdeflow
 from sdeflow import SDE, t, x
 from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, SdeflowError, TooLargeError
 from sdeflow.solvers.clock import make_clock
-from sdeflow.solving.simulate import SimulatedPairs
 from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.declaration import _covariance
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.patience import budget, deadline, growth, patiently, small, within
 from sdeflow.training import checkpoint
+from sdeflow.training.pairs import SimulatedPairs
 
 
 def processor_time():

@@ -28,6 +28,8 @@ from sdeflow.kernels.bridge import Bridge
 from sdeflow.kernels.pearson import PearsonKernel
 from sdeflow.kernels.reducible import PushForward, ReducibleKernel
 from sdeflow.laws.boltzmann import BoltzmannLaw
+from sdeflow.laws.fitted import FittedPrior
+from sdeflow.laws.stationary import StationaryLaw
 from sdeflow.likelihood import bits_per_dim, data_log_prob, log_prob
 from sdeflow.likelihood.bounds import elbo, kl_bound
 from sdeflow.likelihood.dequantisation import TruncatedNormal, Uniform, Variational, bits_from
@@ -37,7 +39,7 @@ from sdeflow.numerics.traces import Hadamard, Hutchinson, HutchPP
 from sdeflow.scores import GaussianMixture
 from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin, presets
-from sdeflow.solving.priors import FittedPrior, StationaryLaw, fit_prior
+from sdeflow.solving.priors import fit_prior
 from sdeflow.solving.simulate import simulate
 from sdeflow.training.losses import denoising_score_matching
 

@@ -12,12 +12,13 @@ import torch
 
 import sdeflow
 from sdeflow import SDE, Score, catalog, errors, state, t, x
+from sdeflow.kernels.local import LocalLaw
+from sdeflow.laws.stationary import stationary_law
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import Torchsde
-from sdeflow.solving.model import Model
-from sdeflow.solving.priors import stationary_law
-from sdeflow.solving.simulate import LocalLaw, SimulatedPairs, start
+from sdeflow.solving.simulate import start
 from sdeflow.training.losses import KernelPairs
+from sdeflow.training.pairs import SimulatedPairs
 
 R = sp.Rational
 DOUBLE_WELL = SDE(x - x**3, 1, T=2)
@@ -173,7 +174,7 @@ def test_the_local_law_of_a_linear_sde_is_exact(matrix, h):
     u, v = state("u v")
     F = sp.Matrix(matrix)
     sde = SDE(list(F * sp.Matrix([u, v]) + sp.Matrix([1, -2])), [[0, R(1, 2)], [1, 1]], T=5, P0=1)
-    law = LocalLaw(Model(sde, None, None))
+    law = LocalLaw(sde)
     states, times = torch.tensor([[0.3, -1.2], [2.0, 0.5]], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     mean, root = law(states, times, times + h)
     F, b, g = np.array(F, dtype=float), np.array([1.0, -2.0]), np.array([[0, 0.5], [1, 1]])
@@ -188,14 +189,14 @@ def test_the_local_law_is_stable_where_the_drift_is_stiff():
     u, v = state("u v")
     sde = SDE([-200 * u, -v], [1, 1], T=5)
     times = torch.zeros(1, dtype=torch.float64)
-    _, P = LocalLaw(Model(sde, None, None)).moments(torch.ones(1, 2, dtype=torch.float64), times, times + 3)
+    _, P = LocalLaw(sde).moments(torch.ones(1, 2, dtype=torch.float64), times, times + 3)
     exact = torch.tensor([[1 / 400, 0.0], [0.0, (1 - math.exp(-6)) / 2]], dtype=torch.float64)
     assert torch.allclose(P[0], exact, rtol=1e-12, atol=1e-15)
 
 
 def test_the_local_law_has_second_order_moments():
     """From a point, mean and variance of the double well are right to O(h³): halving h must gain a factor near 8."""
-    law, (grid, _) = LocalLaw(Model(DOUBLE_WELL, None, None)), fokker_planck([0.0])
+    law, (grid, _) = LocalLaw(DOUBLE_WELL), fokker_planck([0.0])
     start = grid[np.abs(grid - 0.7).argmin()]
     found = []
     for h in (0.1, 0.05):
@@ -212,7 +213,7 @@ def test_the_local_law_has_second_order_moments():
 
 
 def test_a_gap_of_one_is_a_step_of_euler():
-    law = LocalLaw(Model(lotka_volterra(), None, None))
+    law = LocalLaw(lotka_volterra())
     states = torch.tensor([[1.2, 0.7], [0.4, 2.0]], dtype=torch.float64)
     time = torch.zeros(2, dtype=torch.float64)
     mean, root = law.euler(states, time, time + 0.01)

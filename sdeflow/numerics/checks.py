@@ -479,3 +479,15 @@ def checked_count(value: object, name: str, least: int = 1) -> int:
     if value > _MOST:
         raise TooLargeError(f"{name} must be at most 2^62, not {_shown(value)}.")
     return int(value)
+
+
+def checked_data(x: Tensor, what: str = "data", indices: list[int] | None = None) -> Tensor:
+    """``x`` as a floating, finite tensor (n, *event) with n >= 1.
+
+    Raises:
+        DataError: otherwise, naming the samples (by ``indices`` where given).
+    """
+    x = checked_state(x, what, 0)
+    if x.ndim < 2 or not len(x):
+        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(x.shape)}.")
+    return checked_finite(x.clone() if x.is_inference() else x, what, indices)

@@ -178,3 +178,12 @@ def _uniforms(words: np.ndarray, dtype: type) -> np.ndarray:
 def _signs(words: np.ndarray, dtype: type) -> np.ndarray:
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     return dtype(1.0) - dtype(2.0) * bits
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several integers."""
+    value = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
+        value ^= value >> 29
+    return value % 2**63

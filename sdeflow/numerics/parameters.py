@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
+from typing import Protocol
 
 import sympy as sp
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from sdeflow.errors import DeclarationError
 from sdeflow.numerics.checks import require_memory
+from sdeflow.symbolic.declaration import Declaration
 
-__all__ = ["Values"]
+__all__ = ["Declared", "Values"]
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NUMBERS = 10_000  # that the kernel's table of one coordinate holds, at least
@@ -107,6 +109,13 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
     def replaced(self, changes: Mapping[sp.Symbol, object]) -> Values:
         """The same with some values changed."""
         return Values({**self._values, **changes})
+
+
+class Declared(Protocol):
+    """A declaration with values of its parameters: an SDE, a score of it, a model."""
+
+    declaration: Declaration
+    values: Values
 
 
 def _checked(value: object, symbol: sp.Symbol) -> float | Tensor:

@@ -13,20 +13,16 @@ from sdeflow.errors import DataError, NotAffineError, ScoreError
 from sdeflow.kernels.gaussian import Kernel, Path
 from sdeflow.numerics.checks import checked_state, checked_time
 from sdeflow.numerics.linear import Linear, multiplied, rows
-from sdeflow.numerics.parameters import Values
+from sdeflow.numerics.parameters import Declared
 from sdeflow.scores.readout import GridScore, Readout
-from sdeflow.symbolic.declaration import Declaration
 
 __all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "as_score", "evaluating"]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class DeclaredSDE(Protocol):
+class DeclaredSDE(Declared, Protocol):
     """What a score needs of an SDE: its declaration, and its kernel where there is one."""
-
-    declaration: Declaration
-    values: Values
 
     @property
     def kernel(self) -> Kernel: ...

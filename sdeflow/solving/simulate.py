@@ -1,38 +1,4 @@
-r"""Paths of the forward SDE, and what score matching learns from them where no kernel is known.
-
-**Simulation.** :func:`simulate` solves dx = f dt + g dw from x_0 at t = 0 by any method of torchsde's.
-
-**Local score matching.** Where p(x_t | x_0) is unknown, that of a short step is not. For any s < t
-
-    ∇ log p_t(x) = E[ ∇ log p(x_t | x_s) | x_t = x ],
-
-so the score is learned from pairs (x_s, x_t), x_s simulated (arXiv:2407.07998). Over h = t - s the SDE is linearised
-at x_s: with J = ∂f/∂x and Q = g gᵀ, the step is N(m, P),
-
-    m = x_s + ∫_0^h e^{Ju} du (f + h/4 tr(Q ∇²f)),     P = ∫_0^h e^{Ju} Q e^{Jᵀu} du,
-
-which is Ozaki's (1992) with the curvature of Shoji & Ozaki (1998), to the leading order in h. Time is frozen at the
-middle of the step; Q too is taken there. J is never inverted, and P need not be: where noise drives some components
-only, it reaches the others through J. The target -P⁻¹ (x_t - m) is the exact score of the step that drew x_t, so all
-bias comes from the law of that one step, O(h²) as far as it is not Gaussian.
-
-A longer step lowers the variance of the target, tr P⁻¹ ~ 1 / h, and raises its bias. With T / dt steps in [0, T],
-h = gap · dt; a gap of 1 is a step of Euler-Maruyama, for which the targets are exact, in a chain that is not the SDE's.
-Measured on dx = (x - x³) dt + dw, T = 2, 200 steps, data N(0.3, 0.2²), with exact p_s on a grid: the standard deviation
-of the target, and the rms of E[target | x_t] - ∇ log p_t, relative to that of ∇ log p_t (which is 1.9):
-
-    ====  ===========  =====  ========================================
-    gap   target std   bias   bias of Ozaki's step, without curvature
-    ====  ===========  =====  ========================================
-    1     10.0         0.5 %  (Euler-Maruyama)
-    2     7.2          0.1 %
-    5     4.7          0.7 %  1.7 %
-    10    3.4          3.6 %  6.2 %
-    20    2.7          14 %   19 %
-    ====  ===========  =====  ========================================
-
-Not to be confused with matching p(x_t | x_0) itself, which :mod:`sdeflow.training.losses` does wherever it is known.
-"""
+"""Paths of the forward SDE: :func:`simulate` solves dx = f dt + g dw from x_0 at t = 0 by any method of torchsde's."""
 
 from __future__ import annotations
 
@@ -40,26 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import sympy as sp
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdeflow.errors import DataError, NonFiniteStateError, ScheduleError, TooLargeError
-from sdeflow.kernels.gaussian import broadcast_to_event
+from sdeflow.errors import DataError
+from sdeflow.kernels.local import semidefinite_root
 from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.brownian import BrownianPath, BrownianRows
 from sdeflow.numerics.checks import (
-    checked_count,
     checked_dtype,
     checked_flag,
     checked_numbers,
     checked_point,
     checked_states,
 )
-from sdeflow.numerics.compile import Compiled, compile_expressions
+from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import Linear
-from sdeflow.numerics.noise import NoiseStream, resolve_seed
+from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, names_for, resolve
 from sdeflow.solving.boundary import Boundary
@@ -67,22 +31,13 @@ from sdeflow.solving.gradients import is_meant, require_graph
 from sdeflow.solving.model import Model
 from sdeflow.solving.plan import Plan, make_plan
 from sdeflow.solving.run import require_follower
-from sdeflow.symbolic.coupled import rank
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
-from sdeflow.training.batches import mixed_seed
-from sdeflow.training.losses import Pairs
-from sdeflow.training.weightings import Weighting, of_times, require_weighting
 
-__all__ = ["LocalLaw", "SimulatedPairs", "simulate", "start"]
+__all__ = ["simulate", "start"]
 
 _STEPS = 500
-_MOST_STEPS = 1_000_000
-_SMALL = 0.25  # |J h| below which the series converges to rounding in _TERMS terms
-_TERMS = 12
-_SINGULAR = 1e-6  # of a pivot, relative to the component's standard deviation
 
 
 def simulate(
@@ -358,240 +313,4 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     if not declaration.coupled:
         return state + math.sqrt(declaration.P0) * drawn
     P0 = torch.tensor(declaration.P0.tolist(), dtype=torch.float64).to(state.device)
-    return state + Linear(_semidefinite_root(P0, True), True)(drawn)
-
-
-class SimulatedPairs:
-    """Pairs (x_s, x_t) of a chain of Euler-Maruyama, and the local target of the last step.
-
-    Args:
-        sde: an SDE without a kernel, or a score of it.
-        weighting: "score", in units of the last step's standard deviation; "likelihood", in those of g; or w(t).
-        gap: the last step's length in units of T / steps; near t = 0 it is cut to [0, t].
-        steps: of the chain over [0, T]; each path spends as many on its own [0, s].
-
-    Raises:
-        ScheduleError: for gap = 1 where g gᵀ is singular, for then a step has no density.
-        ValueError: for a gap or steps that make no sense.
-        TooLargeError: for more than a million steps.
-    """
-
-    def __init__(self, sde: DeclaredSDE, weighting: Weighting, gap: int, steps: int) -> None:
-        require_weighting(weighting, gaussian=False)
-        self.model = Model(sde, None, None)
-        for name, value in (("gap", gap), ("simulation_steps", steps)):
-            checked_count(value, name)
-        if gap > steps:
-            raise ValueError(f"gap = {gap} exceeds simulation_steps = {steps}.")
-        if steps > _MOST_STEPS:
-            raise TooLargeError(
-                f"simulation_steps = {steps:,} are simulated for each batch; at most {_MOST_STEPS:,} are allowed."
-            )
-        if gap == 1 and rank(self.model.declaration.gram) < len(self.model.state):
-            raise ScheduleError(
-                "g gᵀ is singular, so one step of Euler-Maruyama has no density: take gap >= 2, over which the noise "
-                "spreads to every component."
-            )
-        self.weighting, self.gap, self.steps = weighting, gap, steps
-        self.law = LocalLaw(self.model)
-
-    @torch.no_grad()
-    def __call__(self, data: Tensor, t: Tensor, noise: NoiseStream) -> Pairs:
-        """Pairs at the times t (batch,) for data (batch, *event)."""
-        h = torch.clamp_max(t, self.gap * self.model.T / self.steps)
-        x_s = self.path(start(self.model.declaration, data, noise), t - h, noise)
-        mean, root = (self.law.euler if self.gap == 1 else self.law)(x_s.double(), t - h, h)
-        eps = noise.normal(tuple(x_s.shape), torch.float64, x_s.device)
-        x_t = mean + root(eps)
-        _require_finite(x_t, "the local step")
-        target = -root.T.inverse(eps)
-        return Pairs(x_t.to(x_s.dtype), t, target.to(x_s.dtype), self._metric(x_t, t, h))
-
-    def path(self, x: Tensor, s: Tensor, noise: NoiseStream) -> Tensor:
-        """x_s of each sample from its x_0, for its own time s (batch,), in steps of s / steps."""
-        length = s / self.steps
-        for i in range(self.steps):
-            motions = noise.normal(
-                (len(x), self.law.motions, *x.shape[2:]) if self.law.coupled else tuple(x.shape), x.dtype, x.device
-            )
-            x = x + self.law.increment(x, i * length, length, motions)
-        _require_finite(x, "Euler-Maruyama")
-        return x
-
-    def _metric(self, x_t: Tensor, t: Tensor, h: Tensor) -> Linear:
-        """The root of the weight. It must not know x_s, or the minimiser would be another function than the score."""
-        if callable(self.weighting):
-            return self.law.scaling(of_times(self.weighting, t).sqrt(), x_t)
-        gram = self.law.gram(x_t, t) if self.weighting == "likelihood" else self.law.moments(x_t, t, h)[1]
-        return Linear(_semidefinite_root(gram, self.law.coupled), self.law.coupled)
-
-
-class LocalLaw:
-    """N(m, P), the law of a short step from x at t to t + h; see the module.
-
-    Vectors are shaped as states; matrices are (batch, ...) numbers elementwise, (batch, ..., k, k) of a coupled state.
-
-    Args:
-        model: the SDE.
-    """
-
-    def __init__(self, model: Model) -> None:
-        declaration = model.declaration
-        state, f, gram, g = declaration.state, declaration.drifts, declaration.gram, declaration.diffusions
-        self.coupled, self.k, self.motions = declaration.coupled, len(state), len(g) // len(state)
-        self._additive = not declaration.state_dependent_noise
-        self._entries = [divmod(i, self.motions) for i, entry in enumerate(g) if entry != 0]
-        pairs = [(i, j) for i in range(self.k) for j in range(self.k)]
-        first = [[derivative(row, component) for component in state] for row in f]
-        slopes = [_regular(slope) for row in first for slope in row]
-        curvatures = [_regular(sum(gram[i, j] * derivative(row[i], state[j]) for i, j in pairs)) for row in first]
-        euler, local, spread = (*f, *(e for e in g if e != 0)), (*f, *slopes, *curvatures), tuple(gram)
-        self._euler, self._local, self._gram = (
-            compile_expressions(e, (time_symbol, *state), model.values, model.T) for e in (euler, local, spread)
-        )
-
-    def increment(self, x: Tensor, t: Tensor, h: Tensor, motions: Tensor) -> Tensor:
-        """f h + g sqrt(h) motions, the step of Euler-Maruyama for standard normal motions (batch, m, ...)."""
-        values = self._values(self._euler, x, t)
-        h = self._side(h, x).to(x.dtype)
-        if not self.coupled:
-            return values[0] * h + values[1] * (h.sqrt() * motions)
-        rows, dw = [f * h for f in values[: self.k]], (h[:, None].sqrt() * motions).unbind(1)
-        for (i, j), g in zip(self._entries, values[self.k :], strict=True):
-            rows[i] = rows[i] + g * dw[j]
-        return torch.stack(rows, dim=1)
-
-    def gram(self, x: Tensor, t: Tensor) -> Tensor:
-        """g gᵀ."""
-        return self._matrix(self._values(self._gram, x, t))
-
-    def euler(self, x: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Linear]:
-        """x + f h, and a root of g gᵀ h."""
-        f = self._values(self._euler, x, t)[: self.k]
-        mean = x + self._vector(self._column(f) * self._wide(h, x))
-        return mean, self._root(self.gram(x, t) * self._wide(h, x))
-
-    def __call__(self, x: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Linear]:
-        """m, and a root of P, for x in float64 and t, h (batch,).
-
-        Raises:
-            ScheduleError: where P is singular.
-        """
-        mean, P = self.moments(x, t, h)
-        return mean, self._root(P)
-
-    def moments(self, x: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """m and P."""
-        middle, length = t + 0.5 * h, self._wide(h, x)
-        values, k = self._values(self._local, x, middle), self.k
-        f, J, c = self._column(values[:k]), self._matrix(values[k : k + k * k]), self._column(values[k + k * k :])
-        f = f + 0.25 * length * c
-        Q = self.gram(x if self._additive else x + self._vector(0.5 * length * f), middle)
-        shift, P = (_integrals if self.coupled else _scalar_integrals)(J * length, f * length, Q * length)
-        return x + self._vector(shift), P
-
-    def scaling(self, factor: Tensor, x: Tensor) -> Linear:
-        """The map that multiplies states like ``x`` by a number for each sample."""
-        wide = self._wide(factor, x)
-        return Linear(
-            wide * torch.eye(self.k, dtype=wide.dtype, device=x.device) if self.coupled else wide, self.coupled
-        )
-
-    def _values(self, compiled: Compiled, x: Tensor, t: Tensor) -> list[Tensor]:
-        """The compiled expressions at x (batch, ...) and t (batch,), each shaped as a component."""
-        components = x.unbind(1) if self.coupled else (x,)
-        values = compiled(self._side(t, x).to(x.dtype), *components)
-        return [value.expand_as(components[0]) for value in values]
-
-    def _side(self, t: Tensor, x: Tensor) -> Tensor:
-        return broadcast_to_event(t, x[:, 0] if self.coupled else x)
-
-    def _wide(self, h: Tensor, x: Tensor) -> Tensor:
-        """h, shaped to multiply columns and matrices."""
-        side = self._side(h, x)
-        return side[..., None, None] if self.coupled else side
-
-    def _column(self, values: list[Tensor]) -> Tensor:
-        return torch.stack(values, dim=-1)[..., None] if self.coupled else values[0]
-
-    def _matrix(self, values: list[Tensor]) -> Tensor:
-        return torch.stack(values, dim=-1).unflatten(-1, (self.k, self.k)) if self.coupled else values[0]
-
-    def _vector(self, column: Tensor) -> Tensor:
-        """A column as a state."""
-        return column[..., 0].movedim(-1, 1) if self.coupled else column
-
-    def _root(self, P: Tensor) -> Linear:
-        """The Cholesky factor of P."""
-        if self.coupled:
-            root, failed = torch.linalg.cholesky_ex(P)
-            pivots = root.diagonal(dim1=-2, dim2=-1) / P.diagonal(dim1=-2, dim2=-1).sqrt()
-            dense = (failed == 0).all() & (pivots > _SINGULAR).all()
-        else:
-            root = P.clamp_min(0).sqrt()
-            dense = (root > 0).all()
-        if not bool(dense):
-            raise ScheduleError(
-                "a short step of this SDE has no density: its noise vanishes at some state that paths visit, or never "
-                "reaches some component."
-            )
-        return Linear(root, self.coupled)
-
-
-def _scalar_integrals(z: Tensor, f: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """∫ e^{zu} du f and ∫ e^{2zu} du Q over [0, 1]."""
-    return f * _phi(z), Q * _phi(2.0 * z)
-
-
-def _phi(z: Tensor) -> Tensor:
-    """(e^z - 1) / z."""
-    small = z.abs() < 1e-8
-    safe = torch.where(small, torch.ones_like(z), z)
-    return torch.where(small, 1.0 + 0.5 * z, torch.expm1(safe) / safe)
-
-
-def _integrals(A: Tensor, f: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """∫ e^{Au} du f and ∫ e^{Au} Q e^{Aᵀu} du over [0, 1], of k x k matrices, without inverting A.
-
-    By Taylor series over a part 2^-n of the step, which is then doubled n times: E <- E², P <- P + E P Eᵀ.
-    """
-    size = float(A.abs().sum(-1).max())
-    n = max(0, math.ceil(math.log2(size / _SMALL))) if size > 0 else 0
-    scale = 0.5**n
-    A, f, Q = A * scale, f * scale, Q * scale
-    E = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    shift, P, of_E = f, Q, E
-    for i in range(1, _TERMS):
-        of_E, f = A @ of_E / i, A @ f / (i + 1)
-        Q = A @ Q
-        Q = (Q + Q.mT) / (i + 1)
-        E, shift, P = E + of_E, shift + f, P + Q
-    for _ in range(n):
-        shift, P, E = shift + E @ shift, P + E @ P @ E.mT, E @ E
-    return shift, P
-
-
-def _semidefinite_root(gram: Tensor, coupled: bool) -> Tensor:
-    """A root of g gᵀ, which may be singular; 0 where it does not exist."""
-    gram = torch.nan_to_num(gram, 0.0, 0.0, 0.0)
-    if not coupled:
-        return gram.clamp_min(0).sqrt()
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()[..., None, :]
-
-
-def _regular(expression: sp.Expr) -> sp.Expr:
-    """A derivative without its impulses, at kinks and jumps of f, that no sample meets."""
-    return expression.replace(sp.DiracDelta, lambda *_: sp.Integer(0)).replace(
-        lambda e: isinstance(e, sp.Derivative) and e.expr.has(sp.sign, sp.Heaviside), lambda _: sp.Integer(0)
-    )
-
-
-def _require_finite(x: Tensor, who: str) -> None:
-    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteStateError(
-            f"{who} left the finite states in {len(bad)} of {len(x)} paths: raise simulation_steps, or declare f and g "
-            "so that they hold wherever a step may lead (sqrt(Max(x, 0)), say).",
-            bad_rows=bad,
-        )
+    return state + Linear(semidefinite_root(P0, True), True)(drawn)

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from sdeflow.errors import DataError
-from sdeflow.numerics.checks import checked_finite, checked_state
+from sdeflow.numerics.checks import checked_data
 from sdeflow.numerics.noise import NoiseStream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Batch", "Batches", "checked_data", "mixed_seed"]
+__all__ = ["Batch", "Batches"]
 
 _LOOK = 10_000  # rows of a tensor, from which moments are measured
 _LOOK_ITEMS = 512  # items of a Dataset
@@ -123,18 +123,6 @@ class Batches:
         return checked_data(x, "the data set", indices), y
 
 
-def checked_data(x: Tensor, what: str = "data", indices: list[int] | None = None) -> Tensor:
-    """``x`` as a floating, finite tensor (n, *event) with n >= 1.
-
-    Raises:
-        DataError: otherwise, naming the samples (by ``indices`` where given).
-    """
-    x = checked_state(x, what, 0)
-    if x.ndim < 2 or not len(x):
-        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(x.shape)}.")
-    return checked_finite(x.clone() if x.is_inference() else x, what, indices)
-
-
 def _holds_rows(data: object) -> bool:
     """Whether ``data`` are samples side by side; a list of pairs (x, y) is a Dataset."""
     if isinstance(data, list):
@@ -152,15 +140,6 @@ def _labelled(data: object) -> Batch:
     if not y.ndim or len(y) != len(x):
         raise DataError(f"data (x, y) has {len(x)} samples and labels of shape {tuple(y.shape)}: one for each, please.")
     return x, y
-
-
-def mixed_seed(*parts: int) -> int:
-    """One seed from several integers."""
-    value = 0x9E3779B97F4A7C15
-    for part in parts:
-        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
-        value ^= value >> 29
-    return value % 2**63
 
 
 class _Rows(Dataset):

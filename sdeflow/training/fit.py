@@ -50,11 +50,12 @@ from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.solving.model import Model
-from sdeflow.solving.simulate import SimulatedPairs, start
+from sdeflow.solving.simulate import start
 from sdeflow.storage import tables_of
 from sdeflow.training.batches import Batches, mixed_seed
 from sdeflow.training.checkpoint import latest_checkpoint, run_lock, write_checkpoint
 from sdeflow.training.losses import KernelPairs, Pairs, denoising_score_matching, score_error
+from sdeflow.training.pairs import SimulatedPairs
 from sdeflow.training.times import Times, WeightedTimes, require_times
 from sdeflow.training.weightings import Weighting, mean_weight, of_times, overall_std, require_weighting, share
 
