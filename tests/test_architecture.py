@@ -1,4 +1,4 @@
-"""The layers of the design: each imports only from those above it, and back-ends stay in their adapters."""
+"""The folders of the design: each imports folders below it only, without circles, and back-ends stay in adapters."""
 
 import ast
 import subprocess
@@ -9,25 +9,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "sdeflow"
 
-# A module's layer is that of the longest prefix listed.
-LAYERS = {
-    "errors": 0, "_version": 0, "checks": 0, "noise": 0, "brownian": 0, "symbolic": 0, "nets": 0,
-    "basis": 1, "linear": 1, "parameters": 1, "chebyshev": 1, "quadrature": 1, "breakpoints": 1, "compile": 1,
-    "gaussian": 2, "coefficients": 2, "kernel": 2, "reducible": 2, "pearson": 2,
-    "noncentral": 2, "square_root": 2, "jacobi": 2, "ancestral": 2,
-    "scores": 3, "thresholding": 3,
-    "solvers": 4, "weightings": 4, "times": 4, "losses": 4, "batches": 4, "checkpoint": 4, "traces": 4,
-    "model": 5, "gradients": 5, "plan": 5, "reference": 5, "pilot": 5, "bridge": 5, "boundary": 5, "boltzmann": 5,
-    "simulation": 5, "priors": 5, "likelihood": 5, "sampling": 5, "bounds": 5, "dequantisation": 5, "latents": 5,
-    "dynamics": 5, "training": 5, "storage": 5, "derivation": 5, "explanation": 5, "certificate": 5,
-    "sde": 6, "catalog": 6,
-    "__init__": 7,
-}  # fmt: skip
+# A folder, or a module of the root, imports those below it. Two on one line do not know of each other.
+FLOORS = (
+    ("errors", "_version"),
+    ("symbolic", "nets"),
+    ("numerics",),
+    ("storage",),
+    ("laws",),
+    ("kernels",),
+    ("scores",),
+    ("solvers",),
+    ("solving",),
+    ("likelihood", "training"),
+    ("proof",),
+    ("dynamics",),
+    ("sde",),
+    ("catalog",),
+    ("__init__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FAMILIES = (
-    "torchsde",
-    "torchdiffeq",
-    "exponential",
-    "singlestep",
+    "adapters.torchsde",
+    "adapters.torchdiffeq",
+    "exponential.solver",
+    "exponential.singlestep",
     "euler",
     "edm",
     "langevin",
@@ -50,43 +55,59 @@ def imported(module):
             yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
 
 
-def layer(module):
-    return LAYERS[module.split(".")[0]]
+def room(module):
+    return module.split(".")[0]
 
 
-def ours(module):
-    for name, _ in imported(module):
-        if name.startswith("sdeflow."):
+def ours(module, top=False):
+    """Modules of the package that ``module`` imports; with ``top``, those at its top level alone."""
+    for name, at_top in imported(module):
+        if name.startswith("sdeflow.") and (at_top or not top):
             yield name.removeprefix("sdeflow.")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_upwards_only(module):
+def test_a_folder_imports_folders_below_it(module):
     for name in ours(module):
-        if name.split(".")[0] in LAYERS:
-            assert layer(name) <= layer(module), f"{module} imports {name}"
+        if room(name) in FLOOR and room(name) != room(module):
+            assert FLOOR[room(name)] < FLOOR[room(module)], f"{module} imports {name}"
+
+
+def test_there_are_no_circles_of_modules():
+    graph = {module: {name for name in ours(module, top=True) if name in MODULES} - {module} for module in MODULES}
+    while graph:
+        free = [module for module, needs in graph.items() if not needs & graph.keys()]
+        assert free, f"circles among {sorted(graph)}"
+        for module in free:
+            del graph[module]
+
+
+def test_the_root_is_small():
+    modules = [module for module in MODULES if "." not in module]
+    assert len(modules) <= 9
+    assert {room(module) for module in MODULES} == FLOOR.keys()
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_walls(module):
-    names = {name.split(".")[0] for name, _ in imported(module)}
-    if module.startswith("symbolic"):
+    names = {room(name) for name, _ in imported(module)}
+    if room(module) == "symbolic":
         assert "torch" not in names
-    if module.startswith("nets"):
-        assert not any(not name.startswith("nets") for name in ours(module))
-    if module != "solvers.torchsde":
+    if room(module) == "nets":
+        assert not any(room(name) != "nets" for name in ours(module))
+    if module != "solvers.adapters.torchsde":
         assert "torchsde" not in names
-    if module != "solvers.torchdiffeq":
+    if module != "solvers.adapters.torchdiffeq":
         assert "torchdiffeq" not in names
-    if layer(module) < 6:
-        assert not any(name in ("sde", "sde.SDE") for name in ours(module))
-    symbolic_users = (
-        "symbolic", "parameters", "breakpoints", "compile", "coefficients", "kernel", "reducible", "pearson", "bridge",
-        "boundary",
-        "storage", "model", "simulation", "dynamics", "derivation", "explanation", "certificate", "sde", "catalog",
-    )  # fmt: skip
-    if not module.startswith(symbolic_users):
+    if not module.startswith(SYMBOLIC):
         assert "sympy" not in names
+
+
+# Where SymPy is known: the mathematics, what compiles it, and what hands expressions on, prints or checks them.
+SYMBOLIC = (
+    "symbolic", "numerics.parameters", "numerics.breakpoints", "numerics.compile", "kernels", "laws.stationary",
+    "solving.model", "solving.boundary", "proof", "storage", "dynamics", "sde", "catalog",
+)  # fmt: skip
 
 
 def test_solvers_do_not_import_each_other():
@@ -104,7 +125,7 @@ def test_nothing_evaluates_text_or_unpickles(module):
             plain = isinstance(node.func, ast.Name)
             assert name not in ("sympify", "parse_expr", "lambdify"), f"{name} in {module}:{node.lineno}"
             assert not (plain and name in ("eval", "exec", "compile")), f"{name} in {module}:{node.lineno}"
-    assert "pickle" not in {name.split(".")[0] for name, _ in imported(module)}
+    assert "pickle" not in {room(name) for name, _ in imported(module)}
 
 
 def test_heavy_back_ends_are_imported_when_first_used():

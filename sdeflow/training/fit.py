@@ -46,13 +46,13 @@ from sdeflow.numerics.checks import (
     checked_within,
 )
 from sdeflow.numerics.linear import Linear
-from sdeflow.numerics.noise import NoiseStream, resolve_seed
+from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.solving.model import Model
 from sdeflow.solving.simulate import start
 from sdeflow.storage import tables_of
-from sdeflow.training.batches import Batches, mixed_seed
+from sdeflow.training.batches import Batches
 from sdeflow.training.checkpoint import latest_checkpoint, run_lock, write_checkpoint
 from sdeflow.training.losses import KernelPairs, Pairs, denoising_score_matching, score_error
 from sdeflow.training.pairs import SimulatedPairs
