@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import sympy as sp
 import torch
@@ -14,14 +13,12 @@ from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
 from sdeflow.errors import (
     DeclarationError,
     MissingPriorError,
-    NotAffineError,
     ScheduleError,
     UnsafeExpressionError,
 )
-from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge
-from sdeflow.kernels.gaussian import Kernel
-from sdeflow.kernels.reducible import PushForward, ReducibleKernel
-from sdeflow.kernels.square_root import SquareRootKernel
+from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge, bridge_of
+from sdeflow.kernels.kinds import AnyKernel, find_kernel
+from sdeflow.kernels.reducible import PushForward
 from sdeflow.laws.fitted import FittedPrior
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.laws.stationary import StationaryLaw
@@ -44,11 +41,7 @@ from sdeflow.symbolic.declaration import Coefficient, Declaration, declare, para
 from sdeflow.symbolic.equations import Equation, forward, probability_flow
 from sdeflow.symbolic.path import declare_path, is_table
 from sdeflow.symbolic.patience import budget, deadline, rehearsed, small
-from sdeflow.symbolic.pearson import why_not_exact
 from sdeflow.symbolic.symbols import t
-
-if TYPE_CHECKING:
-    from sdeflow.kernels.pearson import PearsonKernel
 
 __all__ = ["SDE"]
 
@@ -194,11 +187,9 @@ class SDE:
         """
         other = self._copy()
         other.declaration = self.declaration.with_cutoff(cutoff)
-        kernel = self.kernel if "kernel" in vars(self) and self.declaration.affine is not None else None
-        for derived in ("kernel", "_exact_kernel", "_cutoff"):
-            other.__dict__.pop(derived, None)
-        if kernel is not None:
-            other.kernel = kernel.with_cutoff(other.declaration)
+        vars(other).pop("_cutoff", None)
+        if "kernel" in vars(self):
+            other.kernel = self.kernel.with_cutoff(other.declaration)
         return other
 
     def to_dict(self) -> dict:
@@ -243,14 +234,11 @@ class SDE:
             )
         other = self._copy()
         other.values = self.values.replaced({by_name[name]: value for name, value in values.items()})
-        for derived in ("kernel", "kind", "_exact_kernel", "_cutoff"):
-            other.__dict__.pop(derived, None)
-        if self.declaration.affine is not None:
-            other.kernel = self.kernel.with_values(other.values)
-        elif self._exact_kernel is not None:
-            shared = self._exact_kernel.with_values(other.values)
-            if shared is not None:  # else the values make it another SDE, which is classified anew
-                other._exact_kernel = shared
+        for derived in ("kernel", "_cutoff"):
+            vars(other).pop(derived, None)
+        shared = self.kernel.with_values(other.values)
+        if shared is not None:  # else the values make it another SDE, which is classified anew
+            other.kernel = shared
         return other
 
     def bind(self, score: AnyScore) -> SDE:
@@ -259,14 +247,10 @@ class SDE:
         other._score = None if score is None else as_score(score, self)
         return other
 
-    @cached_property
+    @property
     def kind(self) -> str:
         """ "affine", "reducible" to an affine SDE by a change of the state, "pearson", or "general"."""
-        if self.declaration.affine is not None:
-            return "affine"
-        if self._exact_kernel is None:
-            return "general"
-        return "reducible" if isinstance(self._exact_kernel, ReducibleKernel) else "pearson"
+        return self.kernel.kind
 
     @property
     def T(self) -> float:
@@ -283,28 +267,15 @@ class SDE:
         return ReverseSDE(self).model.cutoff
 
     @cached_property
-    def kernel(self) -> Kernel | ReducibleKernel | PearsonKernel:
-        """p(x_t | x_0): Gaussian, one behind a change of the state, or of the Pearson class; else a NotAffineError."""
-        if self.declaration.affine is not None:
-            return Kernel(self.declaration, self.values, self.basis)
-        if self._exact_kernel is None:
-            why = why_not_exact(self.declaration, self.values.numbers, self.values.tensors)
-            self.declaration.require_affine("The perturbation kernel", why)
-        return self._exact_kernel
+    def kernel(self) -> AnyKernel:
+        """p(x_t | x_0), by the first way of :mod:`sdeflow.kernels.kinds` that serves this SDE.
 
-    @cached_property
-    def _exact_kernel(self) -> ReducibleKernel | PearsonKernel | None:
-        """The exact kernel of an SDE that is not affine, where there is one."""
-        declaration = self.declaration
-        if declaration.affine is not None or declaration.coupled or declaration.P0 > 0 or self.basis is not None:
-            return None
+        Gaussian, one behind a change of the state, of the Pearson class, or known for short steps alone: what such a
+        :class:`~sdeflow.kernels.local.LocalKernel` cannot tell (``alpha``, ``sample``, ``score``, ...) raises a
+        NotAffineError when it is asked for.
+        """
         with _limits():
-            try:
-                return ReducibleKernel(declaration, self.values)
-            except NotAffineError:
-                from sdeflow.kernels.pearson import pearson_kernel  # SciPy takes a third of a second to import
-
-                return pearson_kernel(declaration, self.values)
+            return find_kernel(self.declaration, self.values, self.basis)
 
     @property
     def weighting(self) -> sp.Expr:
@@ -312,42 +283,38 @@ class SDE:
 
         For a coupled state the matrix with lambda E[∇ log p ∇ log pᵀ] = 1, the covariance.
         """
-        self.declaration.require_affine("The weighting")
-        return self.kernel.var
+        return self.kernel.require_gaussian("The weighting").var
 
     @property
     def likelihood_weighting(self) -> sp.Expr:
         """g(t)², under which score matching bounds the likelihood (arXiv:2101.09258)."""
-        self.declaration.require_affine("The likelihood weighting")
+        self.kernel.require_gaussian("The likelihood weighting")
         gram = self.declaration.gram
         return gram if self.declaration.coupled else gram[0, 0]
 
     @property
     def prior(self) -> Gaussian:
         """p(x_T | x_0 = 0) = N(offset(T), sigma(T)²); :meth:`prior_for` matches the data as well."""
-        self._require_gaussian_prior()
-        return self.kernel.marginal(0.0, 0.0, self.T)
+        return self.prior_for(0.0, 0.0)
 
     def prior_for(self, mean: torch.Tensor | float, std: torch.Tensor | float) -> Gaussian:
         """p(x_T) for data with this mean and standard deviation: N(alpha m + offset, alpha² c² + sigma²) at T."""
-        self._require_gaussian_prior()
-        return self.kernel.marginal(mean, std, self.T)
-
-    def _require_gaussian_prior(self) -> None:
-        if self.declaration.affine is None:
+        if self.kernel.gaussian is None:
             raise MissingPriorError(
                 f"p(x_T) of this SDE is not Gaussian, for {self.declaration.obstacle}: fit_prior(data) fits it, and "
                 "reverse() and flow_ode() find a stationary or pushed-forward one where there is one."
             )
+        return self.kernel.marginal(mean, std, self.T)
 
     def lift(self, data: torch.Tensor, seed: int | torch.Generator | None = None) -> torch.Tensor:
         """States (batch, k, *event) from data (batch, *event): the auxiliary components are drawn from P0.
 
         Where there are none, the data itself.
         """
-        if self.declaration.affine is not None:
-            return self.kernel.lift(data, seed)
-        return start(self.declaration, data, NoiseStream(seed, "lift"))
+        gaussian = self.kernel.gaussian
+        return (
+            start(self.declaration, data, NoiseStream(seed, "lift")) if gaussian is None else gaussian.lift(data, seed)
+        )
 
     def bridge(self, x_T: torch.Tensor | float) -> Bridge | ReducibleBridge | SquareRootBridge:
         """This SDE conditioned on x_T: linear, reducible and square-root ones; see :mod:`sdeflow.kernels.bridge`.
@@ -356,12 +323,7 @@ class SDE:
             NotAffineError: for any other SDE.
             DataError: for an x_T outside the domain.
         """
-        if isinstance(self._exact_kernel, ReducibleKernel):
-            return ReducibleBridge(self._exact_kernel, x_T)
-        if isinstance(self._exact_kernel, SquareRootKernel):
-            return SquareRootBridge(self._exact_kernel, x_T)
-        self.declaration.require_affine("A bridge", "bridges are known of linear, reducible and square-root SDEs alone")
-        return Bridge(self.kernel, x_T)
+        return bridge_of(self.kernel, x_T)
 
     def simulate(
         self, x_0: torch.Tensor, ts: Sequence[float] | torch.Tensor, solver: str | Solver = "euler",

@@ -1,6 +1,7 @@
 """The folders of the design: each imports folders below it only, without circles, and back-ends stay in adapters."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,16 @@ SYMBOLIC = (
     "symbolic", "numerics.parameters", "numerics.breakpoints", "numerics.compile", "kernels", "laws.stationary",
     "solving.model", "solving.boundary", "proof", "storage", "dynamics", "sde", "catalog",
 )  # fmt: skip
+
+
+NO_KERNEL = re.compile(r"\.kernel is (not )?None|except NotAffineError")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_sde_has_a_kernel(module):
+    """Whether it is Gaussian is asked of ``gaussian``: no kernel is None, and none is found by failing."""
+    if room(module) != "solvers":  # whose problems of any equation know no kernel
+        assert not NO_KERNEL.search((ROOT / (module.replace(".", "/") + ".py")).read_text())
 
 
 def test_solvers_do_not_import_each_other():

@@ -578,7 +578,7 @@ def test_06_07_nonlinear_drift_declares_but_has_no_kernel(f):
     assert sde.reverse().drift == f - s
     assert sde.flow_ode().drift == f - s / 2
     for ask in (
-        lambda: sde.kernel, lambda: sde.weighting, lambda: sde.likelihood_weighting,
+        lambda: sde.kernel.alpha, lambda: sde.weighting, lambda: sde.likelihood_weighting,
         lambda: Score(Net(), sde, predicts="noise"),
         lambda: GaussianMixture(sde, states(2), torch.ones(2)),
     ):  # fmt: skip
@@ -619,7 +619,7 @@ def test_08_noise_that_depends_on_the_state_is_read_as_ito(g):
     assert sde.kind == "general"
     assert sp.simplify(sde.reverse().drift - (-x - sp.diff(g**2, x) - g**2 * s)) == 0
     with pytest.raises(NotAffineError, match="Itô") as caught:
-        sde.kernel  # noqa: B018
+        sde.kernel.alpha  # noqa: B018
     assert "depends on the state" in str(caught.value) and "Still available" in str(caught.value)
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import assert_never
 
 import sympy as sp
 import torch
@@ -34,6 +35,9 @@ from torch import Tensor
 
 from sdeflow.errors import ScheduleError
 from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.kinds import AnyKernel
+from sdeflow.kernels.local import LocalKernel
+from sdeflow.kernels.pearson import PearsonKernel
 from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.kernels.square_root import Pinned, SquareRootKernel
 from sdeflow.numerics.checks import (
@@ -49,7 +53,7 @@ from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.symbolic.conditioned import bridge_drift, reducible_bridge_drift, square_root_bridge_drift
 from sdeflow.symbolic.equations import Equation, forward
 
-__all__ = ["Bridge", "ReducibleBridge", "SquareRootBridge"]
+__all__ = ["Bridge", "ReducibleBridge", "SquareRootBridge", "bridge_of"]
 
 
 class _Bridge(ABC):
@@ -319,6 +323,26 @@ class SquareRootBridge(_Bridge):
         if t >= self.T:
             return self._end_beside(x).to(x.dtype)
         return x if t <= s else None
+
+
+def bridge_of(kernel: AnyKernel, x_T: Tensor | float) -> Bridge | ReducibleBridge | SquareRootBridge:
+    """The SDE of ``kernel`` conditioned on x_T.
+
+    Raises:
+        NotAffineError: for an SDE that is neither linear, nor reducible, nor a square-root process.
+    """
+    match kernel:
+        case Kernel():
+            return Bridge(kernel, x_T)
+        case ReducibleKernel():
+            return ReducibleBridge(kernel, x_T)
+        case SquareRootKernel():
+            return SquareRootBridge(kernel, x_T)
+        case PearsonKernel() | LocalKernel():
+            known = "bridges are known of linear, reducible and square-root SDEs alone"
+            raise kernel.declaration.not_affine("A bridge", known)
+        case _:
+            assert_never(kernel)
 
 
 def _increasing(ts: Sequence[float] | Tensor, T: float) -> list[float]:

@@ -85,11 +85,14 @@ class Kernel:
         methods are
             the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b, g².
         has_offset: whether the mean has a part that does not depend on x_0.
+        kind: "affine"; see :mod:`sdeflow.kernels.kinds`.
 
     Raises:
         NotAffineError: where there is no Gaussian kernel.
         ScheduleError: for coefficients that are singular, complex or explosive on the horizon.
     """
+
+    kind = "affine"
 
     def __init__(
         self,
@@ -117,8 +120,22 @@ class Kernel:
         self.coefficients, self.sde_coefficients = self.numbers.of_kernel, self.numbers.of_sde
 
     @property
+    def gaussian(self) -> Kernel:
+        """This kernel; None of one that is not Gaussian."""
+        return self
+
+    def require_gaussian(self, purpose: str) -> Kernel:
+        """This kernel; of one that is not Gaussian, a :class:`~sdeflow.errors.NotAffineError` about ``purpose``."""
+        return self
+
+    @property
     def cutoff(self) -> float:
         """The first time that training and solvers visit."""
+        return self.numbers.cutoff
+
+    @property
+    def score_from(self) -> float:
+        """The first time at which a score is asked for: the cutoff."""
         return self.numbers.cutoff
 
     def half_log_snr(self, t: Tensor | float) -> Tensor:

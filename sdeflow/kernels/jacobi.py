@@ -49,7 +49,7 @@ _LOST = 1e-10  # the relative rounding error of a sum above which the mixture is
 class JacobiKernel(PearsonKernel):
     """The kernel of g² = s (x - p)(q - x) with an affine drift, by its eigenfunctions."""
 
-    kind = "Jacobi"
+    family = "Jacobi"
 
     @property
     def cutoff(self) -> float:

@@ -7,11 +7,17 @@ Over a step of length h from x_s the SDE is linearised at x_s: with J = ∂f/∂
 which is Ozaki's (1992) with the curvature of Shoji & Ozaki (1998), to the leading order in h. Time is frozen at the
 middle of the step; Q too is taken there. J is never inverted, and P need not be: where noise drives some components
 only, it reaches the others through J.
+
+Of an SDE without an exact kernel this is all that is known of p(x_t | x_s): its ``kernel`` is a :class:`LocalKernel`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NoReturn
 
 import sympy as sp
 import torch
@@ -19,17 +25,30 @@ from torch import Tensor
 
 from sdeflow.errors import ScheduleError
 from sdeflow.kernels.gaussian import broadcast_to_event
+from sdeflow.kernels.notgaussian import NotGaussian
 from sdeflow.numerics.compile import Compiled, compile_expressions
 from sdeflow.numerics.linear import Linear
-from sdeflow.numerics.parameters import Declared
+from sdeflow.numerics.parameters import Declared, Values
+from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["LocalLaw", "semidefinite_root"]
+__all__ = ["LocalKernel", "LocalLaw", "semidefinite_root"]
 
 _SMALL = 0.25  # |J h| below which the series converges to rounding in _TERMS terms
 _TERMS = 12
 _SINGULAR = 1e-6  # of a pivot, relative to the component's standard deviation
+_FIRST = 1e-3  # of the horizon: the first time that is visited where P0 = 0 and none was declared
+
+UNKNOWN = frozenset({
+    "alpha", "offset", "mean", "var", "std", "log_snr", "rules", "shown", "moments", "sample", "advance", "transition",
+    "log_prob", "score", "marginal", "lift", "path", "scale", "data_level", "of_state", "equation", "coefficients",
+    "sde_coefficients", "numbers", "components", "half_log_snr", "half_log_snr_rate", "bounded_log_snr", "time_of",
+    "log_snr_falls", "require_times", "times_for", "inner", "reduction", "transport", "restore", "restore_inside",
+    "line_moments", "line_score", "pushed_moments", "pushed_log_prob", "pearson", "family", "shape", "ends", "attained",
+    "unbounded", "damping", "require_inside",
+})  # fmt: skip
+"""What exact kernels tell, and a :class:`LocalKernel` cannot."""
 
 
 class LocalLaw:
@@ -142,6 +161,85 @@ class LocalLaw:
                 "reaches some component."
             )
         return Linear(root, self.coupled)
+
+
+class LocalKernel(NotGaussian):
+    """The kernel of an SDE that has no exact one: of p(x_t | x_s) short steps alone are known.
+
+    Whatever an exact kernel tells beyond them (``alpha``, ``moments``, ``sample``, ``score``, ...) raises a
+    :class:`~sdeflow.errors.NotAffineError` that says why no exact kernel was found.
+
+    Args:
+        declaration: dx = f dt + g dw.
+        values: numbers and tensors of its parameters.
+        refusals: why each better way does not serve this SDE, a clause each, in the order of
+            :data:`sdeflow.kernels.kinds.WAYS`.
+
+    Attributes:
+        kind: "general".
+        form: "none": there are no moments in closed form or by quadrature.
+        T: the horizon.
+        cutoff: the first time that training and solvers visit: as declared, or 0 where P0 > 0 in every component, else
+            T / 1000.
+    """
+
+    kind = "general"
+    form = "none"
+
+    def __init__(
+        self,
+        declaration: Declaration,
+        values: Mapping[sp.Symbol, float | Tensor] | None = None,
+        refusals: tuple[str, ...] = (),
+    ) -> None:
+        self.declaration, self.refusals = declaration, refusals
+        self.values = values if isinstance(values, Values) else Values(values or {})
+        self.T, self.coupled = declaration.T, declaration.coupled
+
+    @property
+    def cutoff(self) -> float:
+        """The first time that training and solvers visit."""
+        if self.declaration.cutoff is not None:
+            return self.declaration.cutoff
+        return 0.0 if all(v > 0 for v in self.declaration.initial_variances) else _FIRST * self.T
+
+    @property
+    def score_from(self) -> float:
+        """0: nothing is known of the score's size at early times."""
+        return 0.0
+
+    @cached_property
+    def law(self) -> LocalLaw:
+        """N(m, P) of a short step, compiled when first asked for: ``mean, root = kernel.law(x, t, h)``."""
+        return LocalLaw(self)
+
+    @property
+    def also(self) -> str:
+        """Why no other kernel than a Gaussian one serves, in a clause."""
+        return ", and ".join(self.refusals[1:])
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in UNKNOWN:
+            self.require_gaussian(f"kernel.{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def with_values(self, values: Values) -> None:
+        """None: other values may have an exact kernel, and are looked at anew."""
+
+    def with_cutoff(self, declaration: Declaration) -> LocalKernel:
+        """The kernel of the same declaration with another cutoff."""
+        return LocalKernel(declaration, self.values, self.refusals)
+
+    def __repr__(self) -> str:
+        return f"LocalKernel(short steps alone, for {'; '.join(filter(None, (self.declaration.obstacle, self.also)))})"
+
+    def __reduce__(self) -> tuple:
+        return LocalKernel, (self.declaration, self.values, self.refusals)
+
+    def __deepcopy__(self, memo: dict) -> LocalKernel:
+        """Copies of a score share its kernel, unless they bring their own learned parameters."""
+        values = copy.deepcopy(self.values, memo)
+        return self if values is self.values else LocalKernel(self.declaration, values, self.refusals)
 
 
 def _scalar_integrals(z: Tensor, f: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

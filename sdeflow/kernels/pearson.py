@@ -26,17 +26,18 @@ from torch import Tensor
 
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel, inside_ends
+from sdeflow.kernels.notgaussian import NotGaussian, present_only
 from sdeflow.numerics.checks import checked_noise, checked_point, checked_start
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.moments import square_root
-from sdeflow.symbolic.pearson import Pearson, classify, decay, spread
+from sdeflow.symbolic.pearson import Pearson, decay, pearson_or_reason, spread
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
 
-__all__ = ["PearsonKernel", "Standard", "as_array", "pearson_kernel"]
+__all__ = ["PearsonKernel", "Standard", "as_array", "pearson_kernel", "pearson_kernel_or_reason"]
 
 _LEAST = 1e-300  # of u where the distribution function is integrated
 # Of the double-exponential rule ∫ f dz = Σ f(z_k) w_k over z > 0, z = exp(s - e^-s).
@@ -89,25 +90,39 @@ def pearson_kernel(
 
     Where it is one only for the values that the parameters have, they must be numbers.
     """
+    found = pearson_kernel_or_reason(declaration, values if isinstance(values, Values) else Values(values or {}))
+    return None if isinstance(found, str) else found
+
+
+def pearson_kernel_or_reason(declaration: Declaration, values: Values) -> PearsonKernel | str:
+    """The same kernel, or in a clause why there is none."""
     from sdeflow.kernels.jacobi import JacobiKernel
     from sdeflow.kernels.square_root import SquareRootKernel
 
-    values = values if isinstance(values, Values) else Values(values or {})
-    pearson = classify(declaration.f, declaration.g, values.numbers)
-    if pearson is None or (pearson.at_values and values.tensors):
-        return None
-    return (SquareRootKernel if pearson.kind == "square root" else JacobiKernel)(declaration, values)
+    found = _family_or_reason(declaration, values)
+    if isinstance(found, str):
+        return found
+    return (SquareRootKernel if found.kind == "square root" else JacobiKernel)(declaration, values, like=found)
 
 
-class PearsonKernel(ABC):
+def _family_or_reason(declaration: Declaration, values: Values) -> Pearson | str:
+    found = pearson_or_reason(declaration.f, declaration.g, values.numbers)
+    if isinstance(found, Pearson):
+        return present_only(values) if found.at_values and values.tensors else found
+    return f"it is no square root or Jacobi diffusion with an exact kernel ({found})"
+
+
+class PearsonKernel(NotGaussian, ABC):
     """p(x_t | x_0) of a Pearson diffusion: what the two families share.
 
     Args:
         declaration: dx = f dt + g dw with f affine and g² quadratic in x.
         values: numbers and tensors of its parameters.
-        like: a kernel of the same declaration, whose derivation is shared.
+        like: a kernel of the same declaration, or the standard form itself, whose derivation is shared.
 
     Attributes:
+        kind: "pearson".
+        family: "square root" or "Jacobi".
         pearson: the standard form of the diffusion.
         inner: the affine kernel that gives alpha and sigma² (the clock, for Jacobi); its ``time_of`` is not that of x.
         form: "closed" or "quadrature", that of ``inner``.
@@ -120,20 +135,22 @@ class PearsonKernel(ABC):
             positive once a parameter has moved.
     """
 
-    kind = ""
+    kind = "pearson"
+    family = ""
 
     def __init__(
         self,
         declaration: Declaration,
         values: Mapping[sp.Symbol, float | Tensor] | None = None,
-        like: PearsonKernel | None = None,
+        like: PearsonKernel | Pearson | None = None,
     ) -> None:
         self.declaration = declaration
         self.values = values if isinstance(values, Values) else Values(values or {})
-        self.pearson = self._classify() if like is None else like.pearson
+        shared = like if isinstance(like, PearsonKernel) else None
+        self.pearson = self._classify() if like is None else like if isinstance(like, Pearson) else like.pearson
         if declaration.P0 > 0:
             raise DeclarationError(f"P0 = {declaration.P0:g} spreads x_0 beyond the domain; this SDE needs P0 = 0.")
-        self.inner = self._affine_kernel(like)
+        self.inner = self._affine_kernel(shared)
         self.form, self.T = self.inner.form, self.inner.T
         form = (self.pearson.origin, self.pearson.scale, *self.pearson.shape)
         self._standard_form = compile_expressions(form, (time_symbol,), self.values)
@@ -142,13 +159,13 @@ class PearsonKernel(ABC):
         self._form()  # what is wrong with it is said now
 
     def _classify(self) -> Pearson:
-        pearson = classify(self.declaration.f, self.declaration.g, self.values.numbers)
-        if pearson is None or pearson.kind != self.kind or (pearson.at_values and self.values.tensors):
+        found = _family_or_reason(self.declaration, self.values)
+        if isinstance(found, str) or found.kind != self.family:
             raise NotAffineError(
-                f"dx = ({self.declaration.f}) dt + ({self.declaration.g}) dw is no {self.kind} diffusion with "
+                f"dx = ({self.declaration.f}) dt + ({self.declaration.g}) dw is no {self.family} diffusion with "
                 "constant, positive shape: see sdeflow.symbolic.pearson."
             )
-        return pearson
+        return found
 
     def _affine_kernel(self, like: PearsonKernel | None) -> Kernel:
         inner = self.pearson.inner(self.declaration)
@@ -163,6 +180,10 @@ class PearsonKernel(ABC):
     def with_values(self, values: Values) -> PearsonKernel | None:
         """The same kernel with other values of the parameters; None where they make it another diffusion."""
         return type(self)(self.declaration, values, like=self) if self.pearson.holds_at(values.numbers) else None
+
+    def with_cutoff(self, declaration: Declaration) -> PearsonKernel:
+        """The kernel of the same declaration with another cutoff; the standard form is shared."""
+        return type(self)(declaration, self.values, like=self.pearson)
 
     @property
     def cutoff(self) -> float:
@@ -190,7 +211,7 @@ class PearsonKernel(ABC):
         for part in shape:
             if not bool((part > 0).all() & torch.isfinite(part).all()):
                 raise ScheduleError(
-                    f"the shape {', '.join(map(str, self.pearson.shape))} of this {self.kind} diffusion must be "
+                    f"the shape {', '.join(map(str, self.pearson.shape))} of this {self.family} diffusion must be "
                     f"positive and finite, and is {float(part.detach().min()):.4g} for {self.values}."
                 )
         return origin, scale, tuple(shape)

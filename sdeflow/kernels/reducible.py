@@ -26,19 +26,23 @@ from torch import Tensor
 
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel, broadcast_to_event, inside_ends
+from sdeflow.kernels.notgaussian import NotGaussian, present_only
 from sdeflow.laws.gaussian import Gaussian, normal_log_density
 from sdeflow.numerics.checks import checked_dtype, checked_noise, checked_point, checked_start
 from sdeflow.numerics.compile import Compiled, compile_expressions
 from sdeflow.numerics.noise import NoiseStream, kernel_noise
 from sdeflow.numerics.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
-from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduce, y
+from sdeflow.symbolic.lamperti import Reduction, line_mean, line_var, reduction_or_reason, y
 from sdeflow.symbolic.moments import square_root
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.symbolic.symbols import x as state_symbol
 from sdeflow.symbolic.symbols import x_0 as data_symbol
 
-__all__ = ["PushForward", "ReducibleKernel"]
+__all__ = ["SAME_STATE", "PushForward", "ReducibleKernel", "reducible_or_reason"]
+
+SAME_STATE = "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
+"""Why noise that is free of x leaves neither a change of the state nor Pearson's class to look for."""
 
 # Trapezoids converge geometrically on a smooth function times a Gaussian, unlike Gauss-Hermite on a steep one.
 _STEP = 1.0 / 16.0
@@ -46,15 +50,16 @@ _NODES = np.arange(-160, 161) * _STEP
 _WEIGHTS = np.exp(-0.5 * _NODES**2) * _STEP / math.sqrt(2.0 * math.pi)
 
 
-class ReducibleKernel:
+class ReducibleKernel(NotGaussian):
     """p(x_t | x_0) of an SDE that a change of the state makes affine.
 
     Args:
         declaration: dx = f dt + g dw, such that ``reduce(f, g, values)`` finds a map.
         values: numbers and tensors of its parameters.
-        like: a kernel of the same declaration, whose derivation is shared.
+        like: a kernel of the same declaration, or the reduction itself, whose derivation is shared.
 
     Attributes:
+        kind: "reducible".
         reduction: the map and the affine SDE of y.
         inner: the kernel of y, a :class:`~sdeflow.kernels.gaussian.Kernel`; its ``alpha``, ``sigma`` and ``time_of``
         are those
@@ -69,20 +74,22 @@ class ReducibleKernel:
         ScheduleError: for coefficients that are singular, complex or explosive on the horizon.
     """
 
+    kind = "reducible"
+
     def __init__(
         self,
         declaration: Declaration,
         values: Mapping[sp.Symbol, float | Tensor] | None = None,
-        like: ReducibleKernel | None = None,
+        like: ReducibleKernel | Reduction | None = None,
     ) -> None:
         self.declaration = declaration
         self.values = values if isinstance(values, Values) else Values(values or {})
-        self.reduction = self._reduce() if like is None else like.reduction
-        change = self.reduction.map
-        if like is None:
-            self.inner = Kernel(self.reduction.inner(declaration), self.values)
+        if isinstance(like, ReducibleKernel):
+            self.reduction, self.inner = like.reduction, like.inner.with_values(self.values)
         else:
-            self.inner = like.inner.with_values(self.values)
+            self.reduction = self._reduce() if like is None else like
+            self.inner = Kernel(self.reduction.inner(declaration), self.values)
+        change = self.reduction.map
         self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
         slope, curvature = sp.diff(change.to_state, y), sp.diff(change.log_slope, y)
         self._to_line = self._compile(change.to_line, state_symbol)
@@ -100,13 +107,13 @@ class ReducibleKernel:
                 f"P0 = {self.declaration.P0:g} is the variance of a Gaussian x at t = 0, which the change of state "
                 "makes another law; a reducible SDE needs P0 = 0."
             )
-        reduction = reduce(self.declaration.f, self.declaration.g, self.values.numbers)
-        if reduction is None or (reduction.at_values and self.values.tensors):  # tensors hold other values as well
+        found = reducible_or_reason(self.declaration, self.values)
+        if isinstance(found, str):
             raise NotAffineError(
                 f"no change of the state makes dx = ({self.declaration.f}) dt + ({self.declaration.g}) dw affine on "
-                "the whole line: see sdeflow.symbolic.lamperti for the maps that are tried."
+                f"the whole line, for {found}: see sdeflow.symbolic.lamperti for the maps that are tried."
             )
-        return reduction
+        return found
 
     def _compile(self, expressions: sp.Expr | tuple[sp.Expr, ...], *state: sp.Symbol) -> Compiled:
         return compile_expressions(expressions, (*state, time_symbol), self.values, self.T)
@@ -125,6 +132,10 @@ class ReducibleKernel:
     def with_values(self, values: Values) -> ReducibleKernel | None:
         """The same kernel with other values of the parameters; None where another map may serve them."""
         return ReducibleKernel(self.declaration, values, like=self) if self.reduction.holds_at(values.numbers) else None
+
+    def with_cutoff(self, declaration: Declaration) -> ReducibleKernel:
+        """The kernel of the same declaration with another cutoff; the change of the state is shared."""
+        return ReducibleKernel(declaration, self.values, like=self.reduction)
 
     # ---------------------------------------------------------------- symbolic side
 
@@ -314,6 +325,16 @@ class ReducibleKernel:
         if std.device.type == "cpu" and not bool((std > 0).all()):
             raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
         return mean, std
+
+
+def reducible_or_reason(declaration: Declaration, values: Values) -> Reduction | str:
+    """The change of the state that makes an SDE affine, or in a clause why there is none."""
+    found = reduction_or_reason(declaration.f, declaration.g, values.numbers)
+    if isinstance(found, Reduction):
+        return present_only(values) if found.at_values and values.tensors else found
+    if not declaration.state_dependent_noise:
+        return SAME_STATE
+    return f"no change of state tried makes it affine ({found})"
 
 
 class PushForward:

@@ -45,7 +45,7 @@ _LARGEST = 1e10  # z, from which the rounding error of log P(N = n) would exceed
 class SquareRootKernel(PearsonKernel):
     """The noncentral chi² kernel of g² = s (x - l) with an affine drift: CIR, squared Bessel and their kin."""
 
-    kind = "square root"
+    family = "square root"
     _per_dimension = 0.5
 
     def _ends(self, origin: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -236,9 +236,7 @@ def kl_bound(
 
 
 def _kernel(model: Model, purpose: str) -> Kernel:
-    if model.kernel is None:
-        model.declaration.require_affine(purpose)
-    return model.kernel
+    return model.kernel.require_gaussian(purpose)
 
 
 def _even(draws: int) -> int:

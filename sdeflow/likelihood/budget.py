@@ -65,7 +65,7 @@ def truncation(
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if not len(x) or model.declaration.auxiliary:
         return zero, zero
-    if model.kernel is None:
+    if model.gaussian is None:
         return zero + math.nan, zero + math.nan
     path = _path(model, x.double(), model.cutoff)
     y = _moved(model, path, x.double())

@@ -118,7 +118,7 @@ def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Ten
 def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int) -> FixedProbes | None:
     """The probes of a solve, or None for the exact trace."""
     if isinstance(options.trace, Given):
-        given = options.trace if model.kernel is None else options.trace.mapped(model.kernel.to_basis, x.shape[1:])
+        given = options.trace if model.gaussian is None else options.trace.mapped(model.kernel.to_basis, x.shape[1:])
         return FixedProbes(given.of_rows(rows, tuple(x.shape), x.device), 1.0, None)
     if options.trace not in (None, "exact", "hutchinson") and not isinstance(options.trace, Exact):
         raise ValueError(
@@ -220,7 +220,7 @@ class Flow:
 
     def rate(self, y: Tensor, t: Tensor, event: tuple[int, ...]) -> Tensor:
         """For y (batch, d + columns)."""
-        kernel, d = self.model.kernel, math.prod(event)
+        kernel, d = self.model.gaussian, math.prod(event)
         with torch.enable_grad():
             u = y[:, :d].reshape(-1, *event)
             u = u if self.graph and u.requires_grad else u.detach().requires_grad_(True)

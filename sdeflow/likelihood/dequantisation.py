@@ -212,9 +212,7 @@ class TruncatedNormal:
 
     def __init__(self, noise: float | Model) -> None:
         if isinstance(noise, Model):
-            kernel = noise.kernel
-            if kernel is None:
-                noise.declaration.require_affine("The noise at the cutoff")
+            kernel = noise.kernel.require_gaussian("The noise at the cutoff")
             with torch.no_grad():
                 noise = math.exp(-float(kernel.half_log_snr(kernel.cutoff)))
         if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:

@@ -283,9 +283,7 @@ def data_log_prob(
 
 def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: Options) -> LogProb:
     """The bound of :func:`data_log_prob`."""
-    kernel = model.kernel
-    if kernel is None:
-        model.declaration.require_affine("The likelihood bound of the data component")
+    kernel = model.kernel.require_gaussian("The likelihood bound of the data component")
     if options.at != "cutoff":
         raise ValueError("the bound of the data component is measured at the cutoff.")
     states = kernel.lift(x.double(), noisy=False).repeat_interleave(samples, 0)

@@ -103,7 +103,7 @@ class Options:
         if isinstance(solver, Exponential):
             if solver.stochastic:
                 raise ValueError(f"the likelihood is the flow's: {solver} draws noise.")
-            if model.kernel is None:
+            if model.gaussian is None:
                 raise ValueError(f"{solver} needs a Gaussian kernel, which this SDE has not.")
             steps = steps_of(self.grid) if self.steps is None and self.atol is None else self.steps
             if self.rtol is not None or (steps is None) == (self.atol is None):
@@ -113,7 +113,10 @@ class Options:
             raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
         require_calls(self.steps or 0, f"{self.steps} steps", self.max_calls)
         return (
-            solver is None and model.kernel is not None and self.rtol is None and sum(v is not None for v in named) < 2
+            solver is None
+            and model.gaussian is not None
+            and self.rtol is None
+            and sum(v is not None for v in named) < 2
         )
 
 

@@ -14,12 +14,16 @@ import textwrap
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import sympy as sp
 import torch
 from sympy.core.function import AppliedUndef
 
 from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.local import LocalKernel
+from sdeflow.kernels.pearson import PearsonKernel
+from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.scores import DeclaredSDE
 from sdeflow.symbolic.derivation import (
     SIGNS,
@@ -36,11 +40,9 @@ from sdeflow.symbolic.derivation import (
     reducible_steps,
 )
 from sdeflow.symbolic.exact import rationalised
-from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.mathml import mathml
 from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.patience import rehearsed, small
-from sdeflow.symbolic.pearson import exact_form, why_not_exact
 
 __all__ = ["Derivation", "derive"]
 
@@ -144,7 +146,8 @@ def derive(sde: DeclaredSDE) -> Derivation:
     """The derivation of all that follows from an SDE; without the steps that SymPy would take too long to write."""
     declaration = sde.declaration
     # A kernel's formulas are found once, in bounded time; those of a small SDE may be large.
-    formulas = (declaration,) if declaration.affine is None else (declaration, sde.kernel.shown)
+    gaussian = sde.kernel.gaussian
+    formulas = (declaration,) if gaussian is None else (declaration, gaussian.shown)
     if small(*formulas) or rehearsed(_SECONDS, _written, sde):
         return Derivation(repr(sde), tuple(_steps(sde)))
     text = "f and g are too large for SymPy to write down, and to check, what follows; the numbers do not need it"
@@ -157,13 +160,18 @@ def _written(sde: DeclaredSDE) -> str:
 
 
 def _steps(sde: DeclaredSDE) -> list[Step]:
-    declaration, numbers = sde.declaration, sde.values.numbers
-    if declaration.affine is not None:
-        steps = _affine_steps(sde.kernel, numbers)
-    elif (form := exact_form(declaration, numbers, sde.values.tensors)) is None:
-        steps = general_steps(declaration, numbers, why_not_exact(declaration, numbers, sde.values.tensors))
-    else:
-        steps = (reducible_steps if isinstance(form, Reduction) else pearson_steps)(declaration, form, numbers)
+    declaration, kernel, numbers = sde.declaration, sde.kernel, sde.values.numbers
+    match kernel:
+        case Kernel():
+            steps = _affine_steps(kernel, numbers)
+        case ReducibleKernel():
+            steps = reducible_steps(declaration, kernel.reduction, numbers)
+        case PearsonKernel():
+            steps = pearson_steps(declaration, kernel.pearson, numbers)
+        case LocalKernel():
+            steps = general_steps(declaration, numbers, kernel.also)
+        case _:
+            assert_never(kernel)
     return steps + equation_steps(declaration, numbers)
 
 

@@ -8,17 +8,18 @@ The ways, best first:
 from __future__ import annotations
 
 import textwrap
+from typing import assert_never
 
 import sympy as sp
 
 from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.local import LocalKernel
+from sdeflow.kernels.pearson import PearsonKernel
+from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.scores import DeclaredSDE
-from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivation import is_smooth
-from sdeflow.symbolic.lamperti import Reduction
 from sdeflow.symbolic.moments import moments_of
 from sdeflow.symbolic.patience import patiently
-from sdeflow.symbolic.pearson import exact_form, why_not_exact
 
 __all__ = ["explain"]
 
@@ -31,11 +32,18 @@ _BY_SIMULATION = (
 
 def explain(sde: DeclaredSDE) -> str:
     """Which way serves this SDE, why no better one does, and what is available."""
-    declaration, numbers = sde.declaration, sde.values.numbers
-    if declaration.affine is not None:
-        way, why, available = *_affine_way(sde.kernel, numbers), _EXACT
-    else:
-        way, why, available = _other_way(declaration, numbers, list(sde.values.tensors))
+    kernel = sde.kernel
+    match kernel:
+        case Kernel():
+            way, why, available = *_affine_way(kernel, sde.values.numbers), _EXACT
+        case ReducibleKernel():
+            way, why, available = _reducible_way(kernel)
+        case PearsonKernel():
+            way, why, available = _pearson_way(kernel)
+        case LocalKernel():
+            way, why, available = _local_way(kernel)
+        case _:
+            assert_never(kernel)
     lines = (f"{way}: {why}.", f"Available: {available}.")
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
 
@@ -62,22 +70,31 @@ def _affine_way(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> tuple[str, s
     return "quadrature", f"the kernel is Gaussian, but no rule integrates {shown}"
 
 
-def _other_way(
-    declaration: Declaration, numbers: dict[sp.Symbol, float], tensors: list[sp.Symbol]
-) -> tuple[str, str, str]:
-    """The way of an SDE that is not affine, why, and what is available."""
-    form, obstacle = exact_form(declaration, numbers, tensors), f"no Gaussian kernel, for {declaration.obstacle}"
-    if isinstance(form, Reduction):
-        drift = form.a * sp.Symbol("y") + form.b
-        why = f"{obstacle}; but y = {form.map.to_line} has the drift {drift}, affine in y, and noise free of it"
-        pushed = "pushed forward, both branches summed" if form.map.fold else "pushed forward"
-        return "Lamperti", why, f"exact kernel ({pushed}), training on its score, solvers, likelihood"
-    if form is not None:
-        why = f"{obstacle}, and no change of state makes it affine; but f is affine and g² quadratic in x: a "
-        why += f"{form.kind} diffusion of shape {', '.join(map(str, form.shape))}"
-        return "Pearson", why, "exact kernel, moments and draws, training on its score, solvers, likelihood"
-    why = f"{obstacle}; {why_not_exact(declaration, numbers, tensors)}"
-    if is_smooth(declaration):
+def _reducible_way(kernel: ReducibleKernel) -> tuple[str, str, str]:
+    """The way of an SDE that a change of the state makes affine, why, and what is available."""
+    form = kernel.reduction
+    drift = form.a * sp.Symbol("y") + form.b
+    why = f"{_obstacle(kernel)}; but y = {form.map.to_line} has the drift {drift}, affine in y, and noise free of it"
+    pushed = "pushed forward, both branches summed" if form.map.fold else "pushed forward"
+    return "Lamperti", why, f"exact kernel ({pushed}), training on its score, solvers, likelihood"
+
+
+def _pearson_way(kernel: PearsonKernel) -> tuple[str, str, str]:
+    """The way of a Pearson diffusion, why, and what is available."""
+    form = kernel.pearson
+    why = f"{_obstacle(kernel)}, and no change of state makes it affine; but f is affine and g² quadratic in x: a "
+    why += f"{form.kind} diffusion of shape {', '.join(map(str, form.shape))}"
+    return "Pearson", why, "exact kernel, moments and draws, training on its score, solvers, likelihood"
+
+
+def _local_way(kernel: LocalKernel) -> tuple[str, str, str]:
+    """The way of an SDE without an exact kernel, why, and what is available."""
+    why = f"{_obstacle(kernel)}; {kernel.also}"
+    if is_smooth(kernel.declaration):
         return "local linearisation", why, _BY_SIMULATION.format(", by a Gaussian law over short times")
     needs = "a drift with a Jacobian everywhere"
     return "simulation", f"{why}; local linearisation needs {needs}", _BY_SIMULATION.format("")
+
+
+def _obstacle(kernel: ReducibleKernel | PearsonKernel | LocalKernel) -> str:
+    return f"no Gaussian kernel, for {kernel.declaration.obstacle}"

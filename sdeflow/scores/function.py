@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdeflow.errors import DataError, NotAffineError, ScoreError
+from sdeflow.errors import DataError, ScoreError
 from sdeflow.kernels.gaussian import Kernel, Path
+from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.checks import checked_state, checked_time
 from sdeflow.numerics.linear import Linear, multiplied, rows
 from sdeflow.numerics.parameters import Declared
@@ -22,10 +23,10 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class DeclaredSDE(Declared, Protocol):
-    """What a score needs of an SDE: its declaration, and its kernel where there is one."""
+    """What a score needs of an SDE: its declaration, and its kernel."""
 
     @property
-    def kernel(self) -> Kernel: ...
+    def kernel(self) -> AnyKernel: ...
 
 
 class ScoreFunction(nn.Module):
@@ -33,7 +34,7 @@ class ScoreFunction(nn.Module):
 
     Attributes:
         declaration: the SDE it belongs to.
-        kernel: its perturbation kernel, or None where the SDE has none.
+        kernel: the SDE's kernel, of whichever kind.
     """
 
     def __init__(self, sde: DeclaredSDE) -> None:
@@ -42,15 +43,12 @@ class ScoreFunction(nn.Module):
         self.schedule = nn.ParameterDict(sde.values.learned)  # so that score.parameters() holds a learned schedule
         self.values = sde.values
         self.basis = getattr(sde, "basis", None)
-        try:
-            self.kernel = sde.kernel
-        except NotAffineError:
-            self.kernel = None
+        self.kernel = sde.kernel
 
     @property
     def gaussian(self) -> Kernel | None:
         """The kernel, where it is Gaussian."""
-        return self.kernel if isinstance(self.kernel, Kernel) else None
+        return self.kernel.gaussian
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p_t(x), shaped as x, for x (batch, *event) and t a number, () or (batch,)."""
@@ -113,19 +111,18 @@ class ScoreFunction(nn.Module):
                 f"its components {names} along the second axis."
             )
         if least is None:
-            least = 0.0 if self.kernel is None else self.kernel.cutoff
+            least = self.kernel.score_from
         what = f"the score is defined for t in {'[cutoff, T]' if least else '[0, T]'}"
         time = checked_time(t, len(x), least, declaration.T, what)
         return x, time.to(x.device) if time.ndim else time
 
     def _path(self, x: Tensor, t: Tensor) -> tuple[Kernel, Path]:
         """The Gaussian kernel, and its alpha, sigma and offset ready for x."""
-        self._require_kernel("noise and denoise")
-        return self.gaussian, self.gaussian.path(x, t)
+        kernel = self.kernel.require_gaussian("noise and denoise")
+        return kernel, kernel.path(x, t)
 
-    def _require_kernel(self, purpose: str) -> None:
-        if self.gaussian is None:
-            self.declaration.require_affine(purpose)
+    def _require_kernel(self, purpose: str) -> Kernel:
+        return self.kernel.require_gaussian(purpose)
 
 
 class CallableScore(ScoreFunction):

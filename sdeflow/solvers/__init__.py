@@ -115,7 +115,7 @@ def available(sde: DeclaredSDE) -> dict[str, tuple[str, ...]]:
     """The names of the solvers that fit an SDE: of its reverse-time SDE ("sde") and its probability flow ("ode")."""
     if not isinstance(getattr(sde, "declaration", None), Declaration):
         raise TypeError(f"available takes an SDE, not {type(sde).__name__}.")
-    with_kernel = sde.declaration.affine is not None
+    with_kernel = sde.kernel.gaussian is not None
     coupled = sde.declaration.coupled
     shared = not sde.declaration.diagonal and sde.declaration.state_dependent_noise
     return {

@@ -489,8 +489,7 @@ def _bound(score: AnyScore, sde: DeclaredSDE | None) -> ScoreFunction:
     if not isinstance(score, ScoreFunction) and sde is None:
         raise ValueError("a score that is a bare function needs sde=, such as catalog.EDM(T=50), whose t is the scale.")
     score = score if sde is None else as_score(score, sde)
-    if score.gaussian is None:
-        score.declaration.require_affine("annealed Langevin dynamics over scales sigma / alpha")
+    score.kernel.require_gaussian("annealed Langevin dynamics over scales sigma / alpha")
     return score
 
 

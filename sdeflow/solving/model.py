@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import sympy as sp
 import torch
 from torch import Tensor, nn
 
-from sdeflow.errors import DataError, MissingPriorError, NotAffineError, PriorMismatchWarning, ScoreError, warn
-from sdeflow.kernels.gaussian import Kernel
+from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
 from sdeflow.numerics.compile import compile_expressions
@@ -25,10 +24,6 @@ from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
-
-if TYPE_CHECKING:
-    from sdeflow.kernels.pearson import PearsonKernel
-    from sdeflow.kernels.reducible import ReducibleKernel
 
 __all__ = ["Model", "Prior", "fitted_moments"]
 
@@ -57,14 +52,18 @@ class Model:
         sde: the SDE.
         score: a score, any callable (x, t) -> ∇ log p_t(x), or None for equations alone.
         prior: p(x_T); None derives it from the data's moments, or reads it off the score at T.
+
+    Attributes:
+        kernel: the SDE's kernel, of whichever kind.
+        gaussian: the same where it is Gaussian, else None.
     """
 
     def __init__(
         self, sde: DeclaredSDE, score: ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None, prior: Prior | None
     ) -> None:
         self.declaration, self.values = sde.declaration, sde.values
-        exact = _kernel_of(sde)
-        self.kernel: Kernel | None = exact if isinstance(exact, Kernel) else None
+        self.kernel = sde.kernel
+        self.gaussian = self.kernel.gaussian
         self.state = self.declaration.state
         self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
@@ -73,13 +72,7 @@ class Model:
         self._clocks: dict[tuple[str | None, float], Clock] = {}
         self._read_off: dict[tuple[int, ...], Prior] = {}
         self._of_label: dict[float, Model] = {}
-        self.T = self.declaration.T
-        if exact is not None:
-            self.cutoff = exact.cutoff
-        elif self.declaration.cutoff is not None:
-            self.cutoff = self.declaration.cutoff
-        else:
-            self.cutoff = 0.0 if all(v > 0 for v in self.declaration.initial_variances) else 1e-3 * self.T
+        self.T, self.cutoff = self.declaration.T, self.kernel.cutoff
         self._warn_of_mismatch()
 
     def __getstate__(self) -> dict:
@@ -101,7 +94,7 @@ class Model:
 
     def with_own_prior(self) -> Model:
         """The same model with the prior that follows from the data's moments or the score, whichever was given."""
-        if self._prior is None or self.kernel is None:
+        if self._prior is None or self.gaussian is None:
             return self
         other = copy.copy(self)
         other._prior, other._read_off = None, {}
@@ -171,7 +164,7 @@ class Model:
         return self._drifts[equation]
 
     def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        if self.kernel is None:
+        if self.gaussian is None:
             return self.function_of_state(equation.drifts, with_score=True)
         scores = score_symbols(self.state)
         standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
@@ -202,35 +195,31 @@ class Model:
 
     def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
         """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
-        if self.kernel is None or not self.kernel.has_offset:
+        if not self.kernel.has_offset:
             return 0.0
         level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
         return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
 
     def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
         """The state as solvers carry it: its coefficients in the kernel's basis, centred."""
-        if self.kernel is None:
-            return x
         return self.kernel.to_basis(x) - self.offset(time, x)
 
     def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
         """The state behind what solvers carry."""
-        if self.kernel is None:
-            return u
         level = self.offset(time, u)
         return self.kernel.from_basis(u if isinstance(level, float) and not level else u + level)
 
     def solver_score(self, u: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """∇ log p_t of what solvers carry, the score asked in ``dtype``."""
         score = self.score(self.from_solver(u, time).to(dtype), time).to(u.dtype)
-        return score if self.kernel is None else self.kernel.to_basis(score)
+        return self.kernel.to_basis(score)
 
     def solver_inputs(self, event: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
         """What a :class:`~sdeflow.solvers.Problem` needs for the methods that know the kernel."""
         given: dict[str, object] = {
-            "kernel": self.kernel, "event": event, "score": partial(self.solver_score, dtype=dtype),
+            "kernel": self.gaussian, "event": event, "score": partial(self.solver_score, dtype=dtype),
         }  # fmt: skip
-        if self.kernel is not None:
+        if self.gaussian is not None:
             moments = self.score.data_moments()
             given["on_grid"] = partial(self.score.on_grid, dtype=dtype)
             given["scale"] = self.reference_scale()
@@ -293,9 +282,9 @@ class Model:
         """The time variable, centred on the data's scale where it is known."""
         scale = self.reference_scale()
         if grid is not None and not isinstance(grid, str):
-            return make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+            return make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
         if (grid, scale) not in self._clocks:  # some milliseconds to build
-            self._clocks[grid, scale] = make_clock(grid, self.kernel, self.cutoff, self.T, scale)
+            self._clocks[grid, scale] = make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
         return self._clocks[grid, scale]
 
     def reference_scale(self) -> float:
@@ -320,9 +309,8 @@ class Model:
         if self._prior is not None:
             return self._prior
         moments = None if self._score is None else self._score.data_moments()
-        spread = self.kernel is not None and self.kernel.basis is not None  # a mean over a basis needs the event
-        if moments is not None and self.kernel is not None and not spread:
-            return self.kernel.marginal(*moments, self.T)
+        if moments is not None and self.gaussian is not None and self.kernel.basis is None:
+            return self.kernel.marginal(*moments, self.T)  # in a basis a mean over it needs the event
         return next(iter(self._read_off.values()), None)
 
     def prior_for(self, like: Tensor) -> Prior:
@@ -335,7 +323,7 @@ class Model:
         known = self.known_prior if self._prior is not None or not self._read_off else self._read_off.get(event)
         if known is not None:
             return known
-        if self.kernel is None:
+        if self.gaussian is None:
             if self._default_prior is not None:
                 self._prior = self._default_prior(self._score, like)
             if self._prior is not None:
@@ -374,7 +362,7 @@ class Model:
         return start
 
     def _warn_of_mismatch(self) -> None:
-        if not isinstance(self._prior, Gaussian) or self.kernel is None or self._score is None:
+        if not isinstance(self._prior, Gaussian) or self.gaussian is None or self._score is None:
             return
         moments = self._score.data_moments()
         if moments is not None:
@@ -423,19 +411,10 @@ class Model:
         dtype = checked_dtype(dtype) or self.state_dtype
         if device is None:
             device = holder.device if holder is not None else "cpu"
-        if self.kernel is not None:
-            self.kernel.require_event(shape[1:])
+        self.kernel.require_event(shape[1:])
         like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
         prior = checked_methods(self.prior_for(like), "prior", ("sample",), "sdeflow.Gaussian(mean, std)")
         return prior.sample(shape, seed=seed, dtype=dtype, device=device)
-
-
-def _kernel_of(sde: DeclaredSDE) -> Kernel | ReducibleKernel | PearsonKernel | None:
-    """The SDE's exact kernel, Gaussian or not, or None."""
-    try:
-        return sde.kernel
-    except NotAffineError:
-        return None
 
 
 def _relabelled(score: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:

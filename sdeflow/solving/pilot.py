@@ -82,7 +82,7 @@ def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) 
         ValueError: for an SDE without a Gaussian kernel.
         ScoreError: for a score through which no gradient flows, where the likelihood counts.
     """
-    if model.kernel is None:
+    if model.gaussian is None:
         raise ValueError('grid="pilot" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     known = solver if isinstance(solver, Exponential) else Exponential()
     event = tuple(like.shape[1:])

@@ -23,7 +23,7 @@ def reference(model: Model, t: Tensor, like: Tensor) -> Linear:
 
 def reference_growth(model: Model, like: Tensor) -> float:
     """log|S_T| - log|S_cutoff|, the exact integral of the reference's divergence; 0 for an SDE without a kernel."""
-    if model.kernel is None:
+    if model.gaussian is None:
         return 0.0
     event = tuple(like.shape[1:])
     first, last = (

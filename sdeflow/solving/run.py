@@ -177,10 +177,10 @@ def field(
 
 def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan:
     """The plan of a solve, once its options are known to fit the equation and each other."""
-    general = model.kernel is None
+    general = model.gaussian is None
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
-        with_kernel=model.kernel is not None, coupled=model.declaration.coupled,
+        with_kernel=model.gaussian is not None, coupled=model.declaration.coupled,
     )  # fmt: skip
     solver = plan.solver
     if options.observed and not _observable(solver):
@@ -204,7 +204,7 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan
             "chunks; take a solver of fixed steps, or call once for each chunk."
         )
     if general and (options.denoise or options.return_denoised):
-        model.declaration.require_affine("denoise=True" if options.denoise else "return_denoised=True")
+        model.kernel.require_gaussian("denoise=True" if options.denoise else "return_denoised=True")
     return plan
 
 
@@ -236,7 +236,7 @@ def _clock(model: Model, grid: Grid, solver: Solver, x: Tensor) -> Clock:
     """The time variable asked for, or the one that the solver prefers where this SDE has it."""
     if isinstance(grid, str) and grid == "pilot":
         return pilot(model, solver, x).clock
-    preferred = None if model.kernel is None else solver.default_grid
+    preferred = None if model.gaussian is None else solver.default_grid
     return model.clock(preferred if grid is None else grid)
 
 

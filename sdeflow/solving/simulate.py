@@ -147,7 +147,7 @@ def _exactly(
     dtype: torch.dtype | None, gradient: str | None,
 ) -> Tensor:  # fmt: skip
     """States at the times ``ts``, each drawn from its law given the one before."""
-    model, kernel = Model(sde, None, None), sde.kernel
+    model, advance = Model(sde, None, None), sde.kernel.advance
     times = _checked_times(ts, model.T)
     x, noise, now, found = (
         _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype)),
@@ -159,7 +159,7 @@ def _exactly(
     with torch.enable_grad() if graph else torch.no_grad():
         for time in times:
             if time > now and len(x):
-                x = kernel.advance(x, now, time, noise)
+                x = advance(x, now, time, noise)
             found.append(x)
             now = time
         states = torch.stack(found)
@@ -276,8 +276,7 @@ def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:
 def _checked_start(model: Model, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``x`` as whole states of the model's SDE in ``dtype``."""
     _require_components(model.declaration, tuple(x.shape[1:]))
-    if model.kernel is not None:
-        model.kernel.require_event(tuple(x.shape[1:]))
+    model.kernel.require_event(tuple(x.shape[1:]))
     return x.to(dtype or x.dtype)
 
 

@@ -149,13 +149,17 @@ class Declaration:
     def require_affine(self, purpose: str, also: str = "") -> AffineDrift:
         """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way, and what else."""
         if self.affine is None:
-            why = f"{self.obstacle}; {also}" if also else self.obstacle
-            raise NotAffineError(
-                f"{purpose}: this SDE has no Gaussian perturbation kernel, for {why}. Still available: "
-                "sde.simulate(), sde.reverse() and sde.flow_ode() as equations, training by simulation (fit on a "
-                'Score that predicts="score"), and with a score their sample(), encode(), decode() and log_prob().'
-            )
+            raise self.not_affine(purpose, also)
         return self.affine
+
+    def not_affine(self, purpose: str, also: str = "") -> NotAffineError:
+        """The error that says why an SDE which is not affine has no Gaussian kernel, and what is left."""
+        why = f"{self.obstacle}; {also}" if also else self.obstacle
+        return NotAffineError(
+            f"{purpose}: this SDE has no Gaussian perturbation kernel, for {why}. Still available: "
+            "sde.simulate(), sde.reverse() and sde.flow_ode() as equations, training by simulation (fit on a "
+            'Score that predicts="score"), and with a score their sample(), encode(), decode() and log_prob().'
+        )
 
     @property
     def obstacle(self) -> str:

@@ -34,7 +34,7 @@ outside them, have spectra with a continuous part, and are refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -42,11 +42,11 @@ import sympy as sp
 
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.exact import rationalised
-from sdeflow.symbolic.lamperti import Reduction, rationals, reduce, reduction_or_reason, shown, sign_at
+from sdeflow.symbolic.lamperti import rationals, shown, sign_at
 from sdeflow.symbolic.patience import patiently
 from sdeflow.symbolic.symbols import t, x, x_0
 
-__all__ = ["Pearson", "classify", "decay", "exact_form", "spread", "why_not_exact"]
+__all__ = ["Pearson", "classify", "decay", "pearson_or_reason", "spread"]
 
 decay = sp.Dummy("alpha", positive=True)  # a Dummy: no parameter can be the same symbol
 """alpha of the affine SDE behind a Pearson diffusion."""
@@ -94,12 +94,12 @@ class Pearson:
 
 
 def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
-    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None: :func:`_pearson_or_reason` without the reason."""
-    found = _pearson_or_reason(f, g, values)
+    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None: :func:`pearson_or_reason` without the reason."""
+    found = pearson_or_reason(f, g, values)
     return found if isinstance(found, Pearson) else None
 
 
-def _pearson_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | str:
+def pearson_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | str:
     """The Pearson diffusion that dx = f dt + g dw (Itô) is, or in a clause why it is none of the two families.
 
     Args:
@@ -118,43 +118,6 @@ def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pe
         return found
     there = _classify(f.subs(numbers), g.subs(numbers), {})  # such as a delta that is constant at these values only
     return replace(there, at_values=True) if isinstance(there, Pearson) else found
-
-
-def exact_form(
-    declaration: Declaration, values: Mapping[sp.Symbol, float], tensors: Collection[sp.Symbol] = ()
-) -> Reduction | Pearson | None:
-    """What gives an SDE that is not affine an exact kernel: a change of state, the Pearson class, or None.
-
-    A form that holds at the present values only serves no parameter that is one of ``tensors``, which may take others.
-    """
-    if declaration.coupled or declaration.P0:
-        return None
-    for find in (reduce, classify):
-        form = find(declaration.f, declaration.g, values)
-        if form is not None and not (tensors and form.at_values):
-            return form
-    return None
-
-
-def why_not_exact(
-    declaration: Declaration, values: Mapping[sp.Symbol, float], tensors: Collection[sp.Symbol] = ()
-) -> str:
-    """Why an SDE that is not affine has no exact kernel here, in a clause: where :func:`exact_form` gives None."""
-    if declaration.coupled:
-        return "a change of state is only looked for in one dimension"
-    if declaration.P0:
-        return "with P0 > 0 a change of state has no Gaussian start"
-    if not declaration.state_dependent_noise:
-        return "g is free of x, so that the Lamperti coordinate is x itself, with the same drift"
-    coefficients = declaration.f, declaration.g, values
-    no_map, no_family = reduction_or_reason(*coefficients), _pearson_or_reason(*coefficients)
-    if not (isinstance(no_map, str) and isinstance(no_family, str)):
-        names = ", ".join(map(str, tensors))
-        return f"it has an exact kernel at the parameters' present values only, and a tensor ({names}) may take others"
-    return (
-        f"no change of state tried makes it affine ({no_map}), and it is no square root or Jacobi diffusion with an "
-        f"exact kernel ({no_family})"
-    )
 
 
 def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:

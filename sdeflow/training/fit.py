@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ from sdeflow.errors import (
     TrainingDivergedError,
     warn,
 )
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.local import LocalKernel
+from sdeflow.kernels.pearson import PearsonKernel
+from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.numerics.checks import (
     checked_choice,
     checked_count,
@@ -262,18 +266,21 @@ def _objective(
     score: Score, weighting: Weighting, gap: int | None, simulation_steps: int | None
 ) -> _Denoising | _Matching:
     """What this SDE is trained on."""
-    if score.kernel is None:
-        gap, simulation_steps = (
-            _GAP if gap is None else gap,
-            _SIMULATION_STEPS if simulation_steps is None else simulation_steps,
-        )
-        pairs = SimulatedPairs(score, weighting, gap, simulation_steps)
-        return _Matching(score, pairs, {"gap": gap, "simulation_steps": simulation_steps}, _BLOCK)
-    if gap is not None or simulation_steps is not None:
+    kernel = score.kernel
+    if not isinstance(kernel, LocalKernel) and (gap is not None or simulation_steps is not None):
         raise ValueError("gap and simulation_steps are of SDEs without a kernel, which are trained on simulated paths.")
-    if score.gaussian is None:
-        return _Matching(score, KernelPairs(score, weighting), {}, 1)
-    return _Denoising(score, weighting)
+    match kernel:
+        case Kernel():
+            return _Denoising(score, weighting)
+        case ReducibleKernel() | PearsonKernel():
+            return _Matching(score, KernelPairs(score, weighting), {}, 1)
+        case LocalKernel():
+            gap = _GAP if gap is None else gap
+            steps = _SIMULATION_STEPS if simulation_steps is None else simulation_steps
+            pairs = SimulatedPairs(score, weighting, gap, steps)
+            return _Matching(score, pairs, {"gap": gap, "simulation_steps": steps}, _BLOCK)
+        case _:
+            assert_never(kernel)
 
 
 def _drawn(

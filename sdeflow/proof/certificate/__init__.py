@@ -36,8 +36,8 @@ _SECONDS = 8.0  # of processor time; what has begun then may take a little longe
 _EQUATIONS = (
     ("the drifts", transport.drifts),
     ("the equations shown", transport.shown_equations),
-    ("the laws", transport.laws),
 )
+_LAWS = ("the laws", transport.laws)
 _OF_STATE = (
     ("the moments", density.moment_equations),
     ("the kernel's mass and moments", density.mass),
@@ -65,10 +65,23 @@ CHECKS: dict[str, tuple[tuple[str, Callable[[Subject], None]], ...]] = {
         ("the lift", draws.lifted),
         ("the basis", moments.basis),
         *_EQUATIONS,
+        _LAWS,
     ),
-    "reducible": (*_OF_STATE, ("the change of state", changes.line), ("the bridge", changes.bridge), *_EQUATIONS),
-    "pearson": (*_OF_STATE, ("the Bessel functions", changes.bessel), ("the cutoff", changes.clock), *_EQUATIONS),
-    "general": _EQUATIONS,
+    "reducible": (
+        *_OF_STATE,
+        ("the change of state", changes.line),
+        ("the bridge", changes.bridge),
+        *_EQUATIONS,
+        _LAWS,
+    ),
+    "pearson": (
+        *_OF_STATE,
+        ("the Bessel functions", changes.bessel),
+        ("the cutoff", changes.clock),
+        *_EQUATIONS,
+        _LAWS,
+    ),
+    "general": (*_EQUATIONS, ("the laws", transport.no_law)),
 }
 """What is checked of each kind of kernel, in order."""
 

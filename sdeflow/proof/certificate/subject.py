@@ -12,9 +12,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, NotAffineError, SdeflowError
-from sdeflow.kernels.gaussian import Kernel
-from sdeflow.kernels.reducible import ReducibleKernel
+from sdeflow.errors import DataError, SdeflowError
 from sdeflow.numerics.linear import Linear
 from sdeflow.proof.certificate.oracle import Law, Oracle
 from sdeflow.proof.certificate.report import Check
@@ -47,28 +45,16 @@ class Subject:
 
     def __init__(self, sde: DeclaredSDE) -> None:
         self.sde, self.declaration, self.values = sde, sde.declaration, sde.values
-        try:
-            self.kernel = sde.kernel
-        except NotAffineError:
-            self.kernel = None
-        self.model = Model(sde, None, None)
-        self.T, self.cutoff = self.model.T, getattr(self.kernel, "cutoff", self.model.cutoff)
+        self.kernel, self.model = sde.kernel, Model(sde, None, None)
+        self.kind, self.basis = self.kernel.kind, self.kernel.basis
+        self.T, self.cutoff = self.kernel.T, self.kernel.cutoff
         self.k, self.coupled = len(self.declaration.state), self.declaration.coupled
-        self.basis = getattr(self.kernel, "basis", None)
         self.checks: list[Check] = []
         self.unchecked: list[str] = self._without_bounds()
         self.rng = np.random.default_rng(0)
         self.readers: dict[int, object] = {}
         self.cost: list[float] = []
         self.rows, self.numbers = self._entries()
-
-    @property
-    def kind(self) -> str:
-        if self.kernel is None:
-            return "general"
-        if isinstance(self.kernel, Kernel):
-            return "affine"
-        return "reducible" if isinstance(self.kernel, ReducibleKernel) else "pearson"
 
     @property
     def first(self) -> float:

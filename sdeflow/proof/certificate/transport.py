@@ -184,9 +184,6 @@ def _some_states(subject: Subject, at: float, n: int) -> Array:
 
 def laws(subject: Subject) -> None:
     """Fokker-Planck of the declared equation, and of the compiled flow and reverse SDE, for laws that are known."""
-    if subject.kernel is None:
-        subject.unchecked.append("any density: this SDE has no kernel, and no law of it is known")
-        return
     if subject.kind == "affine" and (subject.values.shape or subject.basis is not None):
         subject.unchecked.append(
             "Fokker-Planck for whole events of tensor parameters or of a basis; entries are checked"
@@ -198,6 +195,11 @@ def laws(subject: Subject) -> None:
     for law in (_point_law(subject, times), _mixture_law(subject, times) if subject.kind == "affine" else None):
         if law is not None:
             _transport(subject, law, times, h)
+
+
+def no_law(subject: Subject) -> None:
+    """That no law is compared."""
+    subject.unchecked.append("any density: this SDE has no kernel, and no law of it is known")
 
 
 def _smooth_times(subject: Subject) -> tuple[Array, Array]:

@@ -1,0 +1,59 @@
+"""What all kernels that are not Gaussian answer alike, so that callers need not ask of which kind one is."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from sdeflow.numerics.parameters import Values
+from sdeflow.symbolic.declaration import Declaration
+
+__all__ = ["NotGaussian", "present_only"]
+
+
+class NotGaussian:
+    """A kernel that is not Gaussian: solvers carry the state itself, not centred and in no basis.
+
+    Attributes:
+        declaration: dx = f dt + g dw.
+        values: numbers and tensors of its parameters.
+        gaussian: None; of a Gaussian kernel the kernel itself.
+        basis: None: only an affine SDE may be declared in a basis.
+        has_offset: False: there is no part of the mean to take off the state.
+        also: what a refusal adds to the reason why there is no Gaussian kernel, in a clause.
+    """
+
+    declaration: Declaration
+    values: Values
+    cutoff: float
+    gaussian: None = None
+    basis: None = None
+    has_offset = False
+    also = ""
+
+    @property
+    def score_from(self) -> float:
+        """The first time at which a score is asked for: the cutoff, before which it may be infinite."""
+        return self.cutoff
+
+    def require_gaussian(self, purpose: str) -> NoReturn:
+        """Raises the :class:`~sdeflow.errors.NotAffineError` that says why there is no Gaussian kernel."""
+        raise self.declaration.not_affine(purpose, self.also)
+
+    def require_event(self, event: tuple[int, ...]) -> None:
+        """Nothing: an event of any shape is taken."""
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """The state itself."""
+        return x
+
+    def from_basis(self, x: Tensor) -> Tensor:
+        """The state itself."""
+        return x
+
+
+def present_only(values: Values) -> str:
+    """Why a form that holds at the present values only does not serve: a tensor may take others."""
+    names = ", ".join(map(str, values.tensors))
+    return f"it has an exact kernel at the parameters' present values only, and a tensor ({names}) may take others"
