@@ -25,6 +25,7 @@ from sdeflow import SDE, Gaussian, Kernel, Score, catalog, fit, x
 from sdeflow import t as time
 from sdeflow.dynamics import FlowODE, ReverseSDE
 from sdeflow.kernels.bridge import Bridge
+from sdeflow.kernels.local import LocalKernel
 from sdeflow.kernels.pearson import PearsonKernel
 from sdeflow.kernels.reducible import PushForward, ReducibleKernel
 from sdeflow.laws.boltzmann import BoltzmannLaw
@@ -709,11 +710,13 @@ SAME = {  # methods whose options are those of another, which the table holds
 }  # fmt: skip
 # Modules of the reference whose parts are called by the library: what users hand in reaches them through the others.
 PARTS = {
-    "checks", "coefficients", "compile", "linear", "noise", "square_root", "jacobi", "noncentral", "ancestral",
-    "boundary", "storage", "pilot", "symbolic.declaration", "symbolic.arguments", "symbolic.grammar", "symbolic.tree",
-    "symbolic.equations", "likelihood.nodes", "likelihood.adjoint", "likelihood.budget", "solvers.weights",
-    "solvers.clock", "solvers.problem", "weightings", "times", "explanation", "derivation", "certificate", "errors",
-    "scores.function", "traces", "dequantisation", "likelihood",
+    "numerics.checks", "numerics.compile", "numerics.linear", "numerics.noise", "numerics.noncentral",
+    "numerics.traces", "kernels.kinds", "kernels.coefficients", "kernels.square_root", "kernels.jacobi",
+    "kernels.ancestral", "solving.boundary", "solving.pilot", "storage", "symbolic.declaration", "symbolic.arguments",
+    "symbolic.grammar", "symbolic.tree", "symbolic.equations", "likelihood", "likelihood.nodes", "likelihood.adjoint",
+    "likelihood.budget", "likelihood.dequantisation", "solvers.exponential.weights", "solvers.clock",
+    "solvers.problem", "training.weightings", "training.times", "proof.explanation", "proof.derivation",
+    "proof.certificate", "errors", "scores.function",
 }  # fmt: skip
 
 
@@ -755,7 +758,7 @@ def test_the_table_holds_every_option_of_the_reference():
 
 # Methods of protocols and helpers, whose options are those of the function that they stand for.
 SKIPPED = {
-    Kernel.__init__, ReducibleKernel.__init__, PearsonKernel.__init__,
+    Kernel.__init__, ReducibleKernel.__init__, PearsonKernel.__init__, LocalKernel.__init__,
     Score.on_grid, sdeflow.scores.GaussianMixture.forward, Uniform.sample, TruncatedNormal.sample,
     Variational.sample, sdeflow.likelihood.LogProb.__init__, nn.Module.__init__, sdeflow.scores.ScoreFunction.__init__,
 }  # fmt: skip
