@@ -577,11 +577,11 @@ def test_results_are_ordinary_tensors_and_scores_may_use_autograd(outside):
 # ---------------------------------------------------------------------- grids and solvers
 
 
-class Probe:
+class Probe(sdeflow.solvers.Solver):
     """A solver that notes its problem and returns its state."""
 
     kinds = ("ode", "sde")
-    stochastic = adaptive = needs_kernel = False
+    adaptive = needs_kernel = False
     calls_per_step = 1
 
     def __init__(self, default_grid=None, **attributes):

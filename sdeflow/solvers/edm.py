@@ -26,13 +26,14 @@ from torch import Tensor
 
 from sdeflow.numerics.checks import checked_real
 from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["StochasticHeun"]
 
 
 @dataclass(frozen=True)
-class StochasticHeun:
+class StochasticHeun(Solver):
     r"""EDM's sampler: noise is added ("churn"), then Heun's method runs the flow in sigma / alpha.
 
     Without churn it is deterministic, of order 2, and solves the probability flow in either direction. With churn it
@@ -93,11 +94,6 @@ class StochasticHeun:
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
         kernel = problem.kernel
-        if kernel.coupled:
-            raise ValueError(
-                f"{self} steps in sigma / alpha, which a coupled state has not as one number: use an exponential "
-                "solver, EulerMaruyama or Heun."
-            )
         problem.start(y)
         u = y.reshape(-1, *problem.event)
         times = problem.times(steps)

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["Euler", "EulerMaruyama", "Heun"]
 
 
 @dataclass(frozen=True)
-class EulerMaruyama:
+class EulerMaruyama(Solver):
     r"""The simplest method of a reverse-time SDE, y_{k+1} = y_k + h f + √h g ξ_k; weak order 1.
 
     In Itô's sense, with diagonal noise or a matrix for each coordinate, which may depend on the state.
@@ -49,10 +50,8 @@ class EulerMaruyama:
 
     kinds = ("sde",)
     needs_kernel = False
-    stochastic = True
     adaptive = False
     calls_per_step = 1
-    default_grid = None
     follows_path = True
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
@@ -68,7 +67,7 @@ class EulerMaruyama:
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(Solver):
     """Euler's method for the probability flow, y_{k+1} = y_k + h f(y_k, r_k); order 1, one call a step.
 
     Note:
@@ -77,10 +76,8 @@ class Euler:
 
     kinds = ("ode",)
     needs_kernel = False
-    stochastic = False
     adaptive = False
     calls_per_step = 1
-    default_grid = None
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
@@ -91,7 +88,7 @@ class Euler:
 
 
 @dataclass(frozen=True)
-class Heun:
+class Heun(Solver):
     """Heun's method for the probability flow, the explicit trapezoid rule; order 2, two calls a step.
 
     Note:
@@ -101,10 +98,8 @@ class Heun:
 
     kinds = ("ode",)
     needs_kernel = False
-    stochastic = False
     adaptive = False
     calls_per_step = 2
-    default_grid = None
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from sdeflow.errors import StepUnderflowError
 from sdeflow.numerics.checks import checked_real
 from sdeflow.numerics.linear import Linear
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["GottaGoFast"]
@@ -40,7 +41,7 @@ _SMALLEST_STEP = 1e-13  # relative to T
 
 
 @dataclass(frozen=True)
-class GottaGoFast:
+class GottaGoFast(Solver):
     """The adaptive SDE solver of "Gotta go fast": Euler-Maruyama inside improved Euler, two calls an attempt.
 
     ``rtol`` and ``atol`` are the paper's ε_r and ε_a: it takes ε_r from 0.01 to 0.10, and for ε_a the step between
@@ -73,7 +74,6 @@ class GottaGoFast:
 
     kinds = ("sde",)
     needs_kernel = True
-    stochastic = True
     adaptive = True
     per_sample = True
     calls_per_step = 2

@@ -51,6 +51,7 @@ from sdeflow.numerics.linear import Factor, Linear, multiplied, rows
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.function import checked, network_time
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.problem import Problem
 
@@ -76,7 +77,7 @@ _LARGEST_STEP = 1.0  # of e: the drift then goes all the way to alpha E[x_0 | x_
 
 
 @dataclass(frozen=True)
-class PredictorCorrector:
+class PredictorCorrector(Solver):
     r"""A step of the reverse SDE, then Langevin steps at the time it arrives at, which mend its law.
 
     A predictor takes u at t to the earlier time s. With the forward transition u_t = A u_s + Σ ξ and Q = Σ Σᵀ,
@@ -117,9 +118,7 @@ class PredictorCorrector:
 
     kinds = ("sde",)
     needs_kernel = True
-    stochastic = True
     adaptive = False
-    default_grid = None
 
     def __post_init__(self) -> None:
         if not callable(self.predictor):
@@ -249,7 +248,7 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin:
+class AnnealedLangevin(Solver):
     r"""Langevin dynamics at falling noise scales (NCSN), as a solver: ``steps`` is the number of scales below T.
 
     At scale i of L, ``steps_per_scale`` times z <- z + ε_i ∇_z log p + √(2 ε_i) ξ with ε_i = ε zeta_i² / zeta_L², in
@@ -281,7 +280,6 @@ class AnnealedLangevin:
 
     kinds = ("sde",)
     needs_kernel = True
-    stochastic = True
     adaptive = False
     default_grid = "log_snr"
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.scores import GridScore
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.problem import Problem
 
@@ -29,7 +30,7 @@ Interval = tuple[float, float, int, int]
 
 
 @dataclass(frozen=True)
-class Restart:
+class Restart(Solver):
     """Restart sampling with any solver of the probability flow inside.
 
     Args:
@@ -54,15 +55,14 @@ class Restart:
         (:class:`~sdeflow.solvers.edm.StochasticHeun`) spreads its noise over all steps instead.
     """
 
-    solver: object
+    solver: Solver
     intervals: Sequence[Interval]
 
     kinds = ("sde",)
     needs_kernel = True
-    stochastic = True
 
     def __post_init__(self) -> None:
-        if "ode" not in getattr(self.solver, "kinds", ()):
+        if not isinstance(self.solver, Solver) or "ode" not in self.solver.kinds:
             raise ValueError(f"Restart needs a solver object of the probability flow, not {self.solver!r}.")
         for interval in self.intervals:
             valid = isinstance(interval, Sequence) and len(interval) == 4 and all(isinstance(v, Real) for v in interval)
@@ -78,7 +78,17 @@ class Restart:
     @property
     def observable(self) -> bool:
         """Whether the solver inside says when a step ends."""
-        return getattr(self.solver, "observable", True)
+        return self.solver.observable
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether coupled states are beyond the solver inside."""
+        return self.solver.elementwise
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through the solver inside."""
+        return self.solver.differentiable
 
     @property
     def calls_per_step(self) -> int:

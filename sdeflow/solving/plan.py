@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from sdeflow.errors import TooLargeError
 from sdeflow.numerics.checks import checked_count
-from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, names_for, resolve
+from sdeflow.solvers import EulerMaruyama, Exponential, Grid, Solver, Torchdiffeq, Torchsde, resolve
 from sdeflow.solvers.clock import steps_of
+from sdeflow.solvers.registry import require
 
 __all__ = ["MAX_CALLS", "Plan", "default_solver", "make_plan", "require_calls"]
 
@@ -36,7 +35,7 @@ class Plan:
     ) -> None:
         self.solver, self.steps, self.rtol, self.atol, self.max_calls = solver, steps, rtol, atol, max_calls
         self.grid = grid
-        self.expected_calls = None if steps is None else _calls(solver, steps)
+        self.expected_calls = None if steps is None else solver.calls(steps)
 
     def looser(self) -> Plan:
         """The same with half the steps, or ten times the tolerance: for an error estimate."""
@@ -96,8 +95,7 @@ def make_plan(
     max_calls: int | None,
     dtype: torch.dtype,
     grid: Grid = None,
-    with_kernel: bool = True,
-    coupled: bool = False,
+    demands: tuple[str, ...] = (),
 ) -> Plan:
     """What ``solver``, ``steps`` and the tolerances mean for an equation of ``kind``.
 
@@ -110,8 +108,7 @@ def make_plan(
         steps, rtol, atol, max_calls: as given.
         dtype: of the state.
         grid: where it is a tensor of times, a fixed-step solver takes the steps between them.
-        with_kernel: whether the SDE has a Gaussian kernel.
-        coupled: whether its state is coupled.
+        demands: what else is asked of the solver, keys of ``solvers.base.DEMANDS``.
 
     Raises:
         ValueError: for a solver that does not fit, and for steps and tolerances that make no sense.
@@ -120,6 +117,8 @@ def make_plan(
     steps = None if steps is None else checked_count(steps, "steps")
     max_calls = None if max_calls is None else checked_count(max_calls, "max_calls")
     equation = "sde" if kind == "sde" else "ode"
+    demands = ("divergence", *demands) if kind == "likelihood" else demands
+    with_kernel = "no kernel" not in demands
     tolerances = rtol is not None or atol is not None
     clock: str | None = None
     fixed = not tolerances and (solver is None or not resolve(solver, equation).adaptive)
@@ -132,25 +131,24 @@ def make_plan(
             if kind == "sde" and steps is None:
                 steps = _SDE_STEPS if with_kernel else _EULER_STEPS
             pilot = isinstance(grid, str) and grid == "pilot"
-            chosen, clock = default_solver(kind, steps, with_kernel, pilot, coupled)
+            chosen, clock = default_solver(kind, steps, with_kernel, pilot, "coupled" in demands)
             if steps not in (None, named) and not chosen.adaptive:
                 steps = max(1, steps // chosen.calls_per_step)
     elif kind == "sde" and tolerances and steps is None and isinstance(solver, str) and solver in Torchsde.methods:
         chosen = Torchsde(solver, adaptive=True)  # ours of that name take fixed steps
     else:
         chosen = resolve(solver, equation)
-    _require_fit(chosen, kind, equation, with_kernel)
-    if isinstance(chosen, Torchsde) and steps is None and tolerances:
-        chosen = replace(chosen, adaptive=True)
+    if steps is None and tolerances:
+        chosen = chosen.with_own_steps()
+    require(chosen, equation, demands)
     if chosen.adaptive and steps is not None:
         raise ValueError(f"{chosen} chooses its own steps: give rtol= and atol= instead of steps={steps}.")
     if not chosen.adaptive and steps is None:
         hint = ", or rtol= and atol= for adaptive ones" if kind == "sde" else ""
         raise ValueError(f"{chosen} takes fixed steps: give steps={hint}.")
-    iterates = getattr(chosen, "method", "") in ("implicit_adams", "fixed_adams")  # to rtol and atol
-    if not chosen.adaptive and not iterates and tolerances:
+    if not chosen.adaptive and not chosen.iterates and tolerances:
         raise ValueError(f"{chosen} takes fixed steps, to which rtol and atol mean nothing.")
-    usual = getattr(chosen, "default_tolerances", (1e-5, 1e-5))
+    usual = chosen.default_tolerances
     rtol = _tolerance(usual[0] if rtol is None else rtol, "rtol", dtype)
     atol = _tolerance(usual[1] if atol is None else atol, "atol", dtype)
     plan = Plan(chosen, steps, rtol, atol, max_calls or 10_000, clock)
@@ -169,22 +167,6 @@ def require_calls(calls: int, what: str, max_calls: int | None) -> None:
         raise TooLargeError(
             f"{what} take {calls:,} calls, over the {MAX_CALLS:,} of a solve: give max_calls= for more."
         )
-
-
-def _require_fit(solver: Solver, kind: str, equation: str, with_kernel: bool) -> None:
-    if kind == "likelihood" and not isinstance(solver, Torchdiffeq):
-        names = ", ".join(Torchdiffeq.methods)
-        raise ValueError(f"{solver} does not integrate the divergence; those that do: {names}.")
-    if solver.needs_kernel and not with_kernel:
-        raise ValueError(
-            f"{solver} needs a Gaussian kernel, which this SDE has not; those that do not: "
-            f"{', '.join(names_for(equation, with_kernel=False))}."
-        )
-
-
-def _calls(solver: Solver, steps: int) -> int:
-    """Calls of the score in a solve with fixed steps."""
-    return solver.calls(steps) if hasattr(solver, "calls") else steps * solver.calls_per_step
 
 
 def _tolerance(value: float, name: str, dtype: torch.dtype) -> float:

@@ -23,15 +23,16 @@ from sdeflow.numerics.checks import checked_count, checked_flag
 from sdeflow.numerics.noise import BLOCK, NoiseStream
 from sdeflow.scores import evaluating
 from sdeflow.scores.thresholded import Threshold, Thresholded
-from sdeflow.solvers import Clock, Grid, Problem, Solver, names_for, resolve
+from sdeflow.solvers import Clock, Grid, Problem, Solver
 from sdeflow.solvers.clock import as_grid
+from sdeflow.solvers.registry import demands_of
 from sdeflow.solving.gradients import require_graph, require_reach
 from sdeflow.solving.model import Model
 from sdeflow.solving.pilot import pilot
 from sdeflow.solving.plan import Plan, make_plan
 from sdeflow.symbolic.equations import Equation
 
-__all__ = ["Answer", "Callback", "Options", "field", "require_follower", "run"]
+__all__ = ["Answer", "Callback", "Options", "demand_of_path", "field", "run"]
 
 Callback = Callable[[int, float, Tensor], object]
 Answer = Tensor | tuple[Tensor, ...]
@@ -112,14 +113,12 @@ def run(
     if options.threshold is not None:
         model = model.with_score(Thresholded(model.score, options.threshold))
     with torch.no_grad():
-        plan = _plan(model, "ode" if seed is None else "sde", options, dtype)
+        plan = _plan(model, "ode" if seed is None else "sde", options, dtype, graph)
         x = start()
         clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x.detach())
     if graph:
         x = x.clone() if x.is_inference() else x
         require_reach(model, x)
-        if getattr(plan.solver, "method", None) == "scipy_solver":
-            raise ValueError(f"gradient=: {plan.solver} runs in SciPy, through which none flows.")
     with torch.enable_grad() if graph else torch.no_grad():
         answer = _run(model, equation, x, clock, plan, options, backward, seed)
     if graph:
@@ -175,61 +174,34 @@ def field(
 # -------------------------------------------------------------------- before a solve
 
 
-def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype) -> Plan:
+def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype, graph: bool) -> Plan:
     """The plan of a solve, once its options are known to fit the equation and each other."""
-    general = model.gaussian is None
+    declaration, with_kernel = model.declaration, model.gaussian is not None
+    demands = demands_of(declaration, with_kernel) + _demands(options, declaration.coupled, graph)
     plan = make_plan(
-        kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid,
-        with_kernel=model.gaussian is not None, coupled=model.declaration.coupled,
-    )  # fmt: skip
-    solver = plan.solver
-    if options.observed and not _observable(solver):
-        asked = "trajectory=True" if options.trajectory else "callback="
-        found = {name: resolve(name, kind) for name in names_for(kind, not general)}
-        names = (
-            name
-            for name, other in found.items()
-            if _observable(other) and not (options.trajectory and _per_sample(other))
-        )
-        raise ValueError(
-            f"{asked}: {solver} does not say when a step ends; those that do, by name: {', '.join(names)}."
-        )
-    if options.trajectory and _per_sample(solver):
-        raise ValueError(f"trajectory=True: {solver} takes each sample through times of its own; use callback=.")
-    if options.noise is not None:
-        require_follower(solver, model.declaration.coupled)
-    if options.chunk is not None and _of_whole_batch(solver):
-        raise ValueError(
-            f"chunk={options.chunk}: {solver} chooses its steps for the whole batch, so samples would depend on the "
-            "chunks; take a solver of fixed steps, or call once for each chunk."
-        )
-    if general and (options.denoise or options.return_denoised):
+        kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid, demands
+    )
+    if not with_kernel and (options.denoise or options.return_denoised):
         model.kernel.require_gaussian("denoise=True" if options.denoise else "return_denoised=True")
     return plan
 
 
-def require_follower(solver: Solver, coupled: bool) -> None:
-    """A ValueError unless the solver can follow a path of Brownian motion; those that can say ``follows_path``."""
-    if not getattr(solver, "follows_path", False) or (coupled and solver.needs_kernel):
-        also = "" if coupled else ", or an Exponential(eta=1)"
-        raise ValueError(
-            f"noise=: {solver} does not follow a given path; take EulerMaruyama() or a method of torchsde's{also}."
-        )
+def _demands(options: Options, coupled: bool, graph: bool) -> tuple[str, ...]:
+    """What the options ask of a solver."""
+    asked = {
+        "trajectory": options.trajectory,
+        "common times": options.trajectory,
+        "callback": options.callback is not None,
+        demand_of_path(coupled): options.noise is not None,
+        "chunk": options.chunk is not None,
+        "gradient": graph,
+    }
+    return tuple(demand for demand, holds in asked.items() if holds)
 
 
-def _observable(solver: Solver) -> bool:
-    """Whether the solver says when a step ends; adapters to methods that do not have an attribute of this name."""
-    return getattr(solver, "observable", True)
-
-
-def _per_sample(solver: Solver) -> bool:
-    """Whether each sample has steps of its own; solvers that work so have an attribute of this name."""
-    return getattr(solver, "per_sample", False)
-
-
-def _of_whole_batch(solver: Solver) -> bool:
-    """Whether the steps depend on all samples together."""
-    return solver.adaptive and not _per_sample(solver)
+def demand_of_path(coupled: bool) -> str:
+    """What a given path of Brownian motion asks of a solver."""
+    return "path of components" if coupled else "path"
 
 
 def _clock(model: Model, grid: Grid, solver: Solver, x: Tensor) -> Clock:
@@ -243,7 +215,7 @@ def _clock(model: Model, grid: Grid, solver: Solver, x: Tensor) -> Clock:
 def _pieces(x: Tensor, chunk: int | None, solver: Solver) -> list[tuple[int, int]]:
     """First and last row of each chunk; without ``chunk`` one alone, unless the batch is very large."""
     batch = len(x)
-    if chunk is None and (x.numel() <= _LARGEST or _of_whole_batch(solver)):
+    if chunk is None and (x.numel() <= _LARGEST or solver.of_whole_batch):
         return [(0, batch)]
     size = chunk or max(1, _LARGEST // math.prod(x.shape[1:]))
     size = size // BLOCK * BLOCK if size > BLOCK and chunk is None else size  # whole blocks of noise cost less

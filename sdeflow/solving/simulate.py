@@ -25,12 +25,13 @@ from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde, names_for, resolve
+from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde
+from sdeflow.solvers.registry import demands_of, resolved
 from sdeflow.solving.boundary import Boundary
 from sdeflow.solving.gradients import is_meant, require_graph
 from sdeflow.solving.model import Model
 from sdeflow.solving.plan import Plan, make_plan
-from sdeflow.solving.run import require_follower
+from sdeflow.solving.run import demand_of_path
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.equations import forward
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -103,15 +104,15 @@ def simulate(
     times = _checked_times(ts, model.T)
     x = _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype))
     graph = is_meant(gradient, x)
-    plan = _plan(solver, steps, rtol, atol, max_calls, x.dtype)
+    if noise is not None:
+        _require_path(noise, seed)
+    plan = _plan(model.declaration, solver, steps, rtol, atol, max_calls, x.dtype, noise is not None, graph)
     if not len(x):
         return x.new_empty(len(times), *x.shape)
     working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     ends = None if boundary is None else _boundary(boundary, model, working, plan)
     if graph and ends is not None:
         ends.require_gradient()
-    if noise is not None:
-        _require_path(noise, seed, plan.solver, model.declaration.coupled)
     path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
     shown = checked_flag(progress, "progress", optional=True)
     hidden = None if shown is None else not shown
@@ -133,13 +134,12 @@ def simulate(
     return states
 
 
-def _require_path(noise: object, seed: object, solver: Solver, coupled: bool) -> None:
-    """That ``noise`` is a path, alone, and the solver follows paths."""
+def _require_path(noise: object, seed: object) -> None:
+    """An error unless ``noise`` is a path and is given alone."""
     if not isinstance(noise, BrownianPath):
         raise TypeError(f"noise must be a sdeflow.BrownianPath, not {noise!r}.")
     if seed is not None:
         raise ValueError("the noise is the path's: give seed= or noise=, not both.")
-    require_follower(solver, coupled)
 
 
 def _exactly(
@@ -246,21 +246,17 @@ def _restored(y: Tensor, like: Tensor, basis: Basis | None) -> Tensor:
 
 
 def _plan(
-    solver: str | Solver | None, steps: int | None, rtol: float | None, atol: float | None, max_calls: int | None,
-    dtype: torch.dtype,
+    declaration: Declaration, solver: str | Solver | None, steps: int | None, rtol: float | None, atol: float | None,
+    max_calls: int | None, dtype: torch.dtype, follows: bool, graph: bool,
 ) -> Plan:  # fmt: skip
     """As :func:`sdeflow.solving.plan.make_plan`, with steps by default; the kernel's own solvers run backwards
     alone."""
-    names = names_for("sde", with_kernel=False)
-    if (isinstance(solver, str) and solver not in names) or getattr(solver, "needs_kernel", False):
-        raise ValueError(
-            f'solver={solver!r} does not simulate the forward SDE; those that do: {", ".join(names)}, and "exact" '
-            "where there is a kernel."
-        )
-    chosen = resolve("euler" if solver is None else solver, "sde")
+    chosen = resolved("euler" if solver is None else solver, "sde", "forward")
+    demands = ("forward", *demands_of(declaration, with_kernel=False))
+    demands += (demand_of_path(declaration.coupled),) * follows + ("gradient",) * graph
     if steps is None and rtol is None and atol is None and not chosen.adaptive:
         steps = _STEPS
-    return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype, with_kernel=False)
+    return make_plan("sde", chosen, steps, rtol, atol, max_calls, dtype, demands=demands)
 
 
 def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:

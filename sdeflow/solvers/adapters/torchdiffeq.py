@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sdeflow.errors import SolverError, StepUnderflowError
 from sdeflow.numerics.checks import checked_choice
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Normalised, Problem
 
 __all__ = ["Torchdiffeq"]
@@ -39,7 +40,7 @@ _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
 @dataclass(frozen=True)
-class Torchdiffeq:
+class Torchdiffeq(Solver):
     """A method of torchdiffeq, by its name.
 
     Args:
@@ -60,8 +61,7 @@ class Torchdiffeq:
 
     kinds = ("ode",)
     needs_kernel = False
-    stochastic = False
-    default_grid = None
+    integrates_divergence = True
     methods = _ADAPTIVE + _FIXED
 
     def __post_init__(self) -> None:
@@ -79,6 +79,16 @@ class Torchdiffeq:
     def observable(self) -> bool:
         """Whether the method says when a step ends."""
         return self.method != "scipy_solver"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through a solve; SciPy's methods have none."""
+        return self.method != "scipy_solver"
+
+    @property
+    def iterates(self) -> bool:
+        """Whether fixed steps are found by iteration."""
+        return self.method in ("implicit_adams", "fixed_adams")
 
     @property
     def calls_per_step(self) -> int:

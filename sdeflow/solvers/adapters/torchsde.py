@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from sdeflow.errors import StepUnderflowError
 from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
 __all__ = ["Torchsde"]
@@ -34,7 +35,7 @@ _STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
 
 
 @dataclass(frozen=True)
-class Torchsde:
+class Torchsde(Solver):
     """A method of torchsde, by its name.
 
     Args:
@@ -57,8 +58,6 @@ class Torchsde:
 
     kinds = ("sde",)
     needs_kernel = False
-    stochastic = True
-    default_grid = None
     follows_path = True
     methods = _ITO + _STRATONOVICH
 
@@ -84,6 +83,10 @@ class Torchsde:
         """Calls of the score in a step."""
         return {"srk": 10, "midpoint": 2, "heun": 2, "log_ode": 2}.get(self.method, 1)
 
+    def with_own_steps(self) -> Torchsde:
+        """The adaptive solver of this method."""
+        return replace(self, adaptive=True)
+
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
         if self.adaptive:
@@ -92,8 +95,6 @@ class Torchsde:
             points = problem.start(y, steps, order=1 if self.method in _FIRST_ORDER else 2)
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
-        if system.noise_type == "general" and self.diagonal:
-            raise ValueError(f"{self} needs each component to have a noise of its own; the other methods do not.")
         end = float(points[-1])
         brownian, tolerances = self._brownian(problem, y, end), (rtol, atol, 1e-6 * end)
         observed = problem.on_step is not None and self.observable

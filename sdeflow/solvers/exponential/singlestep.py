@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdeflow.numerics.checks import checked_real, checked_within
 from sdeflow.numerics.linear import Factor, add_multiple, multiplied, rows
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.exponential.program import predictions, shaped
 from sdeflow.solvers.exponential.weights import PREDICTIONS, RULES, Transfer, derive, weights
 from sdeflow.solvers.problem import Problem
@@ -34,7 +35,7 @@ _STAGES = {1: ((), ((0,),)), 2: ((0.5,), ((0,), (0, 1))), 3: ((1 / 3, 2 / 3), ((
 
 
 @dataclass(frozen=True)
-class SingleStep:
+class SingleStep(Solver):
     """An exponential single-step solver.
 
     Args:

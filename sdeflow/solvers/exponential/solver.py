@@ -30,6 +30,7 @@ from sdeflow.errors import DataError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.basis import Basis, Orthogonal
 from sdeflow.numerics.checks import OF_BASIS, checked_finite, checked_methods, checked_numbers, checked_states
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.exponential.program import Program, Steps, kept
 from sdeflow.solvers.exponential.weights import PREDICTIONS, RULES, VARIABLES, Eta, Transfer, derive
 from sdeflow.solvers.problem import Problem
@@ -41,7 +42,7 @@ _CLOSEST_WITH_NOISE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class Exponential:
+class Exponential(Solver):
     """An exponential multistep solver.
 
     Args:
