@@ -112,6 +112,7 @@ def test_another_cutoff_keeps_the_kernel_derived(kind, monkeypatch):
     later = sde.with_cutoff(0.25)
     assert later.kind == kind and later.cutoff == later.kernel.cutoff == 0.25
     assert later.kernel.declaration is later.declaration
+    assert kind != "general" or later.kernel.refusals == sde.kernel.refusals != ()
 
 
 def test_a_score_of_a_general_sde_is_defined_from_zero_on():

@@ -308,10 +308,13 @@ class Model:
         """The prior, or None where it is still to be read off the score."""
         if self._prior is not None:
             return self._prior
-        moments = None if self._score is None else self._score.data_moments()
-        if moments is not None and self.gaussian is not None and self.kernel.basis is None:
-            return self.kernel.marginal(*moments, self.T)  # in a basis a mean over it needs the event
-        return next(iter(self._read_off.values()), None)
+        known = self._of_moments() if self.kernel.basis is None else None  # in a basis a mean over it needs the event
+        return next(iter(self._read_off.values()), None) if known is None else known
+
+    def _of_moments(self) -> Gaussian | None:
+        """p(x_T) of Gaussian data with the score's moments; None where these, or a Gaussian kernel, are missing."""
+        moments = None if self._score is None or self.gaussian is None else self._score.data_moments()
+        return None if moments is None else self.gaussian.marginal(*moments, self.T)
 
     def prior_for(self, like: Tensor) -> Prior:
         """The prior for states shaped as ``like`` (batch, *event).
@@ -362,11 +365,9 @@ class Model:
         return start
 
     def _warn_of_mismatch(self) -> None:
-        if not isinstance(self._prior, Gaussian) or self.gaussian is None or self._score is None:
-            return
-        moments = self._score.data_moments()
-        if moments is not None:
-            kl = self.kernel.marginal(*moments, self.T).kl_per_dimension(self._prior)
+        expected = self._of_moments() if isinstance(self._prior, Gaussian) else None
+        if expected is not None:
+            kl = expected.kl_per_dimension(self._prior)
             if not kl <= _MISMATCH:
                 warn(
                     f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",

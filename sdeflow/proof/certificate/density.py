@@ -10,11 +10,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from typing import assert_never
 
 import numpy as np
 import sympy as sp
 import torch
 
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.local import LocalKernel
+from sdeflow.kernels.pearson import PearsonKernel
+from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.proof.certificate.oracle import Oracle, ratio
 from sdeflow.proof.certificate.subject import Subject, product, tensor, transposed
 from sdeflow.symbolic.evaluate import UnknownValue, evaluate
@@ -113,10 +118,20 @@ def _diagonal(P: Array) -> Array:
 
 def start(subject: Subject) -> Array:
     """An x_0 in the domain, (1, k)."""
-    if subject.kind == "affine":
-        return np.linspace(0.7, -0.3, subject.k)[None]
-    if subject.kind == "reducible":
-        return subject.kernel.restore(torch.full((1, 1), 0.7, dtype=torch.float64), 0.0).numpy()
+    kernel = subject.kernel
+    match kernel:
+        case Kernel() | LocalKernel():
+            return np.linspace(0.7, -0.3, subject.k)[None]
+        case ReducibleKernel():
+            return kernel.restore(torch.full((1, 1), 0.7, dtype=torch.float64), 0.0).numpy()
+        case PearsonKernel():
+            return _within_the_domain(subject)
+        case _:
+            assert_never(kernel)
+
+
+def _within_the_domain(subject: Subject) -> Array:
+    """An x_0 of a Pearson diffusion."""
     low, high = domain(subject, 0.0)
     if math.isfinite(high - low):
         return np.array([[low + 0.4 * (high - low)]])
