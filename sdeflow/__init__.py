@@ -20,7 +20,7 @@ from sdeflow.scores import Score
 from sdeflow.sde import SDE
 from sdeflow.symbolic.schedule import schedule
 from sdeflow.symbolic.symbols import s, state, t, x, x_0
-from sdeflow.training import losses
+from sdeflow.training import callbacks, losses, objectives
 from sdeflow.training.fit import fit
 
 __all__ = [
@@ -39,11 +39,13 @@ __all__ = [
     "SolverError",
     "__version__",
     "basis",
+    "callbacks",
     "catalog",
     "errors",
     "fit",
     "losses",
     "nets",
+    "objectives",
     "s",
     "schedule",
     "scores",

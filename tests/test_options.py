@@ -42,7 +42,9 @@ from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin, presets
 from sdeflow.solving.priors import fit_prior
 from sdeflow.solving.simulate import simulate
+from sdeflow.training.callbacks import Validation
 from sdeflow.training.losses import denoising_score_matching
+from sdeflow.training.objectives import Denoising, KernelMatching, LocalMatching, Objective
 
 k = sp.Symbol("k", positive=True)
 D = 2
@@ -134,6 +136,16 @@ def trained(score=None, **options):
     data = torch.randn(64, D, generator=torch.Generator().manual_seed(0)) + 1.0
     run = fit(score, options.pop("data", data), **{"steps": 12, "batch_size": 8, "progress": False, **options})
     return torch.tensor(run.losses), torch.cat([p.detach().flatten() for p in score.parameters()])
+
+
+def by_simulation(**options):
+    score = Score(Net(), SDE(-(x**3), 1), predicts="score")
+    return LocalMatching(**{"simulation_steps": 6, "gap": 2, **options}).value(score, X)
+
+
+def validated(**options):
+    held_out = Validation(X, 2, **options)
+    return fit(Score(Net(), ou(), predicts="noise"), X, 4, 2, callbacks=[held_out], progress=False).validation
 
 
 def declared(**options):
@@ -413,6 +425,8 @@ TABLE = {
         "batch_size": ({}, {"batch_size": 4}),
         "weighting": ({"weighting": "likelihood"}, {"weighting": "score"}),
         "times": ({"weighting": "likelihood"}, {"times": "t"}),
+        "objective": ({}, {"objective": sdeflow.objectives.Denoising("edm")}),
+        "optimiser": ({}, {"optimiser": lambda p: torch.optim.SGD(p, lr=1e-2)}),
         "lr": ({}, {"lr": 1e-2}),
         "schedule": ({}, {"schedule": "constant"}),
         "ema": ({}, {"ema": 0.0}),
@@ -425,8 +439,25 @@ TABLE = {
         "accelerator": "the user's own, for devices and processes: tests/test_faults.py",
         "gap": "below",
         "simulation_steps": "below",
+        "callbacks": "tests/test_objectives.py",
+        "validation": "tests/test_objectives.py",
         "progress": SHOWN,
     }),
+    "Objective": (Objective.__init__, lambda **o: Denoising(**o).value(exact(), X), {
+        "weighting": ({}, {"weighting": "edm"}),
+        "times": ({}, {"times": "log_snr"}),
+    }),
+    "Objective.value": (Objective.value, lambda **o: Denoising().value(exact(), X, **o), {
+        "seed": ({}, {"seed": 1}),
+        "batch_size": ({}, {"batch_size": 2}),
+    }),
+    "LocalMatching": (LocalMatching.__init__, by_simulation, {
+        "weighting": ({}, {"weighting": lambda at: at}),
+        "times": ({}, {"times": lambda at: 1 + at}),
+        "gap": ({"simulation_steps": 6}, {"gap": 3}),
+        "simulation_steps": ({"gap": 2}, {"simulation_steps": 7}),
+    }),
+    "Validation": (Validation.__init__, validated, {"seed": ({}, {"seed": 1})}),
     "denoising_score_matching": (denoising_score_matching, lambda **o: denoising_score_matching(
         network(), X, [0.5, 1.0, 1.5], torch.ones(3, D), **o), {
         "weighting": ({}, {"weighting": "likelihood"}),
@@ -671,6 +702,7 @@ INTERNAL = {  # what users do not call, or what takes no option that changes a r
 def test_the_table_holds_every_public_name():
     modules = (
         sdeflow, sdeflow.solvers, sdeflow.scores, sdeflow.nets, sdeflow.catalog, sdeflow.basis, sdeflow.losses,
+        sdeflow.objectives, sdeflow.callbacks,
         sdeflow.numerics.traces, sdeflow.likelihood.dequantisation, sdeflow.likelihood, sdeflow.likelihood.bounds,
     )  # fmt: skip
     missing = []
@@ -758,6 +790,7 @@ def test_the_table_holds_every_option_of_the_reference():
 
 # Methods of protocols and helpers, whose options are those of the function that they stand for.
 SKIPPED = {
+    Objective.loss, Denoising.loss, KernelMatching.loss, LocalMatching.loss,
     Kernel.__init__, ReducibleKernel.__init__, PearsonKernel.__init__, LocalKernel.__init__,
     Score.on_grid, sdeflow.scores.GaussianMixture.forward, Uniform.sample, TruncatedNormal.sample,
     Variational.sample, sdeflow.likelihood.LogProb.__init__, nn.Module.__init__, sdeflow.scores.ScoreFunction.__init__,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from sdeflow.errors import DataError
 from sdeflow.numerics.checks import checked_data
@@ -16,7 +16,7 @@ from sdeflow.numerics.noise import NoiseStream
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "Samples"]
 
 _LOOK = 10_000  # rows of a tensor, from which moments are measured
 _LOOK_ITEMS = 512  # items of a Dataset
@@ -55,14 +55,7 @@ class Batches:
         if isinstance(data, DataLoader | IterableDataset):
             self._loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
         else:
-            if _holds_rows(data):
-                data = _Rows(*_labelled(data))
-            elif isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-                raise DataError(
-                    f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}."
-                )
-            if len(data) == 0:
-                raise DataError("the data set is empty.")
+            data = _indexed(data)
             self._order = _Shuffled(len(data), batch_size, seed)
             collate = _as_it_is if isinstance(data, _Rows) else None
             self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=collate)
@@ -121,6 +114,52 @@ class Batches:
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"the data set's samples are no tensors, or have different shapes: {error}") from error
         return checked_data(x, "the data set", indices), y
+
+
+class Samples:
+    """Samples, with their labels where they have some, by their indices.
+
+    Args:
+        data: a tensor, an array or a list (n, *event); a tuple (x, y) of such with labels; or a Dataset with a length.
+
+    Raises:
+        DataError: for data of another kind, and for an empty one.
+    """
+
+    def __init__(self, data: Tensor | tuple[Tensor, Tensor] | Dataset) -> None:
+        if isinstance(data, DataLoader | IterableDataset):
+            raise DataError(
+                f"samples are needed by their indices, which a {type(data).__name__} has not: pass a tensor, (x, y) or "
+                "a Dataset."
+            )
+        self._data = _indexed(data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def take(self, indices: list[int], dtype: torch.dtype | None = None) -> Batch:
+        """The samples at ``indices``, floating and finite, in ``dtype`` where it is given, and their labels."""
+        if isinstance(self._data, _Rows):
+            x, y = _split(self._data[indices])
+        else:
+            x, y = _split(default_collate([self._data[i] for i in indices]))
+            x = checked_data(x, "the data set", indices)
+        return x if dtype is None else x.to(dtype), y
+
+
+def _indexed(data: object) -> Dataset:
+    """``data`` as samples by index.
+
+    Raises:
+        DataError: for what is none, and for an empty one.
+    """
+    if _holds_rows(data):
+        data = _Rows(*_labelled(data))
+    elif isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise DataError(f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}.")
+    if len(data) == 0:
+        raise DataError("the data set is empty.")
+    return data
 
 
 def _holds_rows(data: object) -> bool:

@@ -28,13 +28,14 @@ try:
 except ImportError:  # not a POSIX system: runs are not locked there
     fcntl = None
 
-__all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "run_lock", "write_checkpoint"]
+__all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "packed", "run_lock", "unpacked", "write_checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
+"""1 held Adam's tensors in a file of their own, and no objective, optimiser or callbacks."""
 KEEP = 2
 MAX_FILE = 2**34
 """Bytes of a file of tensors, 16 GiB: a larger one is neither written nor read."""
-_LARGEST_STATE = 2**24  # bytes of state.json that are read
+_LARGEST_STATE = 2**24  # bytes of state.json that are written and read
 
 Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
@@ -65,10 +66,10 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: di
                 )
             hashes[name] = hashlib.sha256(data).hexdigest()
             _write(partial / f"{name}.safetensors", data)
-        _write(
-            partial / "state.json",
-            json.dumps({"format": FORMAT, **state, "step": step, "sha256": hashes}, indent=1).encode(),
-        )
+        listed = json.dumps({"format": FORMAT, **state, "step": step, "sha256": hashes}, indent=1).encode()
+        if len(listed) > _LARGEST_STATE:
+            raise CheckpointError(f"state.json has {len(listed):,} bytes, over the {_LARGEST_STATE:,} that are read.")
+        _write(partial / "state.json", listed)
         aside = target.with_suffix(".old")  # still read if a kill comes between the two renames
         if target.exists():
             os.replace(target, aside)
@@ -124,6 +125,46 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     if problem is not None:
         raise CheckpointCorrupt(f"none of the {len(candidates)} checkpoints in {folder} is whole.") from problem
     return None
+
+
+def packed(state: object, tensors: dict[str, Tensor], owner: str) -> object:
+    """``state`` as JSON holds it, its tensors moved into ``tensors``; :func:`unpacked` is its inverse.
+
+    Args:
+        state: tensors, numbers, texts, None, and lists, tuples and dicts of them.
+        tensors: is added to.
+        owner: whose state it is, for an error.
+
+    Raises:
+        CheckpointError: for anything else, which a checkpoint without code cannot hold.
+    """
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    if isinstance(state, Tensor):
+        name = str(len(tensors))
+        tensors[name] = state
+        return {"tensor": name}
+    if isinstance(state, list | tuple):
+        return {"tuple" if isinstance(state, tuple) else "list": [packed(value, tensors, owner) for value in state]}
+    if isinstance(state, dict):
+        return {"dict": [[packed(part, tensors, owner) for part in item] for item in state.items()]}
+    raise CheckpointError(
+        f"the state of {owner} holds a {type(state).__name__}; a checkpoint takes tensors, numbers, texts, None, and "
+        "lists, tuples and dicts of them."
+    )
+
+
+def unpacked(plain: object, tensors: dict[str, Tensor]) -> Any:
+    """What :func:`packed` was given."""
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {unpacked(key, tensors): unpacked(part, tensors) for key, part in value}
+    parts = [unpacked(part, tensors) for part in value]
+    return tuple(parts) if kind == "tuple" else parts
 
 
 def _read(path: Path) -> Checkpoint:

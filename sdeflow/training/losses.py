@@ -43,7 +43,15 @@ from sdeflow.scores import Score
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.training.weightings import Weighting, metric, of_times, overall_std, require_weighting
 
-__all__ = ["KernelPairs", "Pairs", "Weighting", "denoising_score_matching", "score_error", "weighted_error"]
+__all__ = [
+    "KernelPairs",
+    "Pairs",
+    "Weighting",
+    "data_std_of",
+    "denoising_score_matching",
+    "score_error",
+    "weighted_error",
+]
 
 
 def denoising_score_matching(
@@ -65,8 +73,18 @@ def denoising_score_matching(
     x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     x_t = score.kernel.sample(x_0, t, noise=noise)
-    data_std = overall_std(score.data_std) if isinstance(weighting, str) and weighting == "edm" else 1.0
-    return weighted_error(score.kernel, weighting, score.noise(x_t, t, y) - noise, t, data_std)
+    error = score.noise(x_t, t, *_labels(y)) - noise
+    return weighted_error(score.kernel, weighting, error, t, data_std_of(score, weighting))
+
+
+def _labels(y: Tensor | None) -> tuple[Tensor, ...]:
+    """Labels as the last arguments of a score, which not every score takes."""
+    return () if y is None else (y,)
+
+
+def data_std_of(score: Score, weighting: Weighting) -> float:
+    """The data's standard deviation where the weighting knows it, which "edm" alone does; else 1."""
+    return overall_std(score.data_std) if isinstance(weighting, str) and weighting == "edm" else 1.0
 
 
 class Pairs(NamedTuple):
@@ -81,7 +99,7 @@ class Pairs(NamedTuple):
 def score_error(score: Score, pairs: Pairs, y: Tensor | None = None) -> Tensor:
     """‖rootᵀ (s(x_t, t) - target)‖² per coordinate, (batch,)."""
     x_t, t, target, root = pairs
-    return root.T(score(x_t, t, y) - target).square().flatten(1).mean(1)
+    return root.T(score(x_t, t, *_labels(y)) - target).square().flatten(1).mean(1)
 
 
 class KernelPairs:

@@ -27,17 +27,25 @@ from torch import Tensor
 from sdeflow.errors import DataError, WeightingError
 from sdeflow.numerics.checks import checked_choice, checked_numbers
 from sdeflow.numerics.noise import NoiseStream
-from sdeflow.training.weightings import EDM_MEAN, EDM_STD
+from sdeflow.training.weightings import EDM_MEAN, EDM_STD, Weighting
 
-__all__ = ["NAMES", "TimeLaw", "Times", "WeightedTimes", "require_times"]
+__all__ = ["NAMES", "TimeLaw", "Times", "WeightedTimes", "default_times", "require_times"]
 
 Times = str | Callable[[Tensor], Tensor]
 
 NAMES = ("t", "log_snr", "edm", "importance")
 
+_BEST = {"likelihood": "log_snr", "score": "t", "edm": "edm"}
 _CELLS = 1024
 _FLOOR = 1e-3  # the share of a uniform law in "edm" and "importance", so that no time is left out
 _INSIDE = 2.0**-40  # no time is an end itself, where rates may be infinite
+
+
+def default_times(weighting: Weighting, gaussian: bool) -> Times:
+    """The law of times in proportion to the weighting's integrand at an error of unit variance."""
+    if not gaussian:
+        return "t"
+    return "importance" if callable(weighting) else _BEST.get(weighting, "importance")
 
 
 def require_times(times: Times, gaussian: bool) -> None:

@@ -1,0 +1,228 @@
+"""What is called after each step of a run: the protocol, and fit's own callbacks.
+
+A callback is an object with ``after_step(run, loss)``. It may read the :class:`sdeflow.training.run.Run`, call
+``run.stop()``, and hold state: with ``state_dict()`` and ``load_state_dict(state)``, of tensors, numbers, texts, lists
+and dicts, its state goes into checkpoints. In several processes each has its own callbacks, and all must stop at the
+same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sdeflow.errors import CheckpointError, CheckpointMismatch, warn
+from sdeflow.numerics.checks import checked_count
+from sdeflow.training.batches import Samples
+from sdeflow.training.checkpoint import latest_checkpoint, packed, unpacked, write_checkpoint
+from sdeflow.training.run import Run, recent
+
+__all__ = ["Callback", "Checkpoints", "Progress", "Validation", "checked_callbacks"]
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Called after each step of ``fit``.
+
+    >>> class EarlyStop:
+    ...     def after_step(self, run, loss):
+    ...         if run.step >= 100 and sum(run.losses[-50:]) > 0.99 * sum(run.losses[-100:-50]):
+    ...             run.stop()
+    """
+
+    def after_step(self, run: Run, loss: float) -> None:
+        """Sees the run after a step, and the step's loss, NaN where it was skipped."""
+
+
+def checked_callbacks(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """The callbacks as a tuple.
+
+    Raises:
+        TypeError: for what is no sequence of them.
+    """
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of callbacks, not {type(callbacks).__name__}.")
+    found = tuple(callbacks)
+    for callback in found:
+        if isinstance(callback, type) or not isinstance(callback, Callback):
+            raise TypeError(f"a callback must have a method after_step(run, loss), and {callback!r} has none.")
+    return found
+
+
+class Validation:
+    """The objective of the moving average on held-out data, always at the same draws: ``run.result.validation``.
+
+    Args:
+        data: what :meth:`sdeflow.objectives.Objective.value` takes.
+        every: steps between two values; one is taken after the last step too.
+        seed: of the draws.
+    """
+
+    def __init__(self, data: Tensor | tuple[Tensor, Tensor] | Dataset, every: int, seed: int = 0) -> None:
+        Samples(data)  # an error now rather than after some steps
+        self.data, self.every, self.seed = data, checked_count(every, "every"), seed
+
+    def after_step(self, run: Run, loss: float) -> None:
+        """Adds (step, value, standard error)."""
+        if run.step % self.every == 0 or run.last:
+            run.result.validation.append((run.step, *run.objective.value(run.average.score, self.data, self.seed)))
+
+
+class Progress:
+    """A progress bar with the mean of the last losses; a context that closes it.
+
+    Args:
+        steps: of the whole run.
+        done: steps done already.
+        hidden: None hides it where there is no terminal.
+    """
+
+    def __init__(self, steps: int, done: int, hidden: bool | None) -> None:
+        self._bar = tqdm(total=steps, initial=min(done, steps), desc="fit", disable=hidden)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def after_step(self, run: Run, loss: float) -> None:
+        """Moves the bar."""
+        self._bar.update()
+        if run.step % 10 == 1:
+            self._bar.set_postfix(loss=f"{recent(run.losses):.4g}")
+
+
+class Checkpoints:
+    """Writes and reads a run's checkpoints (:mod:`sdeflow.training.checkpoint`).
+
+    Args:
+        folder: where they lie.
+        every: steps between two; one is written after the last step too.
+        identity: what must be the same for a run to be resumed.
+        of_user: the callbacks whose state belongs to the run.
+    """
+
+    def __init__(self, folder: Path, every: int, identity: dict[str, Any], of_user: Iterable[Callback]) -> None:
+        self._stateful = [callback for callback in of_user if hasattr(callback, "state_dict")]
+        self.folder, self.every = folder, every
+        self.identity = identity
+        if self._stateful:
+            self.identity = {**identity, "callbacks": [type(callback).__name__ for callback in self._stateful]}
+        self._failures = 0
+        self._saved: int | None = None
+
+    def after_step(self, run: Run, loss: float) -> None:
+        """Writes a checkpoint where one is due. A failure is a warning; the third in a row is an error."""
+        if run.step % self.every and not run.last:
+            return
+        if run.accelerator.is_main_process:
+            try:
+                self._write(run)
+                self._failures = 0
+            except CheckpointError as error:
+                self._failures += 1
+                if self._failures >= 3:
+                    raise
+                warn(f"{error} Training goes on.")
+        run.accelerator.wait_for_everyone()
+
+    def rescue(self, run: Run) -> None:
+        """Writes the last whole step of a run that ends by a callback's error, if it is not written already."""
+        if self._saved == run.step or not run.accelerator.is_main_process:
+            return
+        try:
+            self._write(run)
+        except CheckpointError as error:
+            warn(str(error))
+
+    def described(self) -> str:
+        """Where the last checkpoint is, for an error's text."""
+        return "" if self._saved is None else f" (the last checkpoint, of step {self._saved}, is in {self.folder})"
+
+    def begin(self, run: Run, resume: bool) -> None:
+        """Puts the newest checkpoint's state back, if there is one.
+
+        Raises:
+            CheckpointError: where there is one and it is not to be resumed.
+            CheckpointMismatch: for a checkpoint of another run, or with more steps done than the run has; nothing is
+                changed then.
+        """
+        found = latest_checkpoint(self.folder)
+        if found is None:
+            return
+        if not resume:
+            raise CheckpointError(
+                f"{self.folder} holds the checkpoints of an earlier run: pass resume=True to go on with it, "
+                "or another out=."
+            )
+        state, tensors = found
+        if state["step"] > run.steps:
+            raise CheckpointMismatch(
+                f"the run in {self.folder} has done {state['step']} steps, more than steps={run.steps}."
+            )
+        theirs, ours = state.get("identity", {}), self.identity
+        if state["format"] == 1:  # which knew no other objectives
+            theirs = {"objective": ours.get("objective"), **theirs}
+        differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differing:
+            shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+            raise CheckpointMismatch(f"the checkpoint in {self.folder} is of another run: {shown}.")
+        for group in ("weights", "average"):
+            _require_same_layout(run.score.state_dict(), tensors.get(group, {}), self.folder)
+        run.score.load_state_dict(tensors["weights"])
+        run.average.score.load_state_dict(tensors["average"])
+        run.average.updates.copy_(tensors["counters"]["n_averaged"])
+        run.optimiser.load_state_dict(_optimiser_state(run, state, tensors))
+        for callback, kept in zip(self._stateful, state.get("callbacks", ()), strict=True):
+            callback.load_state_dict(unpacked(kept, tensors["callbacks"]))
+        self._saved = run.result.steps = int(state["step"])
+
+    def _write(self, run: Run) -> None:
+        of_optimiser: dict[str, Tensor] = {}
+        of_callbacks: dict[str, Tensor] = {}
+        state = {
+            "identity": self.identity,
+            "optimiser": packed(run.optimiser.state_dict(), of_optimiser, "the optimiser"),
+            "callbacks": [packed(c.state_dict(), of_callbacks, type(c).__name__) for c in self._stateful],
+        }
+        tensors = {
+            "weights": run.score.state_dict(),
+            "average": run.average.score.state_dict(),
+            "counters": {"n_averaged": run.average.updates},
+            "optimiser": of_optimiser,
+            "callbacks": of_callbacks,
+        }
+        write_checkpoint(self.folder, run.step, state, tensors)
+        self._saved = run.step
+
+
+def _optimiser_state(run: Run, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """The optimiser's state in a checkpoint; the first format held Adam's tensors alone."""
+    if state["format"] > 1:
+        return unpacked(state["optimiser"], tensors["optimiser"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors["adam"].items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = value
+    return {**run.optimiser.state_dict(), "state": slots}
+
+
+def _require_same_layout(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
+    differing = [
+        f"{key}: {_layout(theirs.get(key))} there, {_layout(ours.get(key))} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if _layout(ours.get(key)) != _layout(theirs.get(key))
+    ]
+    if differing:
+        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise CheckpointMismatch(f"the checkpoint in {folder} is of another network: {'; '.join(differing[:8])}{more}.")
+
+
+def _layout(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
