@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sdeflow.errors import CheckpointError, CheckpointMismatch, warn
 from sdeflow.numerics.checks import checked_count
 from sdeflow.training.batches import Samples
-from sdeflow.training.checkpoint import latest_checkpoint, packed, unpacked, write_checkpoint
+from sdeflow.training.checkpoint import Checkpoint, latest_checkpoint, packed, unpacked, write_checkpoint
 from sdeflow.training.run import Run, recent
 
 __all__ = ["Callback", "Checkpoints", "Progress", "Validation", "checked_callbacks"]
@@ -122,8 +122,9 @@ class Checkpoints:
         if run.step % self.every and not run.last:
             return
         if run.accelerator.is_main_process:
+            state, tensors = self._state(run)
             try:
-                self._write(run)
+                self._write(run.step, state, tensors)
                 self._failures = 0
             except CheckpointError as error:
                 self._failures += 1
@@ -137,9 +138,9 @@ class Checkpoints:
         if self._saved == run.step or not run.accelerator.is_main_process:
             return
         try:
-            self._write(run)
-        except CheckpointError as error:
-            warn(str(error))
+            self._write(run.step, *self._state(run))
+        except Exception as error:  # the callback's own error goes on
+            warn(f"step {run.step} is not in a checkpoint: {error}")
 
     def described(self) -> str:
         """Where the last checkpoint is, for an error's text."""
@@ -183,7 +184,16 @@ class Checkpoints:
             callback.load_state_dict(unpacked(kept, tensors["callbacks"]))
         self._saved = run.result.steps = int(state["step"])
 
-    def _write(self, run: Run) -> None:
+    def _write(self, step: int, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        write_checkpoint(self.folder, step, state, tensors)
+        self._saved = step
+
+    def _state(self, run: Run) -> Checkpoint:
+        """All that a resumed run needs.
+
+        Raises:
+            CheckpointError: for state that a checkpoint cannot hold.
+        """
         of_optimiser: dict[str, Tensor] = {}
         of_callbacks: dict[str, Tensor] = {}
         state = {
@@ -198,8 +208,7 @@ class Checkpoints:
             "optimiser": of_optimiser,
             "callbacks": of_callbacks,
         }
-        write_checkpoint(self.folder, run.step, state, tensors)
-        self._saved = run.step
+        return state, tensors
 
 
 def _optimiser_state(run: Run, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
