@@ -206,8 +206,7 @@ class Model:
 
     def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
         """The state behind what solvers carry."""
-        level = self.offset(time, u)
-        return self.kernel.from_basis(u if isinstance(level, float) and not level else u + level)
+        return self.kernel.from_basis(u + self.offset(time, u) if self.kernel.has_offset else u)
 
     def solver_score(self, u: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """∇ log p_t of what solvers carry, the score asked in ``dtype``."""
