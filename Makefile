@@ -33,6 +33,7 @@ mutations: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/ready
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -58,7 +58,7 @@ def to_dict(declaration: Declaration, values: Values, basis: Basis | None) -> di
         "g": to_tree(declaration.g, schedules),
         "T": declaration.T,
         "cutoff": declaration.cutoff,
-        "P0": [[float(e) for e in row] for row in declaration.P0.tolist()] if declaration.coupled else declaration.P0,
+        "P0": _variance_out(declaration.P0),
         "state": [component.name for component in declaration.state] if declaration.coupled else None,
         "path": None if declaration.path is None else [to_tree(e, schedules) for e in declaration.path],
         "parameters": {
@@ -86,7 +86,7 @@ def from_dict(data: Mapping) -> tuple[Declaration, Values, Basis | None]:
     try:
         names = data["state"]
         components = (x,) if names is None else state(list(names))
-        stored = {_plain(name): entry for name, entry in data["parameters"].items()}
+        stored = {require_plain(name): entry for name, entry in data["parameters"].items()}
         symbols = {name: sp.Symbol(name, **_checked_assumptions(e["assumptions"])) for name, e in stored.items()}
         values = Values({symbols[name]: _value_in(entry["value"], name) for name, entry in stored.items()})
         functions = _schedules(data["schedules"])
@@ -118,7 +118,7 @@ def _checked(declaration: Declaration) -> Declaration:
     if declaration.path is not None and (len(declaration.path) != 2 or any(e.has(x) for e in declaration.path)):
         raise UnsafeExpressionError("a path is alpha and sigma, functions of t.")
     if declaration.coupled and (
-        declaration.f.shape != (k, 1) or declaration.g.shape[0] != k or declaration.P0.shape != (k, k)
+        declaration.f.shape != (k, 1) or declaration.g.shape[0] != k or not _is_square(declaration.P0, k)
     ):
         raise UnsafeExpressionError(f"f, g and P0 do not have the {k} components of the state.")
     if not declaration.T > 0 or not (declaration.cutoff is None or 0 <= declaration.cutoff < declaration.T):
@@ -128,9 +128,12 @@ def _checked(declaration: Declaration) -> Declaration:
     return declaration
 
 
-def _plain(name: object) -> str:
-    require_plain(name)
-    return name
+def _variance_out(P0: float | sp.ImmutableMatrix) -> float | list[list[float]]:
+    return [[float(e) for e in row] for row in P0.tolist()] if isinstance(P0, sp.MatrixBase) else P0
+
+
+def _is_square(P0: float | sp.ImmutableMatrix, k: int) -> bool:
+    return isinstance(P0, sp.MatrixBase) and P0.shape == (k, k)
 
 
 def _number(value: object) -> float:
@@ -195,7 +198,7 @@ def _schedules(tables: Mapping) -> dict[str, type[Schedule]]:
     """The schedules and their first two derivatives, by name."""
     found: dict[str, type[Schedule]] = {}
     for name, table in tables.items():
-        kind = schedule([[_number(v) for v in part] for part in table], _plain(name))
+        kind = schedule([[_number(v) for v in part] for part in table], require_plain(name))
         for _ in range(3):
             found[kind.__name__] = kind
             kind = kind.derivative()
@@ -215,6 +218,8 @@ def _basis_out(basis: Basis | None) -> dict | None:
 def _basis_in(data: object) -> Basis | None:
     if data is None:
         return None
+    if not isinstance(data, Mapping):
+        raise UnsafeExpressionError(f"a stored basis is a name with its value, not {data!r}.")
     ((kind, value),) = data.items()
     if kind == "DCT":
         return DCT(_integer(value))

@@ -285,8 +285,8 @@ class StationaryLaw:
             level = self._cumulative[self._edges]
             start = np.stack([(level[1:] >= q) & (level[:-1] < q) for q in (0.02, 0.98)], axis=1).astype(float)
         else:
-            mean, std = (np.atleast_1d(np.asarray(torch.as_tensor(v).double().cpu()).reshape(-1)) for v in (mean, std))
-            below = 0.5 * (1.0 + torch.erf(torch.as_tensor((edges[:, None] - mean) / (math.sqrt(2.0) * std)))).numpy()
+            m, s = (np.atleast_1d(np.asarray(torch.as_tensor(v).double().cpu()).reshape(-1)) for v in (mean, std))
+            below = 0.5 * (1.0 + torch.erf(torch.as_tensor((edges[:, None] - m) / (math.sqrt(2.0) * s)))).numpy()
             below[0], below[-1] = 0.0, 1.0
             start = np.diff(below, axis=0)
         rates, vectors, mass = self._spectrum

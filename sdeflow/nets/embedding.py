@@ -23,6 +23,7 @@ stands for "no label", as classifier-free guidance wants it (Ho and Salimans, ar
 
 import math
 from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +61,10 @@ class TimeEmbedding(nn.Module):
                 f"TimeEmbedding(lowest={lowest}, highest={highest}): give angular frequencies with 0 < lowest < highest"
             )
         omega = torch.logspace(math.log10(lowest), math.log10(highest), frequencies)
+        self.omega: Tensor
         self.register_buffer("omega", omega)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * frequencies, features),
-            nn.SiLU(),
-            nn.Linear(features, features),
-        )
+        first = nn.Linear(2 * frequencies, features)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeds t, shape (batch,), as a tensor of shape (batch, features)."""
@@ -73,15 +72,16 @@ class TimeEmbedding(nn.Module):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         phase = t[:, None] * self.omega.to(t.dtype)
         waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        return self.mlp(waves.to(dtype))  # type: ignore[arg-type]  # the first layer's weight is a tensor
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether ``value`` is an integer, NumPy's too."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a real number, NumPy's too."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

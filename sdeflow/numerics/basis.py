@@ -106,7 +106,7 @@ class Orthogonal:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Orthogonal) and torch.equal(self.matrix, other.matrix)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to say that there is none
 
     def __repr__(self) -> str:
         return f"Orthogonal({len(self.matrix)} coordinates)"

@@ -113,8 +113,9 @@ def _of_curve(switch: Switch, values: Numbers, T: float, known: np.ndarray) -> n
     which, level = _levels_within(series[:, 0] - spread, series[:, 0] + spread, switch, T)
     series = series[which].copy()
     series[:, 0] -= level
-    which = which[np.abs(series).max(1) > rounding[which]], np.abs(series).max(1) > rounding[which]
-    times = _roots(series[which[1]], left[panel[which[0]]], right[panel[which[0]]], rounding[which[0]])
+    clear = np.abs(series).max(1) > rounding[which]
+    which = which[clear]
+    times = _roots(series[clear], left[panel[which]], right[panel[which]], rounding[which])
     hidden = curve.unresolved
     times = np.concatenate([times, left[hidden], right[hidden]])
     return times[times > _EARLIEST * T]  # what is nearer to 0 cannot be told from it
@@ -137,7 +138,7 @@ def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) 
 
 def _roots(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> np.ndarray:
     """Roots of Chebyshev series (m, terms) on [left, right] (m,); where one only touches 0, a point near it."""
-    found = []
+    found: list[np.ndarray] = []
     for _ in range(_DEPTH):
         spread = np.abs(series[:, 1:]).sum(1)
         keep = np.abs(series[:, 0]) <= spread + rounding

@@ -113,7 +113,7 @@ class BrownianRows:
         self.seed, self.first = seed, first
         self._octaves: dict[int, _Interval] = {}
         self._kept: list[tuple[tuple[int, int, int], _Interval]] = []
-        self._shape: tuple[int, int] | None = None
+        self._shape = (0, 0)
 
     def value(self, t: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """W(t) and its integral from 0, (batch, n) in float64."""

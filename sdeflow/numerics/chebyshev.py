@@ -276,6 +276,13 @@ def _integration_matrices() -> tuple[Tensor, Tensor]:
 _to_running, _to_total = _integration_matrices()
 
 
+def _rounded(bound: Bound, points: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (k, panels, points), and their rounding errors where times are known to ``radius``, (k, panels)."""
+    values, error = bound(points.reshape(-1), radius.reshape(-1), analytic=False)
+    error = np.where(np.isfinite(error), error, 0.0).reshape(-1, *points.shape)
+    return values.reshape(-1, *points.shape), 8.0 * error.max(-1)
+
+
 class _Test:
     """Whether panels are resolved: by the last coefficients, and by bounds or by points between the nodes."""
 
@@ -304,30 +311,26 @@ class _Test:
             between = np.maximum(1e3 * small, _ROUNDED_BETWEEN * rounded)
             resolved[resolved] = self._holds_between(nodes, coefficients, between, resolved)
             return resolved
-        certain, rounding = self._is_certain(0.5 * (left + right), width, nodes[:, _LOOKED_AT])
+        certain, rounding = self._is_certain(self.bound, 0.5 * (left + right), width, nodes[:, _LOOKED_AT])
         # What is computed may round as coarsely as its formula does, and no worse.
         floor = rounding if len(rounding) == len(tail) else rounding.max(0)
         small = np.maximum(np.maximum(tolerance * size, floor) + 1e-300, negligible)
         return certain & (tail <= small).all(0)
 
-    def _is_certain(self, centre: np.ndarray, width: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _is_certain(
+        self, bound: Bound, centre: np.ndarray, width: np.ndarray, points: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Whether bounds say that each function is interpolated, (panels,); and its rounding error, (k, panels)."""
-        radius = self.bound(centre, _REACH * 0.5 * width)[1]
-        values, rounding = self._rounding(points, 0.5 * _EPSILON * np.abs(points))
+        radius = bound(centre, _REACH * 0.5 * width)[1]
+        values, rounding = _rounded(bound, points, 0.5 * _EPSILON * np.abs(points))
         size = np.nan_to_num(np.abs(values)).max(-1)
         coarse = (rounding > 1e-3 * size).any(0)
         if coarse.any():  # zero in disguise, or so narrow that times cannot be told apart: only the first is well
-            own = self._rounding(points[coarse], np.zeros_like(points[coarse]))[1]
+            own = _rounded(bound, points[coarse], np.zeros_like(points[coarse]))[1]
             rounding[:, coarse] = np.minimum(rounding[:, coarse], np.maximum(own, 1e-3 * size[:, coarse]))
         certain = _TRUNCATION * radius <= np.maximum(_CERTAIN * size, rounding)
         certain |= radius * width <= self._negligible("bounds", size, width)
         return certain.all(0), rounding
-
-    def _rounding(self, points: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values (k, panels, points), and their rounding errors where times are known to ``radius``, (k, panels)."""
-        values, error = self.bound(points.reshape(-1), radius.reshape(-1), analytic=False)
-        error = np.where(np.isfinite(error), error, 0.0).reshape(-1, *points.shape)
-        return values.reshape(-1, *points.shape), 8.0 * error.max(-1)
 
     def share(self, left: np.ndarray, right: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Bounds of the integrals of the moduli over panels, (k, panels)."""

@@ -29,18 +29,22 @@ follows from them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Real
+from typing import SupportsIndex, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError, ScheduleError, TooLargeError
+
+Given = TypeVar("Given")
 
 __all__ = [
     "checked_choice",
@@ -373,19 +377,17 @@ def checked_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
     return dtype
 
 
-def checked_shape(shape: object) -> tuple[int, ...]:
+def checked_shape(shape: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
-    given = shape
-    try:
-        valid = not any(isinstance(n, bool) for n in given)
-        shape = tuple(operator.index(n) for n in given)
-    except TypeError:
-        valid = False
-    if not valid or len(shape) < 2 or shape[0] < 0 or min(shape[1:]) < 1:
+    sides: tuple[int, ...] = ()
+    with contextlib.suppress(TypeError):
+        if not any(isinstance(n, bool) for n in shape):
+            sides = tuple(operator.index(n) for n in shape)
+    if len(sides) < 2 or sides[0] < 0 or min(sides[1:]) < 1:
         wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
-        raise ValueError(f"shape must be {wanted}, not {given!r}.")
-    require_memory(math.prod(shape), f"states of shape {shape}")
-    return shape
+        raise ValueError(f"shape must be {wanted}, not {shape!r}.")
+    require_memory(math.prod(sides), f"states of shape {sides}")
+    return sides
 
 
 def require_memory(numbers: int, what: str, size: int = 4) -> None:
@@ -433,18 +435,23 @@ def checked_flag(value: object, name: str, optional: bool = False) -> bool | Non
     raise TypeError(f"{name} must be True{', False or None' if optional else ' or False'}, not {_shown(value)}.")
 
 
-def checked_real(value: object, name: str, wanted: str, holds: Callable[[Real], bool]) -> Real:
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a real number, which may stand where types say float: NumPy's and fractions too."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def checked_real(value: object, name: str, wanted: str, holds: Callable[[float], bool]) -> float:
     """A real number for which ``holds`` is true; ``wanted`` says so in words. NaN should not hold.
 
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and holds(value):
+    if is_real(value) and holds(value):
         return value
     raise ValueError(f"{name} must be {wanted}, not {_shown(value)}.")
 
 
-def checked_within(value: object, name: str, low: float, high: float) -> Real:
+def checked_within(value: object, name: str, low: float, high: float) -> float:
     """A real number with low < value < high.
 
     Raises:
@@ -455,8 +462,8 @@ def checked_within(value: object, name: str, low: float, high: float) -> Real:
 
 
 def checked_methods(
-    value: object, name: str, methods: tuple[str, ...], example: str, enough: Callable[[Iterable], bool] = all
-) -> object:
+    value: Given, name: str, methods: tuple[str, ...], example: str, enough: Callable[[Iterable], bool] = all
+) -> Given:
     """An object that has all of ``methods``, or ``any``, as priors and bases have; None stays None.
 
     Raises:

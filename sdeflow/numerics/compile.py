@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 import sympy as sp
@@ -34,8 +35,12 @@ from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Compiled", "compile_expressions"]
 
-Value = Tensor | float
-Instruction = Callable[[list[Value]], Value]
+Value: TypeAlias = Tensor | float
+# A slot holds a tensor, or a float where it is a constant: which of the two is known when an instruction is made, and
+# neither asked at each call nor told by a type.
+Slots: TypeAlias = list[Any]
+Instruction: TypeAlias = Callable[[Slots], Value]
+Result = TypeVar("Result")
 
 _UNARY: dict[type, Callable[[Tensor], Tensor]] = {
     sp.exp: torch.exp, sp.log: torch.log, sp.Abs: torch.abs, sp.sign: torch.sign,
@@ -56,6 +61,24 @@ _BINARY: dict[type, Callable[[Tensor, Tensor], Tensor]] = {sp.Mod: torch.remaind
 _RELATIONS = {
     sp.Lt: torch.lt, sp.Le: torch.le, sp.Gt: torch.gt, sp.Ge: torch.ge, sp.Eq: torch.eq, sp.Ne: torch.ne,
 }  # fmt: skip
+
+
+@overload
+def compile_expressions(
+    expressions: list[sp.Expr] | tuple[sp.Expr, ...],
+    arguments: Sequence[sp.Expr],
+    values: Mapping[sp.Symbol, float | Tensor] | None = None,
+    horizon: float | None = None,
+) -> Compiled[tuple[Tensor, ...]]: ...
+
+
+@overload
+def compile_expressions(
+    expressions: sp.Expr,
+    arguments: Sequence[sp.Expr],
+    values: Mapping[sp.Symbol, float | Tensor] | None = None,
+    horizon: float | None = None,
+) -> Compiled[Tensor]: ...
 
 
 def compile_expressions(
@@ -80,7 +103,7 @@ def compile_expressions(
     return Compiled(expressions, tuple(arguments), dict(values or {}), horizon)
 
 
-class Compiled:
+class Compiled(Generic[Result]):
     """A compiled SymPy expression: pure, differentiable, on any device.
 
     Attributes:
@@ -112,17 +135,17 @@ class Compiled:
         self._template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
         del self._slots
 
-    def __call__(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *arguments: Tensor) -> Result:
         """The values, broadcast from the arguments' shapes; a constant takes the shape of the last one."""
         like = arguments[-1]
         tensors = (value.to(dtype=like.dtype, device=like.device) for value in self._tensors.values())
-        slots: list[Value] = [*arguments, *tensors, *self._template]
+        slots: Slots = [*arguments, *tensors, *self._template]
         for slot, instruction in self._instructions:
             slots[slot] = instruction(slots)
         outputs = tuple(
             value if isinstance(value := slots[slot], Tensor) else _constant_like(like, value) for slot in self._outputs
         )
-        return outputs[0] if self.single else outputs
+        return outputs[0] if self.single else outputs  # type: ignore[return-value]  # Result is a tensor where single
 
     @property
     def source(self) -> str:
@@ -200,7 +223,7 @@ class Compiled:
             (i,) = slots
             return self._add(lambda v: function(v[i]), text)
 
-        def instruction(v: list[Value]) -> Value:
+        def instruction(v: Slots) -> Value:
             like = next(v[i] for i in slots if isinstance(v[i], Tensor))
             return function(*(v[i] if isinstance(v[i], Tensor) else torch.full_like(like, v[i]) for i in slots))
 
@@ -221,7 +244,7 @@ class Compiled:
             return self._add(lambda v: v[i] + v[j], f"{self._name(i)} + {self._name(j)}")
         first, *rest = slots
 
-        def instruction(v: list[Value]) -> Value:
+        def instruction(v: Slots) -> Value:
             total = v[first]
             for i in rest:
                 total = total + v[i]
@@ -238,7 +261,7 @@ class Compiled:
         slot = self._emit(factors[0])
         for factor in factors[1:]:
             i, j = slot, self._emit(factor)
-            slot = self._add(lambda v, i=i, j=j: v[i] * v[j], f"{self._name(i)} * {self._name(j)}")
+            slot = self._add(_times(i, j), f"{self._name(i)} * {self._name(j)}")
         return slot
 
     def _power(self, expr: sp.Pow) -> int:
@@ -276,7 +299,7 @@ class Compiled:
         for argument in rest:
             i, j = slot, self._emit(argument)
 
-            def instruction(v: list[Value], i: int = i, j: int = j) -> Value:
+            def instruction(v: Slots, i: int = i, j: int = j) -> Value:
                 like = v[i] if isinstance(v[i], Tensor) else v[j]
                 return function(*(torch.as_tensor(v[k], dtype=like.dtype, device=like.device) for k in (i, j)))
 
@@ -287,7 +310,7 @@ class Compiled:
         function = _RELATIONS[type(expr)]
         i, j = (self._emit(side) for side in expr.args)
 
-        def instruction(v: list[Value]) -> Value:
+        def instruction(v: Slots) -> Value:
             if isinstance(v[i], Tensor):
                 return function(v[i], v[j])
             # In the other side's precision: a number alone would become float32.
@@ -304,7 +327,7 @@ class Compiled:
             return self._add(lambda v: torch.logical_not(v[i]), text)
         combine = torch.logical_and if isinstance(expr, sp.And) else torch.logical_or
 
-        def instruction(v: list[Value]) -> Value:
+        def instruction(v: Slots) -> Value:
             total = v[slots[0]]
             for i in slots[1:]:
                 total = combine(total, v[i])
@@ -329,7 +352,7 @@ class Compiled:
         safe = [_safe_arguments(branch) for branch in branches]
         n = len(self.arguments)
 
-        def instruction(v: list[Value]) -> Value:
+        def instruction(v: Slots) -> Value:
             arguments = torch.broadcast_tensors(*v[:n])
             total = torch.full_like(arguments[-1], math.nan)
             for condition, branch, at in reversed(list(zip(conditions, branches, safe, strict=True))):
@@ -425,12 +448,16 @@ def _with_tensors(function: Callable, points: np.ndarray) -> np.ndarray:
 CALLS.append(_with_tensors)
 
 
+def _times(i: int, j: int) -> Instruction:
+    return lambda v: v[i] * v[j]
+
+
 def _constant_like(tensor: Tensor, value: float) -> Tensor:
     """``value`` in the shape of ``tensor``, without the memory of it."""
     return tensor.new_full((), value).expand(tensor.shape)
 
 
-def _safe_arguments(branch: Compiled) -> float:
+def _safe_arguments(branch: Compiled[Tensor]) -> float:
     """A number at which ``branch`` is finite, whichever argument takes it."""
     for candidate in (1.0, 0.5, -0.5, 2.0, -2.0, 0.1, 0.0):
         point = [torch.tensor(candidate, dtype=torch.float64)] * len(branch.arguments)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -125,17 +126,25 @@ def _tilt(c: Tensor, noncentrality: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]
     return z, (noncentrality + 2.0 * nu - c) / (c * (1.0 + noncentrality / (z + nu)))
 
 
+class _Context(Protocol):
+    """What autograd hands from ``forward`` to ``backward``."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Exponent(torch.autograd.Function):
     """φ(c, l, nu), with the derivatives of the module's docstring, in which nothing cancels."""
 
     @staticmethod
-    def forward(ctx: object, c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:
+    def forward(ctx: _Context, c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:
         ctx.save_for_backward(c, noncentrality, nu)
         _, tilt = _tilt(c, noncentrality, nu)
         return 0.5 * tilt * (c - noncentrality / (1.0 + tilt)) - nu * torch.log1p(tilt)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, tilt = _tilt(*ctx.saved_tensors)
         return 0.5 * gradient * tilt, -0.5 * gradient * tilt / (1.0 + tilt), -gradient * torch.log1p(tilt)
 

@@ -59,7 +59,7 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
             return False
         return all(_same(value, other[symbol]) for symbol, value in self.items())
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to say that there is none
 
     def __repr__(self) -> str:
         return ", ".join(f"{symbol} = {_shown(value)}" for symbol, value in self.items())

@@ -83,7 +83,8 @@ class MomentTable:
     def of_component(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Of a coupled state Φ_ii (*t.shape) and row i of the Cholesky factor (*t.shape, k): a few series of many."""
         phi, root, _ = self.series
-        return self._at((phi[i, i], root[i]), t)
+        diagonal, row = self._at((phi[i, i], root[i]), t)
+        return diagonal, row
 
     def _at(self, several: Sequence[Tensor], t: Tensor) -> tuple[Tensor, ...]:
         panel, basis = polynomials(self.edges.to(t.device), t)
@@ -140,7 +141,8 @@ def panel_edges(
         nodes, width = nodes_of(edges), np.diff(edges)
         values = torch.as_tensor(coefficients(nodes.reshape(-1)).reshape(-1, *nodes.shape))
         if components is None:
-            too_wide, growth = _changes_too_much(edges, *values.chunk(3), P0)
+            a, b, q = values.chunk(3)
+            too_wide, growth = _changes_too_much(edges, a, b, q, P0)
         else:
             drift = values[: components**2].unflatten(0, (components, components))
             too_wide, growth = drift.abs().sum(1).amax(0).mean(-1).numpy() * width > _LARGEST_TURN, None

@@ -96,6 +96,7 @@ _CHUNK = 2**24  # elements of vector-Jacobian products held at once
 _GRAM = 2**9  # slots whose mutual products are kept, per sample
 _NUGGET, _FEW_COLUMNS = 0.05, 16.0  # of K_nn, without correlation over the nodes; all of it with so few columns
 _ROUNDS = 6.5  # of the columns, from which on there is less of that
+_NOTHING = torch.zeros((), dtype=torch.float64)  # to which sums begin to be added, on any device
 _LENGTHS = [0.5 * 1.25**k for k in range(22)]  # nodes, 0.5 to 54
 
 
@@ -136,8 +137,8 @@ def heavy_tails(draws: int) -> float:
 
 def total_variance(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
     """The sum of independent estimated variances, each with its degrees of freedom, and Satterthwaite's of the sum."""
-    variance = sum(part for part, _ in parts)
-    squares = sum(part.square() / (dof + 2.0) for part, dof in parts)
+    variance = sum((part for part, _ in parts), _NOTHING)
+    squares = sum((part.square() / (dof + 2.0) for part, dof in parts), _NOTHING)
     return variance, _satterthwaite(variance, squares).clamp_min(min(dof for _, dof in parts))
 
 
@@ -435,7 +436,7 @@ class _Hutchinson(Integral):
         self.probes = min(trace.probes, _padded(self.d)) if self._distinct else trace.probes
         self._left = 1.0 - self.probes / _padded(self.d) if self._distinct else 1.0
         self._vectors: Tensor | None = None
-        self._sum: Tensor | float = 0.0
+        self._sum = _NOTHING
         self._nodes = _Nodewise(self.value, self.probes)
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
@@ -467,6 +468,8 @@ class _Hutchinson(Integral):
 
     def _error(self) -> tuple[Tensor, Tensor]:
         if not self._trace.fresh:
+            if self._vectors is None:
+                raise ValueError("no node has been added.")
             spread = Spread(self._normals)
             spread.add(self._vectors, self._sum)
             self._nodes.add(1.0, self._left * spread.variance())
@@ -523,7 +526,7 @@ class Given(Trace):
 class _Given(Integral):
     def __init__(self, setting: Integral._Setting, vectors: Tensor) -> None:
         super().__init__(setting)
-        self._vectors, self._integrals = vectors, 0.0
+        self._vectors, self._integrals = vectors, _NOTHING
 
     def _divergence(self, output: Tensor, x: Tensor) -> Tensor:
         forms = self._products.forms(output, x, self._vectors)
@@ -756,6 +759,8 @@ def until(run: Callable[[int, Tensor], Estimate], samples: int, target: float, r
             break
         rows = rows[open_.to(rows.device)]
         history = [Estimate(e.value[open_], e.stderr[open_], e.dof[open_], e.products) for e in history]
+    if done is None:
+        raise ValueError(f"rounds must be at least 1, not {rounds}.")
     return done
 
 
@@ -771,8 +776,7 @@ class Spread:
 
     def __init__(self, normals: bool = False) -> None:
         self.normals, self.count = normals, 0
-        self.total: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.total = self.squares = _NOTHING
 
     def add(self, vectors: Tensor, gradients: Tensor) -> None:
         """More probes (k, samples, d) and their gradients."""

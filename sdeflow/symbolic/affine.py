@@ -68,19 +68,30 @@ def _read(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
         scale = sp.Mul(*(factor for factor in f.args if factor is not varying[0]))
         return tuple(scale * slope for slope in inner[0]), scale * inner[1]
     if isinstance(f, sp.Add):
-        parts = [_read(term, state) for term in f.args]
-        if None in parts:
+        parts = _read_all(f.args, state)
+        if parts is None:
             return None
         slopes = zip(*(slopes for slopes, _ in parts), strict=True)
         return tuple(sp.Add(*column) for column in slopes), sp.Add(*(b for _, b in parts))
     if isinstance(f, sp.Piecewise):
-        parts = [_read(value, state) for value, _ in f.args]
-        if None in parts:
+        parts = _read_all([value for value, _ in f.args], state)
+        if parts is None:
             return None
         conditions = [condition for _, condition in f.args]
         slopes = zip(*(slopes for slopes, _ in parts), strict=True)
         return tuple(_piecewise(c, conditions) for c in slopes), _piecewise([b for _, b in parts], conditions)
     return None
+
+
+def _read_all(parts: Sequence[sp.Expr], state: tuple[sp.Symbol, ...]) -> list[Split] | None:
+    """The split of each, or None where one has none."""
+    found = []
+    for part in parts:
+        split = _read(part, state)
+        if split is None:
+            return None
+        found.append(split)
+    return found
 
 
 def _piecewise(values: Sequence[sp.Expr], conditions: Sequence[sp.Basic]) -> sp.Expr:

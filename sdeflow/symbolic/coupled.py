@@ -28,8 +28,8 @@ _SECONDS = 2.0  # a coupled state's formulas are for display
 
 def derive_coupled(declaration: Declaration, rules: bool = True) -> Moments:
     """Φ, the covariance and the offset; undefined functions and integrals stand where no rule applies."""
-    F, b = (matrix.applyfunc(rationalised) for matrix in declaration.affine)
-    Q, P0 = (matrix.applyfunc(rationalised) for matrix in (declaration.gram, declaration.P0))
+    given: tuple[sp.ImmutableMatrix, ...] = (*declaration.require_affine("moments"), declaration.gram, declaration.P0)
+    F, b, Q, P0 = (matrix.applyfunc(rationalised) for matrix in given)
     fallback = _unsolved(F, b, Q, P0)
     if not rules:
         return fallback
@@ -41,11 +41,13 @@ def _by_rules(
 ) -> Moments:
     midpoint = {t: T / 2}
     split = _time_change(F)
-    B = definite(split[0], t, midpoint) if split else None
-    phi = None if B is None else _exponential(split[1], B)
-    if phi is None:
+    if split is None:
         return _unsolved(F, b, Q, P0)
     beta, F0 = split
+    B = definite(beta, t, midpoint)
+    phi = None if B is None else _exponential(F0, B)
+    if phi is None:
+        return _unsolved(F, b, Q, P0)
     commuting = "alpha: F = beta(t) F0 commutes with itself, alpha = exp(F0 ∫ beta)"
     offset, offset_rule = _offset(F, b, phi, midpoint)
     var, var_rule = _covariance(F0, beta, Q, P0, phi, midpoint)

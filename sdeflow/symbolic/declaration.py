@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import sympy as sp
@@ -37,8 +38,8 @@ __all__ = [
     "stratonovich_correction",
 ]
 
-Coefficient = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coefficient"] | sp.MatrixBase
-AffineDrift = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
+Coefficient: TypeAlias = sp.Expr | float | str | Callable[..., sp.Expr] | Sequence["Coefficient"] | sp.MatrixBase
+AffineDrift: TypeAlias = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
 _ELEMENTWISE = (x,)
 _LONGEST_NUMBER = 2**13  # bits of the numerator and the denominator of a number: some 2,500 digits
@@ -101,7 +102,9 @@ class Declaration:
     @property
     def initial_variances(self) -> tuple[float, ...]:
         """The kernel's variance of each component at t = 0."""
-        return tuple(float(self.P0[i, i]) for i in range(len(self.state))) if self.coupled else (self.P0,)
+        if isinstance(self.P0, sp.MatrixBase):
+            return tuple(float(self.P0[i, i]) for i in range(len(self.state)))
+        return (self.P0,)
 
     @property
     def domain_hint(self) -> str:
@@ -125,8 +128,8 @@ class Declaration:
 
         For a coupled state a is the matrix F(t) and b a column.
         """
-        splits = self._splits
-        if self.state_dependent_noise or None in splits:
+        splits = [split for split in self._splits if split is not None]
+        if self.state_dependent_noise or len(splits) < len(self._splits):
             return None
         if not self.coupled:
             (((a,), b),) = splits
@@ -295,7 +298,7 @@ def _within_doubles(expr: sp.Expr) -> sp.Expr:
     )
 
 
-def _is_function(value: object) -> bool:
+def _is_function(value: object) -> TypeGuard[Callable[..., Any]]:
     return callable(value) and not isinstance(value, sp.Basic | sp.MatrixBase | type)
 
 
@@ -440,13 +443,14 @@ def coefficient_of(
             f"{name} must be a scalar SymPy expression in sdeflow.x and sdeflow.t, a function of (x, t), text "
             f"or a number, not {type(value).__name__}: {value!r}"
         )
-    _require_short_numbers(value, name)
-    if value.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
-        raise ScheduleError(f"{name} = {value} is not finite.")
+    expr: sp.Expr = value
+    _require_short_numbers(expr, name)
+    if expr.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
+        raise ScheduleError(f"{name} = {expr} is not finite.")
     # A float of fewer digits than a double would spoil every number that it meets.
-    value = value.xreplace({number: sp.Float(float(number)) for number in value.atoms(sp.Float) if number._prec < 53})
-    value = _within_doubles(with_squares_read(value, (*components, t)))
-    for symbol in sorted(value.free_symbols, key=str):
+    expr = expr.xreplace({number: sp.Float(float(number)) for number in expr.atoms(sp.Float) if number._prec < 53})
+    expr = _within_doubles(with_squares_read(expr, (*components, t)))
+    for symbol in sorted(expr.free_symbols, key=str):
         twin = known.get(symbol.name)
         require_plain(symbol.name)
         if twin is None:
@@ -460,12 +464,12 @@ def coefficient_of(
                 if symbol.name in ("x", "t")
                 else f"{name} holds a different Symbol({symbol.name!r}) than params: use the same Symbol in both."
             )
-    for call in value.atoms(*OF_TIME_ALONE):
+    for call in expr.atoms(*OF_TIME_ALONE):
         if call.has(*components):
             raise DeclarationError(f"{name} holds {call}: {type(call).__name__} is computed as a function of t alone.")
-    for call in value.atoms(AppliedUndef):
+    for call in expr.atoms(AppliedUndef):
         require_plain(call.func.__name__)
         raise DeclarationError(
             f"{name} holds {call}, a function without a definition; sdeflow.schedule(function or table) makes one."
         )
-    return value
+    return expr

@@ -33,7 +33,8 @@ def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
 
 def ends_that_are_told(declaration: Declaration) -> list[list[sp.Expr]]:
     """For each component those of its ends that are found, in t and the parameters: none where SymPy takes too long."""
-    return patiently(_some_ends, declaration, otherwise=[[] for _ in declaration.state])
+    none: list[list[sp.Expr]] = [[] for _ in declaration.state]
+    return patiently(_some_ends, declaration, otherwise=none)
 
 
 def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str:
@@ -45,7 +46,7 @@ def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str
 
 
 def _some_ends(declaration: Declaration) -> list[list[sp.Expr]]:
-    found = [{} for _ in declaration.state]
+    found: list[dict] = [{} for _ in declaration.state]
     for factor in _must_be_positive(declaration):
         with contextlib.suppress(DeclarationError):
             _add(found, factor, declaration.state)
@@ -53,7 +54,8 @@ def _some_ends(declaration: Declaration) -> list[list[sp.Expr]]:
 
 
 def _ends(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
-    state, found = declaration.state, [{} for _ in declaration.state]
+    state = declaration.state
+    found: list[dict[sp.Expr, sp.Expr]] = [{} for _ in state]
     for factor in _must_be_positive(declaration):
         _add(found, factor, state)
     motions = len(declaration.diffusions) // len(state)

@@ -302,7 +302,7 @@ def _erf_slope(c: Array, r: Array) -> Array:
 def _over(*factors: Array) -> Array:
     """1 over the product of factors that must be positive, each to the power given by its repetition."""
     product = reduce(np.multiply, factors)
-    positive = np.logical_and.reduce([factor > 0 for factor in factors])
+    positive = reduce(np.logical_and, (np.greater(factor, 0) for factor in factors))
     return np.where(positive, 1.0 / product, np.inf)
 
 

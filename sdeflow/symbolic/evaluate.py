@@ -89,8 +89,9 @@ def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
         return float(expr.evalf(20))
     if isinstance(expr, sp.Piecewise):
         branches, conditions = zip(*((_walk(e, at), _walk(c, at)) for e, c in expr.args), strict=True)
-        *branches, shape = np.broadcast_arrays(*branches, np.zeros(np.broadcast(*branches, *conditions).shape))
-        return np.select([np.broadcast_to(c, shape.shape) for c in conditions], branches, default=np.nan)
+        shape = np.broadcast(*branches, *conditions).shape
+        values, taken = ([np.broadcast_to(part, shape) for part in parts] for parts in (branches, conditions))
+        return np.select(taken, values, default=np.nan)
     arguments = [_walk(argument, at) for argument in expr.args]
     if expr.func in _FOLDED:
         return reduce(_FOLDED[expr.func], arguments)
@@ -167,7 +168,8 @@ class Declared:
         out = np.zeros_like(x)
         for j in range(self.k):
             move = np.eye(self.k)[j] * h
-            out += sum(w * self.gram(x + o * move, at) for o, w in DIFFERENCES)[:, :, j] / h[:, j : j + 1]
+            rise = reduce(np.add, [w * self.gram(x + o * move, at) for o, w in DIFFERENCES])
+            out += rise[:, :, j] / h[:, j : j + 1]
         return out
 
 

@@ -42,7 +42,9 @@ _NOT, _SIGN = 3, 7
 
 _ALIASES = {"ln": "log", "abs": "Abs"}
 _WORDS = {"and", "or", "not"}
-_CONSTANTS = {"pi": {"constant": "pi"}, "E": {"constant": "E"}, "True": {"bool": True}, "False": {"bool": False}}
+_CONSTANTS: dict[str, dict] = {
+    "pi": {"constant": "pi"}, "E": {"constant": "E"}, "True": {"bool": True}, "False": {"bool": False},
+}  # fmt: skip
 _MINUS_ONE = {"int": -1}
 
 
@@ -99,7 +101,7 @@ class _Parser:
         tokens, position = [], 0
         while position < len(self._text):
             match = _TOKEN.match(self._text, position)
-            if match is None:
+            if match is None or match.lastgroup is None:
                 self._refuse(f"{self._text[position]!r} is not part of the grammar", position)
             if match.lastgroup != "space":
                 tokens.append(_Token(match.lastgroup, match.group(), position))

@@ -7,7 +7,7 @@ derivatives have brackets and the order on the variable, Piecewise is a brace, a
 from __future__ import annotations
 
 import html
-from xml.dom.minidom import Element, Node
+from xml.dom.minidom import Element, Node, Text
 
 import sympy as sp
 from sympy.core.function import AppliedUndef
@@ -33,7 +33,7 @@ def mathml(expr: sp.Basic) -> str:
 
 def _escape(node: Node) -> None:
     """SymPy writes text as it stands, with entities that only HTML knows: here they become characters, escaped."""
-    if node.nodeType == Node.TEXT_NODE:
+    if isinstance(node, Text):
         node.data = html.escape(_PLAIN.get(node.data) or html.unescape(node.data), quote=False)
     for child in node.childNodes:
         _escape(child)

@@ -14,6 +14,7 @@ them only after comparing their compiled numbers with quadrature.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy as sp
@@ -60,7 +61,7 @@ class Moments:
         return not any(e.has(*unsolved) for e in (self.log_alpha, self.alpha, self.offset, self.var))
 
 
-def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: dict[sp.Symbol, float]) -> Moments:
+def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: Mapping[sp.Symbol, float]) -> Moments:
     """The moments by rule, each an integral where no rule applies.
 
     Args:
@@ -93,9 +94,10 @@ def _growth(a: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, sp.Expr | None]
     return log_alpha, sp.powsimp(sp.exp(sp.expand_log(log_alpha, force=False)))
 
 
-def moments_of(declaration: Declaration, values: dict[sp.Symbol, float]) -> Moments:
+def moments_of(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> Moments:
     """The moments by rule of an affine declaration."""
-    return derive_moments(declaration.affine, declaration.g, declaration.P0, declaration.T, values)
+    drift = declaration.require_affine("moments")
+    return derive_moments(drift, declaration.g, declaration.P0, declaration.T, values)
 
 
 def integral_moments(drift: AffineDrift, g: sp.Expr, P0: float) -> Moments:

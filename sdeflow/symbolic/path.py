@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 import numpy as np
 import sympy as sp
@@ -36,7 +37,7 @@ _LEAST = 0.5  # of alpha at the first entry of a table
 _JOIN = 1e-3  # of the first step of a table that starts at t = 0 and alpha < 1: where its continuation ends
 
 
-def is_table(value: object) -> bool:
+def is_table(value: object) -> TypeGuard[Sequence]:
     """Whether ``value`` is a table of numbers, and no coefficient."""
     return not isinstance(value, str | sp.Basic | type) and (hasattr(value, "__len__") or hasattr(value, "__array__"))
 
@@ -71,11 +72,17 @@ def declare_path(
             )
         alpha, T, cutoff = _of_table(alpha, T, cutoff)
     T = 1.0 if T is None else T
-    alpha = coefficient_of(_of_time(alpha, "alpha"), "alpha", (x,), parameters)
+    mean = coefficient_of(_of_time(alpha, "alpha"), "alpha", (x,), parameters)
     if sigma is None:
-        sigma = sp.sqrt(1 - alpha**2)
-    else:
-        sigma = coefficient_of(_of_time(sigma, "sigma"), "sigma", (x,), parameters)
+        return _declared(mean, sp.sqrt(1 - mean**2), T, cutoff, parameters)
+    noise = coefficient_of(_of_time(sigma, "sigma"), "sigma", (x,), parameters)
+    return _declared(mean, noise, T, cutoff, parameters)
+
+
+def _declared(
+    alpha: sp.Expr, sigma: sp.Expr, T: float, cutoff: float | None, parameters: tuple[sp.Symbol, ...]
+) -> Declaration:
+    """The declaration, once both are expressions."""
     if alpha.has(x) or sigma.has(x):
         raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
     found = patiently(_path_coefficients, alpha, sigma)
@@ -100,11 +107,12 @@ def declare_path(
 
 def _of_time(value: object, name: str) -> object:
     """What a function of t alone, as ``lambda t: 1 - t``, returns; all else as it is."""
-    function = callable(value) and not isinstance(value, sp.Basic | type)
-    return applied(value, name, ()) if function and takes_one(value) else value
+    if callable(value) and not isinstance(value, sp.Basic | type) and takes_one(value):
+        return applied(value, name, ())
+    return value
 
 
-def _of_table(table: object, T: float | None, cutoff: float | None) -> tuple[sp.Expr, float, float | None]:
+def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[sp.Expr, float, float | None]:
     """alpha through a table, its horizon and its cutoff."""
     table = table.detach().cpu().numpy() if hasattr(table, "detach") else table
     if all(np.ndim(value) == 0 for value in table):
@@ -148,7 +156,8 @@ def _at_start(expr: sp.Expr) -> sp.Expr:
 
 def _first_step(alpha: sp.Expr) -> float | None:
     """Where the continuation of a path through a table ends; None for a path without one."""
-    steps = [kind.table[0][1] - kind.table[0][0] for kind in map(type, alpha.atoms(Schedule)) if kind.table is not None]
+    kinds: list[type[Schedule]] = [type(call) for call in alpha.atoms(Schedule)]
+    steps = [kind.table[0][1] - kind.table[0][0] for kind in kinds if kind.table is not None]
     return _JOIN * float(min(steps)) if steps else None
 
 

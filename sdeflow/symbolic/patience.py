@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import sympy as sp
 
 __all__ = ["budget", "deadline", "growth", "patiently", "rehearsed", "small", "time_left", "within"]
 
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 
 _SECONDS = 0.5
 _LARGEST_HERE = 40  # of growth; SymPy's time is about its square, 0.3 s at the limit
@@ -77,13 +78,25 @@ def _used() -> float:
     return time.thread_time() + sum(os.times()[2:4])
 
 
+@overload
 def patiently(
-    function: Callable[..., Result], *arguments: object, otherwise: Result | None = None, seconds: float = _SECONDS
-) -> Result | None:
+    function: Callable[..., Result], *arguments: object, otherwise: None = None, seconds: float = _SECONDS
+) -> Result | None: ...
+
+
+@overload
+def patiently(
+    function: Callable[..., Result], *arguments: object, otherwise: Other, seconds: float = _SECONDS
+) -> Result | Other: ...
+
+
+def patiently(
+    function: Callable[..., object], *arguments: object, otherwise: object = None, seconds: float = _SECONDS
+) -> object:
     """``function(*arguments)``: here where all expressions in the arguments are small, else :func:`within` ``seconds``.
 
     Args:
-        function: of the top level of a module; what it returns must not be None.
+        function: of the top level of a module; None from it counts as a failure.
         arguments: expressions, matrices, dataclasses and dicts of them, and anything else.
         otherwise: what is returned where it takes too long or fails in the other process.
         seconds: of processor time.

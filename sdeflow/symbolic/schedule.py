@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -32,6 +33,14 @@ _unnamed = count(1)
 _tables: WeakValueDictionary = WeakValueDictionary()
 
 
+class Curve(Protocol):
+    """A function of time that has derivatives, as SciPy's interpolants."""
+
+    def __call__(self, points: np.ndarray) -> np.ndarray: ...
+
+    def derivative(self) -> Curve: ...
+
+
 class Schedule(sp.Function):
     """A real function of one argument known by its values; :func:`schedule` makes its subclasses.
 
@@ -51,7 +60,7 @@ class Schedule(sp.Function):
     order: int = 0
     table: tuple[np.ndarray, np.ndarray] | None = None
     source: Callable | None = None
-    curve: Callable | None = None
+    curve: Curve | None = None
 
     @property
     def known(self) -> bool:
@@ -79,7 +88,7 @@ class Schedule(sp.Function):
         """The class of the derivative; one for each schedule, so that equal expressions are equal."""
         if "_derivative" not in cls.__dict__:
             members: dict[str, object] = {"order": cls.order + 1}
-            if cls.curve is not None:
+            if cls.curve is not None and cls.table is not None:
                 members |= _of_curve(cls.curve.derivative(), cls.table[0], cls.__name__)
             cls._derivative = type(f"{cls.__name__}_t", (cls,), members)
         return cls._derivative
@@ -121,7 +130,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
     return made
 
 
-def _of_curve(curve: Callable, times: np.ndarray, name: str) -> dict[str, object]:
+def _of_curve(curve: Curve, times: np.ndarray, name: str) -> dict[str, object]:
     """The members of a schedule that is ``curve`` between the times of a table."""
 
     def within(points: np.ndarray) -> np.ndarray:

@@ -33,7 +33,8 @@ def with_squares_read(expr: sp.Expr, variables: Sequence[sp.Symbol]) -> sp.Expr:
     roots = [power for power in expr.atoms(sp.Pow) if _may_hold_squares(power, variables)]
     if not roots:
         return expr
-    read = patiently(_read, sorted(roots, key=sp.count_ops), list(variables), otherwise={}, seconds=_SECONDS)
+    nothing: dict[sp.Pow, sp.Expr] = {}
+    read = patiently(_read, sorted(roots, key=sp.count_ops), list(variables), otherwise=nothing, seconds=_SECONDS)
     return expr.xreplace(read)
 
 

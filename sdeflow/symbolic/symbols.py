@@ -103,7 +103,8 @@ def unused(name: str, taken: Iterable[sp.Basic]) -> str:
     return next(free for free in (name, *(f"{name}_{i + 1}" for i in range(len(names)))) if free not in names)
 
 
-def require_plain(name: object) -> None:
-    """Raises an UnsafeExpressionError for a name that is not a plain identifier."""
+def require_plain(name: object) -> str:
+    """``name``, and an UnsafeExpressionError where it is not a plain identifier."""
     if not isinstance(name, str) or not _NAME.match(name):
         raise UnsafeExpressionError(f"a symbol's name must match [A-Za-z_][A-Za-z0-9_]*, 32 letters at most: {name!r}.")
+    return name

@@ -131,7 +131,9 @@ def from_tree(
     """
     functions = functions or {}
     checker = _Checker(names, functions)
-    if not (type(tree) is dict and set(tree) == {"matrix"}):
+    if type(tree) is not dict:
+        raise _malformed(tree, "each node is a dict")
+    if set(tree) != {"matrix"}:
         checker.check(tree, 1)
         built = _build(tree, names, functions, _Builder(functions))
         _require_low_tower(built)
@@ -245,7 +247,10 @@ def _build(
         case {"rational": [p, q]}:
             return sp.Rational(p, q)
         case {"float": digits, "precision": precision}:
-            sign, mantissa, exponent = _FLOAT.match(digits).groups()
+            match = _FLOAT.match(digits)
+            if match is None:
+                raise _malformed(tree, "a float is sign, mantissa and exponent")
+            sign, mantissa, exponent = match.groups()
             man = int(mantissa, 16)
             value = (int(sign == "-"), man, int(exponent), man.bit_length()) if man else 0.0
             return sp.Float(value, precision=precision)

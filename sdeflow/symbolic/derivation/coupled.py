@@ -71,7 +71,7 @@ def coupled_moments(
 
 def _stationary(declaration: Declaration, numbers: Numbers) -> list[Step]:
     """The stationary covariance, where it is one at all times and positive."""
-    F, Q = rationalised(declaration.affine[0]), rationalised(declaration.gram)
+    F, Q = rationalised(declaration.require_affine("moments")[0]), rationalised(declaration.gram)
     S = stationary_covariance(F, Q)
     if S is None or S.has(t):
         return []

@@ -42,7 +42,7 @@ def moment_steps(
     declaration: Declaration, moments: Moments, numbers: Numbers, measured: Mapping[str, float] | None = None
 ) -> list[Step]:
     """alpha, the mean and the variance (Φ and P of a coupled state) by their differential equations."""
-    F, b, Q, P0 = map(_matrix, (*declaration.affine, declaration.gram, sp.S(declaration.P0)))
+    F, b, Q, P0 = map(_matrix, (*declaration.require_affine("moments"), declaration.gram, sp.S(declaration.P0)))
     alpha, offset, var = map(_matrix, (moments.alpha, moments.offset, moments.var))
     start = sp.Matrix(data_symbols(declaration.state))
     mean = alpha * start + offset
@@ -61,7 +61,7 @@ def moment_steps(
 
 
 def _classification(declaration: Declaration, numbers: Numbers) -> Step:
-    F, b = map(_matrix, declaration.affine)
+    F, b = map(_matrix, declaration.require_affine("moments"))
     u = sp.ImmutableMatrix(declaration.state)
     if declaration.coupled:
         names = [equals(vector("f"), Notation("F") * vector("u") + vector("b")), equals(vector("u"), u)]
@@ -80,7 +80,7 @@ def _classification(declaration: Declaration, numbers: Numbers) -> Step:
 
 
 def _scalar_moments(declaration: Declaration, moments: Moments, proofs: list[tuple[str, str, bool]]) -> list[Step]:
-    a_t, q_t = declaration.affine[0], rationalised(declaration.gram[0])
+    a_t, q_t = declaration.require_affine("moments")[0], rationalised(declaration.gram[0])
     P0, v = sp.S(declaration.P0), variance_symbol(declaration)
     a, b, m, q, alpha = Notation("a"), Notation("b"), Notation("m"), Notation("g²"), own(declaration, "alpha")
     r = own(declaration, "r", nonnegative=True)

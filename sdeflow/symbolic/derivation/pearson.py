@@ -32,10 +32,10 @@ def pearson_steps(declaration: Declaration, pearson: Pearson, numbers: Numbers) 
     if pearson.kind == "square root":
         (delta,) = pearson.shape
         drift, gram = 2 * pearson.a * u + delta * pearson.c**2, 4 * pearson.c**2 * u
-        names, domain, kernel = ("delta",), "u >= 0", _noncentral
+        names, domain, kernel = ["delta"], "u >= 0", _noncentral
     else:
         drift, gram = pearson.c**2 * _jacobi_drift(pearson, u), pearson.c**2 * u * (1 - u)
-        names, domain, kernel = ("A", "B"), "0 <= u <= 1", _jacobi
+        names, domain, kernel = ["A", "B"], "0 <= u <= 1", _jacobi
     standard = [(f.subs(x, state), pearson.scale * drift), (q.subs(x, state), pearson.scale**2 * gram)]
     shape = [equals(own(declaration, name), value) for name, value in zip(names, pearson.shape, strict=True)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from xml.dom.minidom import Element
 
 import sympy as sp
+from sympy.printing.mathml import MathMLPresentationPrinter
 from sympy.printing.pretty.stringpict import prettyForm
 
 from sdeflow.symbolic.declaration import Declaration
@@ -69,7 +70,7 @@ class Notation(sp.Symbol):
     def _pretty(self, printer: object) -> prettyForm:
         return prettyForm(self.name)
 
-    def _mathml_presentation(self, printer: object) -> Element:
+    def _mathml_presentation(self, printer: MathMLPresentationPrinter) -> Element:
         fraction = printer.dom.createElement("mfrac")
         for name in self.name.split("/") if _FRACTION.fullmatch(self.name) else [self.name]:
             part = fraction.appendChild(printer.dom.createElement("mi"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import sympy as sp
 from sympy.core.function import AppliedUndef
@@ -115,8 +116,11 @@ def _evaluators(
     for j, fraction in enumerate(_TIMES):
         generator = random.Random(j)
         drawn = {symbol: sp.Float(0.3 + 0.6 * generator.random(), 40) for symbol in free}
-        at = {**drawn, **known, t: sp.Float(fraction * sp.Rational(str(T)), 40)}
-        yield lambda expr, at=at: expr.xreplace(dummies).subs(at).evalf(30)
+        yield partial(_number_of, dummies, {**drawn, **known, t: sp.Float(fraction * sp.Rational(str(T)), 40)})
+
+
+def _number_of(dummies: dict[sp.Basic, sp.Dummy], at: Numbers, expr: sp.Expr) -> sp.Expr:
+    return expr.xreplace(dummies).subs(at).evalf(30)
 
 
 def _outermost(expr: sp.Basic) -> set[sp.Basic]:
