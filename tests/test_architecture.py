@@ -139,6 +139,12 @@ def test_nothing_evaluates_text_or_unpickles(module):
     assert "pickle" not in {room(name) for name, _ in imported(module)}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_python_3_10_has_what_is_imported_of_typing(module):
+    later = {"assert_never", "Never", "Self", "Unpack", "Required", "NotRequired", "LiteralString", "override"}
+    assert not {f"typing.{name}" for name in later}.intersection(name for name, _ in imported(module))
+
+
 def test_heavy_back_ends_are_imported_when_first_used():
     script = "import sys, sdeflow; print([m for m in ('accelerate', 'torchsde', 'torchdiffeq') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

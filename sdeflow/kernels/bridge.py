@@ -27,11 +27,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import assert_never
 
 import sympy as sp
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from sdeflow.errors import ScheduleError
 from sdeflow.kernels.gaussian import Kernel
@@ -122,6 +122,8 @@ class Bridge(_Bridge):
         T: the time of the end.
     """
 
+    kernel: Kernel
+
     def __init__(self, kernel: Kernel, x_T: Tensor | float) -> None:
         self.kernel = kernel
         self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
@@ -196,6 +198,8 @@ class ReducibleBridge(_Bridge):
         DataError: for an x_T outside the domain.
     """
 
+    kernel: ReducibleKernel
+
     def __init__(self, kernel: ReducibleKernel, x_T: Tensor | float) -> None:
         self.kernel = kernel
         self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
@@ -267,6 +271,8 @@ class SquareRootBridge(_Bridge):
     Raises:
         DataError: for an x_T outside the domain.
     """
+
+    kernel: SquareRootKernel
 
     def __init__(self, kernel: SquareRootKernel, x_T: Tensor | float) -> None:
         self.kernel = kernel

@@ -14,11 +14,11 @@ import textwrap
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
 import sympy as sp
 import torch
 from sympy.core.function import AppliedUndef
+from typing_extensions import assert_never
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.local import LocalKernel

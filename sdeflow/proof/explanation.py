@@ -8,9 +8,9 @@ The ways, best first:
 from __future__ import annotations
 
 import textwrap
-from typing import assert_never
 
 import sympy as sp
+from typing_extensions import assert_never
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.local import LocalKernel

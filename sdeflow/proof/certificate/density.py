@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import assert_never
 
 import numpy as np
 import sympy as sp
 import torch
+from typing_extensions import assert_never
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.local import LocalKernel

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing_extensions import assert_never
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.local import LocalKernel
