@@ -115,7 +115,8 @@ class Demand(NamedTuple):
 
     Attributes:
         met: whether a solver can do it.
-        words: what is said of one that cannot; {solver} is the solver, {names} are the names of those that can.
+        words: what is said of one that cannot; {solver} is the solver, {names} are the names of those that can;
+            {chunk} is the user's.
     """
 
     met: Callable[[Solver], bool]
@@ -172,8 +173,8 @@ DEMANDS: dict[str, Demand] = {
     ),
     "chunk": Demand(
         lambda solver: not solver.of_whole_batch,
-        "chunk=: {solver} chooses its steps for the whole batch, so samples would depend on the chunks; take a solver "
-        "of fixed steps, or call once for each chunk.",
+        "chunk={chunk}: {solver} chooses its steps for the whole batch, so samples would depend on the chunks; take a "
+        "solver of fixed steps, or call once for each chunk.",
     ),
     "gradient": Demand(
         lambda solver: solver.differentiable,

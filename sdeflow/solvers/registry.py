@@ -79,12 +79,15 @@ def available(sde: DeclaredSDE) -> dict[str, tuple[str, ...]]:
     return {kind: names_that_meet(kind, demands) for kind in _NAMED}
 
 
-def require(solver: Solver, kind: str, demands: Iterable[str]) -> None:
-    """A ValueError unless the solver meets all ``demands``, keys of ``base.DEMANDS``; with the names that do."""
+def require(solver: Solver, kind: str, demands: Iterable[str], **given: object) -> None:
+    """A ValueError unless the solver meets all ``demands``, keys of ``base.DEMANDS``; with the names that do.
+
+    ``given`` are the values that the words of a demand name beside the solver and the names.
+    """
     demands = tuple(demands)
     failed = unmet(solver, demands)
     if failed is not None:
-        raise ValueError(failed.words.format(solver=solver, names=", ".join(names_that_meet(kind, demands))))
+        raise ValueError(failed.words.format(solver=solver, names=", ".join(names_that_meet(kind, demands)), **given))
 
 
 def resolve(solver: str | Solver, kind: str) -> Solver:

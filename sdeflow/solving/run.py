@@ -25,7 +25,7 @@ from sdeflow.scores import evaluating
 from sdeflow.scores.thresholded import Threshold, Thresholded
 from sdeflow.solvers import Clock, Grid, Problem, Solver
 from sdeflow.solvers.clock import as_grid
-from sdeflow.solvers.registry import demands_of
+from sdeflow.solvers.registry import demands_of, require
 from sdeflow.solving.gradients import require_graph, require_reach
 from sdeflow.solving.model import Model
 from sdeflow.solving.pilot import pilot
@@ -181,6 +181,8 @@ def _plan(model: Model, kind: str, options: Options, dtype: torch.dtype, graph: 
     plan = make_plan(
         kind, options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid, demands
     )
+    if options.chunk is not None:
+        require(plan.solver, kind, ("chunk",), chunk=options.chunk)
     if not with_kernel and (options.denoise or options.return_denoised):
         model.kernel.require_gaussian("denoise=True" if options.denoise else "return_denoised=True")
     return plan
@@ -193,7 +195,6 @@ def _demands(options: Options, coupled: bool, graph: bool) -> tuple[str, ...]:
         "common times": options.trajectory,
         "callback": options.callback is not None,
         demand_of_path(coupled): options.noise is not None,
-        "chunk": options.chunk is not None,
         "gradient": graph,
     }
     return tuple(demand for demand, holds in asked.items() if holds)
