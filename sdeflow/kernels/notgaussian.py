@@ -21,16 +21,23 @@ class NotGaussian:
         gaussian: None; of a Gaussian kernel the kernel itself.
         basis: None: only an affine SDE may be declared in a basis.
         has_offset: False: there is no part of the mean to take off the state.
-        also: what a refusal adds to the reason why there is no Gaussian kernel, in a clause.
     """
 
     declaration: Declaration
     values: Values
-    cutoff: float
     gaussian: None = None
     basis: None = None
     has_offset = False
-    also = ""
+
+    @property
+    def cutoff(self) -> float:
+        """The first time that training and solvers visit."""
+        raise NotImplementedError
+
+    @property
+    def also(self) -> str:
+        """What a refusal adds to the reason why there is no Gaussian kernel, in a clause."""
+        return ""
 
     @property
     def score_from(self) -> float:

@@ -66,7 +66,6 @@ class ReducibleKernel(NotGaussian):
             of y, not of x.
         form: "closed" or "quadrature", that of ``inner``.
         T: the horizon.
-        cutoff: the first time that training and solvers visit.
 
     Raises:
         NotAffineError: where no map makes the SDE affine.
@@ -90,7 +89,7 @@ class ReducibleKernel(NotGaussian):
             self.reduction = self._reduce() if like is None else like
             self.inner = Kernel(self.reduction.inner(declaration), self.values)
         change = self.reduction.map
-        self.form, self.T, self.cutoff = self.inner.form, self.inner.T, self.inner.cutoff
+        self.form, self.T = self.inner.form, self.inner.T
         slope, curvature = sp.diff(change.to_state, y), sp.diff(change.log_slope, y)
         self._to_line = self._compile(change.to_line, state_symbol)
         self._to_state = self._compile(change.to_state, y)
@@ -117,6 +116,11 @@ class ReducibleKernel(NotGaussian):
 
     def _compile(self, expressions: sp.Expr | tuple[sp.Expr, ...], *state: sp.Symbol) -> Compiled:
         return compile_expressions(expressions, (*state, time_symbol), self.values, self.T)
+
+    @property
+    def cutoff(self) -> float:
+        """The first time that training and solvers visit."""
+        return self.inner.cutoff
 
     def __repr__(self) -> str:
         change = self.reduction.map
