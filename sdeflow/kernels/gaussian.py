@@ -93,6 +93,7 @@ class Kernel:
     """
 
     kind = "affine"
+    exact = True
 
     def __init__(
         self,

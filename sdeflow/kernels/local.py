@@ -185,6 +185,7 @@ class LocalKernel(NotGaussian):
 
     kind = "general"
     form = "none"
+    exact = False
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ class NotGaussian:
         declaration: dx = f dt + g dw.
         values: numbers and tensors of its parameters.
         gaussian: None; of a Gaussian kernel the kernel itself.
+        exact: whether p(x_t | x_0) is known over any time, so that scores are learned from it.
         basis: None: only an affine SDE may be declared in a basis.
         has_offset: False: there is no part of the mean to take off the state.
     """
@@ -26,6 +27,7 @@ class NotGaussian:
     declaration: Declaration
     values: Values
     gaussian: None = None
+    exact = True
     basis: None = None
     has_offset = False
 

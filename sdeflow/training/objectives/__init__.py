@@ -11,12 +11,6 @@
 
 from __future__ import annotations
 
-from typing_extensions import assert_never
-
-from sdeflow.kernels.gaussian import Kernel
-from sdeflow.kernels.local import LocalKernel
-from sdeflow.kernels.pearson import PearsonKernel
-from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.numerics.checks import checked_choice
 from sdeflow.scores import ScoreFunction
 from sdeflow.training.objectives.base import Batch, Objective
@@ -75,13 +69,6 @@ def chosen(
 
 def _of(score: ScoreFunction) -> type[Objective]:
     """The objective of this score's SDE where none is named."""
-    kernel = score.kernel
-    match kernel:
-        case Kernel():
-            return Denoising
-        case ReducibleKernel() | PearsonKernel():
-            return KernelMatching
-        case LocalKernel():
-            return LocalMatching
-        case _:
-            assert_never(kernel)
+    if score.gaussian is not None:
+        return Denoising
+    return KernelMatching if score.kernel.exact else LocalMatching

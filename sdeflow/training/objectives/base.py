@@ -11,8 +11,6 @@ from torch import Tensor
 
 from sdeflow.errors import NotAffineError
 from sdeflow.kernels.gaussian import Kernel
-from sdeflow.kernels.pearson import PearsonKernel
-from sdeflow.kernels.reducible import ReducibleKernel
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import ScoreFunction
@@ -105,8 +103,9 @@ class Objective(ABC):
 
     def require(self, score: ScoreFunction) -> None:
         """Raises a NotAffineError where the score's SDE has not what this objective needs."""
-        classes = {"Gaussian kernel": Kernel, "exact kernel": ReducibleKernel | PearsonKernel, "nothing": object}
-        if not isinstance(score.kernel, classes[self.needs]):
+        gaussian = score.gaussian is not None
+        met = {"Gaussian kernel": gaussian, "exact kernel": score.kernel.exact and not gaussian, "nothing": True}
+        if not met[self.needs]:
             other = ", but not a Gaussian one," if self.needs == "exact kernel" else ""
             raise NotAffineError(
                 f"{type(self).__name__} needs a {self.needs}{other} which this SDE has not; fit(objective=None) takes "
