@@ -89,32 +89,25 @@ def fit(
     validation: Tensor | tuple[Tensor, Tensor] | Dataset | None = None,
     progress: bool | None = None,
 ) -> Fit:
-    """Trains ``score`` in place; afterwards its weights are the moving average, in eval mode.
-
-    It works inside ``torch.no_grad()`` too, since to train is to ask for gradients.
+    """Trains ``score`` in place, inside ``no_grad`` too; then its weights are the moving average, in eval mode.
 
     Args:
         score: the score, whose network has parameters.
-        data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with labels; or a Dataset or DataLoader
-            of such samples, alone or with labels as (x, y). It is converted to the network's dtype. A DataLoader
-            brings its own batches, and a resumed run starts it anew.
+        data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with labels; or a Dataset or DataLoader of
+            such samples or pairs. A DataLoader brings its own batches, and a resumed run starts it anew.
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
-        weighting: what the loss means, whatever the times: "likelihood", "score", "edm", "min_snr", "p2", or a
-            function w(t); see :mod:`sdeflow.training.weightings`. None is "likelihood" where the SDE has a Gaussian
-            kernel, and "score" elsewhere.
-        times: where the objective is sampled: "t", "log_snr", "edm", "importance", or a density of t; see
-            :mod:`sdeflow.training.times`. The loss is divided by the density, so this changes its variance alone. None
-            is "log_snr" for "likelihood", "edm" for "edm", "t" for "score" and without a Gaussian kernel, and
-            "importance" for the others.
-        objective: an object of :mod:`sdeflow.objectives`, to which weighting, times, gap and simulation_steps belong
-            then; its name ("denoising", "kernel_matching", "local_matching"); or None for what fits the SDE.
+        weighting: what the loss means: "likelihood", "score", "edm", "min_snr", "p2", or a function w(t); see
+            :mod:`sdeflow.training.weightings`. None is "likelihood" with a Gaussian kernel, and "score" without.
+        times: where the objective is sampled, which changes the loss's variance alone: "t", "log_snr", "edm",
+            "importance", or a density of t; see :mod:`sdeflow.training.times`. None is the weighting's best.
+        objective: None for what fits the SDE; "denoising", "kernel_matching" or "local_matching"; or an object of
+            ``sdeflow.objectives``, to which weighting, times, gap and simulation_steps belong then.
         optimiser: a function from the list of trainable parameters to a torch optimiser (``torch.optim.AdamW``), or a
             torch optimiser of the score's parameters. Its learning rates are its own. None is Adam with ``lr``.
         lr: Adam's step size, 1e-3 by default.
         schedule: "cosine" to zero, "constant", or a function of the fraction of steps done: a factor of the learning
-            rates, after a warm-up over the first 2 % of the steps. None is "cosine" for Adam, and leaves the learning
-            rates of a given optimiser alone.
+            rates, after a warm-up over the first 2 % of the steps. None is "cosine" for Adam, none for another.
         ema: the decay of the average, reached gradually.
         clip: the largest norm of the gradient of the loss over its value at an error of eps of unit variance.
         seed: of the order, the times and the noise; the global random state is left as it was.
@@ -123,11 +116,10 @@ def fit(
         checkpoint_every: steps between checkpoints.
         mixed_precision: "bf16" or "fp16", as accelerate takes it.
         accelerator: an accelerate ``Accelerator`` of your own.
-        gap: of an SDE without a kernel: the length of the last step, whose law is the target, in steps of the
-            simulation, 5 by default. A longer one gives targets of less variance and more bias.
+        gap: of an SDE without a kernel: the length of the last step of a path, whose law is the target, in steps of it,
+            5 by default. A longer one gives targets of less variance and more bias.
         simulation_steps: of such an SDE: the steps of a path, 200 by default.
-        callbacks: objects with ``after_step(run, loss)``, called after each step; see :mod:`sdeflow.callbacks`. Where
-            one raises, the step is written to ``out`` first.
+        callbacks: objects with ``after_step(run, loss)``; where one raises, the step is written to ``out`` first.
         validation: held-out data, a tensor, a tuple (x, y) or a Dataset: the objective of the moving average on them,
             up to ten times in the run. ``callbacks=[Validation(data, every=...)]`` chooses the steps.
         progress: a progress bar; None shows it on a terminal only.
@@ -150,9 +142,8 @@ def fit(
     objective = chosen(score, objective, weighting, times, gap, simulation_steps)
     draws = objective.draws(score)
     rate = None if optimiser is not None and schedule is None else _learning_rate(schedule, steps)
-    watching = checked_callbacks(callbacks)
-    if validation is not None:
-        watching = (Validation(validation, -(-steps // _VALIDATIONS)), *watching)
+    held_out = () if validation is None else (Validation(validation, -(-steps // _VALIDATIONS)),)
+    watching = (*held_out, *checked_callbacks(callbacks))
     if accelerator is None:
         accelerator = _make_accelerator(score, mixed_precision)
     folder, seed = _folder(out), resolve_seed(seed)
@@ -174,17 +165,22 @@ def fit(
             run.checkpoints = Checkpoints(folder, checkpoint_every, identity, watching)
             run.checkpoints.begin(run, resume)
         score.train()
-        shown = checked_flag(progress, "progress", optional=True)
-        hidden = (None if shown is None else not shown) if accelerator.is_local_main_process else True
         drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator)
-        with Progress(steps, run.step, hidden) as bar:
-            checkpoints = () if run.checkpoints is None else (run.checkpoints,)
-            run.callbacks = (run.average, *watching, bar, *checkpoints)
+        with Progress(steps, run.step, _hidden(progress, accelerator)) as bar:
+            run.callbacks = (run.average, *watching, bar, *filter(None, [run.checkpoints]))
             while not (run.stopped or run.step >= steps):
                 run.take(*next(drawn))
         run.keep_average()
     score.eval()
     return run.result
+
+
+def _hidden(progress: bool | None, accelerator: Accelerator) -> bool | None:
+    """Whether the progress bar is hidden; None where a terminal decides."""
+    shown = checked_flag(progress, "progress", optional=True)
+    if not accelerator.is_local_main_process:
+        return True
+    return None if shown is None else not shown
 
 
 def _checked_lr(lr: float | None, optimiser: object) -> float:
