@@ -84,7 +84,10 @@ class BenesKernel(NotGaussian):
 
     def __init__(self, declaration, values):
         self.declaration, self.values, self.T = declaration, values, declaration.T
-        self.cutoff = 1e-3 * self.T if declaration.cutoff is None else declaration.cutoff
+
+    @property
+    def cutoff(self):
+        return 1e-3 * self.T if self.declaration.cutoff is None else self.declaration.cutoff
 
     @staticmethod
     def way(declaration, values, basis):
