@@ -21,15 +21,16 @@ from sdeflow.errors import DataError
 from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
 from sdeflow.likelihood.bounds import Elbo, KLBound, elbo, kl_bound
 from sdeflow.numerics.brownian import BrownianPath
-from sdeflow.numerics.checks import checked_count, checked_dtype
+from sdeflow.numerics.checks import checked_count, checked_dtype, checked_shape
 from sdeflow.numerics.noise import resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction
 from sdeflow.scores.thresholded import Threshold
 from sdeflow.solvers import Exponential, Grid, Solver, resolve
 from sdeflow.solving.gradients import is_meant
 from sdeflow.solving.latents import spherical
-from sdeflow.solving.model import Model, Prior
+from sdeflow.solving.model import Model
 from sdeflow.solving.pilot import Pilot, pilot
+from sdeflow.solving.prior_of import Prior
 from sdeflow.solving.run import Answer, Callback, Options, field, run
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
 
@@ -96,14 +97,15 @@ class _Bound:
         noisy: bool,
     ) -> Answer:
         """Solved from draws of the prior, with noise on the way where it is ``noisy``."""
-        dtype = checked_dtype(dtype) or self.model.state_dtype
+        model = self.model.of_batch(checked_shape(shape)[0])
+        dtype = checked_dtype(dtype) or model.state_dtype
 
         def start() -> Tensor:
-            x = self.model.initial_state(shape, seed, dtype, device)
-            self.model.require_dtype(x)
+            x = model.initial_state(shape, seed, dtype, device)
+            model.require_dtype(x)
             return x
 
-        return run(self.model, self.equation, start, dtype, options, seed=seed if noisy else None)
+        return run(model, self.equation, start, dtype, options, seed=seed if noisy else None)
 
 
 class ReverseSDE(_Bound):
@@ -313,7 +315,9 @@ class FlowODE(_Bound):
         """The flow between T and cutoff, from x on."""
         x = self.model.states(x, "z" if backward else "x")
         graph = is_meant(options.gradient, x)
-        return run(self.model, self.equation, lambda: x, x.dtype, options, backward=backward, graph=graph)
+        return run(
+            self.model.of_batch(len(x)), self.equation, lambda: x, x.dtype, options, backward=backward, graph=graph
+        )
 
     def round_trip_error(self, x: Tensor, solver: str | Solver | None = None, **options: object) -> Tensor:
         """How far decode(encode(x)) is from x in each sample, (batch,): the root mean square over the event.
@@ -348,15 +352,16 @@ class FlowODE(_Bound):
         x_a, x_b = self.model.states(x_a, "x_a"), self.model.states(x_b, "x_b")
         if x_a.shape != x_b.shape:
             raise DataError(f"x_a is {tuple(x_a.shape)} and x_b {tuple(x_b.shape)}: they must be of one shape.")
-        ends = self._of(self.model.repeated(2)).encode(torch.cat([x_a, x_b]), solver, **options)
-        path = spherical(self.model.prior_for(x_a), *ends.chunk(2), points)
-        x = self._of(self.model.repeated(points)).decode(path.flatten(0, 1), solver, **options)
+        model, rows = self.model.of_batch(len(x_a)), torch.arange(len(x_a))
+        ends = self._of(model.rows(rows.repeat(2))).encode(torch.cat([x_a, x_b]), solver, **options)
+        path = spherical(model.prior_for(x_a), *ends.chunk(2), points)
+        x = self._of(model.rows(rows.repeat(points))).decode(path.flatten(0, 1), solver, **options)
         return x.reshape(path.shape)
 
     def latent_log_prob(self, z: Tensor) -> Tensor:
         """log π(z) of latents z = x_T in nats, (batch,) in float64: the prior's density, not that of x."""
         z = self.model.states(z, "z")
-        return self.model.prior_for(z).log_prob(z)
+        return self.model.of_batch(len(z)).prior_for(z).log_prob(z)
 
     def _of(self, model: Model) -> FlowODE:
         """The same equation with another model."""

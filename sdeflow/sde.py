@@ -33,7 +33,7 @@ from sdeflow.proof.explanation import explain
 from sdeflow.scores import ScoreFunction, as_score
 from sdeflow.solvers import Solver
 from sdeflow.solving.boundary import states_to_try
-from sdeflow.solving.model import Prior
+from sdeflow.solving.prior_of import Prior
 from sdeflow.solving.priors import default_prior, fit_prior
 from sdeflow.solving.simulate import simulate, start
 from sdeflow.storage import from_dict, to_dict

@@ -482,7 +482,7 @@ MUTATIONS = (
        "(0.5 * (trace - k - log_det))", (),
        ("tests/test_latents.py", "-k", "divergence")),
     _m("normalisation of a normal density", "laws/gaussian.py", "- torch.log(std) - 0.5 *", "- 0.5 *", ("geometric",)),
-    _m("mean read off a score", "solving/model.py", "mean = x.mean(0) + variance * gradient.mean(0)",
+    _m("mean read off a score", "solving/prior_of.py", "mean = x.mean(0) + variance * gradient.mean(0)",
        "mean = x.mean(0) - variance * gradient.mean(0)", (), ("tests/test_solvers.py", "-k", "prior_read_off")),
     # -------------------------------------------------------------------- bases, the catalogue, declarations
     _m("root mean square of a round trip", "dynamics.py", "flatten(1).square().mean(1).sqrt()",

@@ -546,7 +546,11 @@ def test_a_prior_is_read_off_a_score_with_labels_for_a_batch():
     score = sdeflow.Score(ByLabel(), vp(), predicts="data")
     bound = vp().flow_ode(score.given(torch.arange(50) % 3 - 1))
     assert bound.sample((50, 1), "euler", 20, seed=0).shape == (50, 1)
-    assert abs(float(bound.prior.std) - 1) < 0.1
+    alpha = float(vp().kernel.moments(torch.ones(1, 1), vp().T)[0])
+    torch.testing.assert_close(
+        bound.prior.mean, alpha * (torch.arange(50) % 3 - 1.0)[:, None], rtol=0, atol=1e-3, check_dtype=False
+    )
+    assert bound.prior.std.shape == (50, 1) and float((bound.prior.std - 1).abs().max()) < 0.1
 
 
 # ---------------------------------------------------------------------- modes

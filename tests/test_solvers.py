@@ -65,8 +65,7 @@ def test_propagation_finds_planted_mistakes(mistake):
     exact = gaussian(sde)
     truth = float(sde.kernel.marginal(0.0, 0.1, sde.cutoff).std ** 2)
     factor = 0.95 if mistake == "score" else 1.0
-    reverse = sde.reverse(lambda x, t: factor * exact(x, t))
-    reverse.model._prior = sde.prior_for(0.0, 0.1)
+    reverse = sde.reverse(lambda x, t: factor * exact(x, t), prior=sde.prior_for(0.0, 0.1))
     if mistake == "noise":
         reverse.equation = type(reverse.equation)(reverse.drift, sp.Float(1.03) * reverse.diffusion, "w̄")
     if mistake == "diffusion":

@@ -72,10 +72,11 @@ def bits_per_dim(
     drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=asked.seed, draws=draws, dtype=dtype, **part)
     x = drawn.x.transpose(0, 1).flatten(0, 1)  # the draws of an image in a row
     asked = replace(asked, full=full, first_row=asked.first_row * draws)
+    of_draw = model.of_batch(len(images)).rows(torch.arange(len(images)).repeat_interleave(draws))
     if auxiliary:
-        found = of_data(model.repeated(draws, each=True), equation, x, samples, asked)
+        found = of_data(of_draw, equation, x, samples, asked)
     else:
-        found = of_states(model.repeated(draws, each=True), equation, x, asked)
+        found = of_states(of_draw, equation, x, asked)
 
     def of_draws(values: Tensor) -> Tensor:
         return values.reshape(-1, draws).mT

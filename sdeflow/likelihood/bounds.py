@@ -52,7 +52,8 @@ from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.numerics.traces import heavy_tails, total_variance, widening
 from sdeflow.scores import ScoreFunction, as_score, evaluating
-from sdeflow.solving.model import Model, Prior
+from sdeflow.solving.model import Model
+from sdeflow.solving.prior_of import Prior
 
 __all__ = ["Elbo", "KLBound", "elbo", "kl_bound"]
 
@@ -155,6 +156,7 @@ def elbo(
     if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return Elbo(empty, empty, empty, empty, 0.0, empty, 0, empty)
+    model = model.of_batch(len(x))
     with torch.inference_mode(False), torch.no_grad(), evaluating(model.score):
         sample = _Sample(model, x)
         first, last = sample.end(model.cutoff), sample.end(model.T)
@@ -221,7 +223,7 @@ def kl_bound(
         score, prior = float(bound.diffusion.mean()), float(bound.prior.mean()) + bound.entropy
         stderr, error = _stderr_of_mean(bound.value), _bar_of_mean(bound.value)
         return KLBound(score + prior, stderr, score, prior, "cross_entropy", draws, error)
-    truth = as_score(score_of_data, model.score)
+    model, truth = model.of_batch(len(data)), as_score(score_of_data, model.score).of_batch(len(data))
     with torch.inference_mode(False), torch.no_grad(), evaluating(model.score), evaluating(truth):
         sample = _Sample(model, data)
         other = model.with_score(truth)
@@ -357,9 +359,14 @@ class _Draw:
     metric: Linear  # M = sigma⁻¹ Q sigma⁻ᵀ
     rate: Tensor  # dt/du
 
+    @property
+    def rows(self) -> Tensor:
+        """Which sample each row is a draw of."""
+        return torch.arange(len(self.x_t) // self.times).repeat(self.times)
+
     def noise_of(self, model: Model) -> Tensor:
         """-sigmaᵀ s in the kernel's basis, float64."""
-        score = model.score if self.times == 1 else model.repeated(self.times).score
+        score = model.score if self.times == 1 else model.rows(self.rows).score
         return model.kernel.to_basis(score.noise(self.x_t, self.t).double())
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from sdeflow.kernels.gaussian import Path
+from sdeflow.laws.each import EachSample
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.traces import Trace, widening
-from sdeflow.solving.model import Model, Prior
+from sdeflow.solving.model import Model
+from sdeflow.solving.prior_of import Prior
 
 __all__ = ["mean_path", "prior_mismatch", "truncation"]
 
@@ -124,15 +126,28 @@ def _deblurring(
 def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """log p_T(x_T) - log π(x_T) and its own error bar, (batch,) each in nats, p_T the law whose gradient the score is.
 
-    Of a score with labels for each sample the constant is a mean over the labels too.
+    Samples with conditions of their own have a constant for each condition.
 
     Args:
         model: the SDE with its score and prior.
         x_T: (batch, *event) in float64.
         dtype: in which the score is called.
     """
-    like, x_T = x_T[:1].to(dtype), x_T.detach()
-    prior, near = model.prior_for(like), model.with_own_prior().prior_for(like)
+    model, x_T = model.of_batch(len(x_T)), x_T.detach()
+    conditions, near = model.score.conditions(x_T.to(dtype)), model.with_own_prior().prior_for(x_T.to(dtype))
+    if conditions is None or not len(x_T):
+        return _mismatch(model, near, x_T, dtype)
+    found = torch.zeros(2, len(x_T), dtype=torch.float64, device=x_T.device)
+    for condition in conditions.unique():
+        rows = (conditions == condition).nonzero().flatten()
+        of_these = near.laws[near.which[rows[0]]] if isinstance(near, EachSample) else near
+        found[:, rows] = torch.stack(_mismatch(model.rows(rows), of_these, x_T[rows.to(x_T.device)], dtype))
+    return found[0], found[1]
+
+
+def _mismatch(model: Model, near: Prior, x_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`prior_mismatch`, of samples with the same condition, whose p_T is about ``near``."""
+    prior = model.prior_for(x_T.to(dtype))
     if isinstance(near, Gaussian):
         centre = near.coloured(torch.zeros_like(x_T[:1]))
     else:
@@ -142,7 +157,7 @@ def prior_mismatch(model: Model, x_T: Tensor, dtype: torch.dtype) -> tuple[Tenso
         draws = _drawn(near, x_T, len(log_weight) // _DRAWS)
         if isinstance(near, Gaussian):  # in pairs about the centre, whose odd moments cancel
             draws = torch.cat([draws[::2], 2.0 * centre - draws[::2]])
-        of_draws, _ = _from_centre(model.of_probes(len(draws)), centre, draws, dtype)
+        of_draws, _ = _from_centre(model.spread(len(draws)), centre, draws, dtype)
         of_draws = (of_draws - near.log_prob(draws)).reshape(2, -1).logsumexp(0) - math.log(2.0)
         log_weight = torch.cat([log_weight, of_draws])
         count = len(log_weight)

@@ -72,7 +72,7 @@ def by_torchdiffeq(
     def run(round: int, part: Tensor) -> Estimate:
         part = part.to(x.device)
         vectors = _probes(model, x[part], rows[part], options, round)
-        solve = Flow(model.of_indices(part, len(x)), equation, clock, dtype, vectors, options.gradient is not None)
+        solve = Flow(model.rows(part), equation, clock, dtype, vectors, options.gradient is not None)
         estimate, x_T, nfe = solve(x[part], plan, on_call)
         found.append((estimate, x_T, vectors, nfe))
         return estimate

@@ -24,7 +24,7 @@ from sdeflow.solving.pilot import pilot
 from sdeflow.solving.plan import Plan
 from sdeflow.symbolic.equations import Equation
 
-__all__ = ["by_exponential"]
+__all__ = ["by_exponential", "carrier_of"]
 
 _ATOL, _BITS, _RTOL = 1e-3, 1e-4, 1e-5  # by default: nats, bits per dimension and of log p, whichever is most
 _ATOL_IN_FLOAT32 = 5e-3  # where scores are networks, and rough
@@ -44,30 +44,23 @@ _LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a sol
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
 
-def by_exponential(
-    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, dtype: torch.dtype,
-    on_call: Callable[[], object] | None,
-) -> Solved:  # fmt: skip
-    """log p of states x (batch, *event) in float64 at the cutoff.
+def carrier_of(model: Model, x: Tensor, options: Options, on_call: Callable[[], object] | None) -> Carrier:
+    """The solver, grid and trace that ``options`` ask for, the same for all chunks of x.
 
     Args:
         model: an SDE with a Gaussian kernel, and its score.
-        equation: its probability flow.
-        x: at the cutoff.
-        rows: which rows of all samples these are, for their probes.
+        x: all states (batch, *event), in the dtype in which the score is called.
         options: as asked for.
-        dtype: in which the score is called.
         on_call: called at each call of the score.
     """
     chosen = options.solver or Exponential(2 if model.kernel.coupled else 3)
     named = options.grid
     times = steps_of(named)
-    wanted = times if options.steps is None and options.atol is None else options.steps
+    wanted = _steps(options)
     if named is None:
         named = "log_snr" if wanted is not None else "pilot"
-    like = x.detach()[:1].to(dtype)
     clock = (
-        pilot(model, chosen, like, likelihood=True).clock
+        pilot(model, chosen, x.detach()[:1], likelihood=True).clock
         if isinstance(named, str) and named == "pilot"
         else model.clock(named)
     )
@@ -77,8 +70,28 @@ def by_exponential(
     trace = estimator(x, options)
     if isinstance(trace, Given):
         trace = trace.mapped(model.kernel.to_basis, tuple(x.shape[1:]))
-    carrier = Carrier(trace, chosen, clock, steps, options.seed, dtype, on_call)
-    if wanted is not None:
+    return Carrier(trace, chosen, clock, steps, options.seed, x.dtype, on_call)
+
+
+def _steps(options: Options) -> int | None:
+    """Steps, or times of a grid, as asked for; None where log p is held to an error."""
+    return steps_of(options.grid) if options.steps is None and options.atol is None else options.steps
+
+
+def by_exponential(
+    carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options
+) -> Solved:
+    """log p of states x (batch, *event) in float64 at the cutoff.
+
+    Args:
+        carrier: of :func:`carrier_of`.
+        model: an SDE with a Gaussian kernel, and its score.
+        equation: its probability flow.
+        x: at the cutoff.
+        rows: which rows of all samples these are, for their probes.
+        options: as asked for.
+    """
+    if _steps(options) is not None:
         return _in_steps(carrier, model, x, rows, options)
     return _to_tolerance(carrier, model, equation, x, rows, options)
 
@@ -95,7 +108,7 @@ def _measured(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: 
 
 def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Options) -> tuple[Carried, Carried]:
     def once(carrier: Carrier, part: Tensor, round: int) -> Carried:
-        of_part = model.of_indices(part, len(x))
+        of_part = model.rows(part)
         if options.gradient == "adjoint":
             return adjoint.carried(carrier, of_part, x[part], rows[part], round)
         return carrier(of_part, x[part], rows[part], round)
@@ -177,7 +190,7 @@ def _to_tolerance(
         if calls + steps + 1 > budget:
             raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
         told = told or _told_if_long(carrier, model, options, calls, math.prod(x.shape[1:]))
-        found = _alone(replace(same, steps=steps), model.of_indices(left, len(x)), x[left], rows[left])
+        found = _alone(replace(same, steps=steps), model.rows(left), x[left], rows[left])
         before, coarse, last = value[left], defect[left], error[left]
         value[left], stderr[left], x_T[left], steps_of[left] = found.value, found.stderr, found.x_T, steps
         dof[left], defect[left] = found.dof, found.defect
@@ -211,9 +224,7 @@ def _to_tolerance(
             graph = options.gradient is not None and torch.is_grad_enabled()
             found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
         else:
-            found, _ = _measured(
-                replace(carrier, steps=n), model.of_indices(part, len(x)), x[part], rows[part], options
-            )
+            found, _ = _measured(replace(carrier, steps=n), model.rows(part), x[part], rows[part], options)
             nfe = found.calls
         calls += nfe
         value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
@@ -276,7 +287,7 @@ def _adaptively(
         probes = FixedProbes(trace.of_rows(rows[part], tuple(x.shape), x.device), 1.0, None)
     else:
         probes = fixed_probes(x[part], rows[part], options, trace.probes)
-    flow = Flow(model.of_indices(part, len(x)), equation, model.clock(None), carrier.dtype, probes, graph)
+    flow = Flow(model.rows(part), equation, model.clock(None), carrier.dtype, probes, graph)
     return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
-from sdeflow.likelihood.exponential import by_exponential
+from sdeflow.likelihood.exponential import by_exponential, carrier_of
+from sdeflow.likelihood.nodes import Carrier
 from sdeflow.likelihood.options import Options, estimator, stands_still
 from sdeflow.likelihood.result import LogProb
 from sdeflow.numerics.checks import checked_count
@@ -119,6 +120,7 @@ def log_prob(
 def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> LogProb:
     """log p of x (batch, *event); parts of the budget that nobody asked for are NaN."""
     model.require_dtype(x)
+    model = model.of_batch(len(x))
     if options.at == "data" and model.declaration.auxiliary:
         raise ValueError(
             'at="data": this state has auxiliary components; data_log_prob bounds the density of the data.'
@@ -143,32 +145,28 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
         on_call = None if bar.disable else bar.update
         if x.is_inference():
             x = x.clone()
-        groups = [
-            (of_label, part.to(x.device))
-            for of_label, members in model.by_label(len(x))
-            for part in members.split(size)
-        ]
+        carrier = carrier_of(model, x, options, on_call) if exponential else None
+        if len(x) <= size:
+            return _chunk(model, equation, x, rows, options, carrier, on_call)
         parts = [
-            _chunk(of_label, equation, x[part], rows[part], options, exponential, on_call) for of_label, part in groups
+            _chunk(model.rows(part), equation, x[part], rows[part], options, carrier, on_call)
+            for part in torch.arange(len(x), device=x.device).split(size)
         ]
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.cat([part for _, part in groups]).argsort()
     names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
-    joined = {name: torch.cat([getattr(p, name) for p in parts])[order] for name in names}
+    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
     return LogProb(**joined, nfe=sum(p.nfe for p in parts))
 
 
 def _chunk(
-    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, exponential: bool,
+    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, carrier: Carrier | None,
     on_call: Callable[[], object] | None,
 ) -> LogProb:  # fmt: skip
     """log p of some samples."""
     state, volume, from_data = x.double(), 0.0, options.at == "data"
     if from_data:
         state, volume = mean_path(model, x)
-    if exponential:
-        found = by_exponential(model, equation, state, rows, options, x.dtype, on_call)
+    if carrier is not None:
+        found = by_exponential(carrier, model, equation, state, rows, options)
     else:
         found = by_torchdiffeq(model, equation, state, rows, options, x.dtype, on_call)
     bad = (~torch.isfinite(found.value)).nonzero().flatten().tolist()
@@ -177,7 +175,7 @@ def _chunk(
     unknown = torch.full_like(found.value.detach(), math.nan)
     value, left, mismatch = found.value + volume, unknown, (unknown, unknown)
     if options.full or from_data:
-        of_cutoff = estimator(x, options) if exponential else Hutchinson() if found.stderr.any() else Exact()
+        of_cutoff = estimator(x, options) if carrier is not None else Hutchinson() if found.stderr.any() else Exact()
         change, left = truncation(model, x, of_cutoff, seed=options.seed, rows=rows, from_data=from_data)
         value, left = (value + change, left) if from_data else (value, change)
     if options.full:
@@ -216,7 +214,7 @@ def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool)
 
 def _reaches_more_than_parameters(model: Model, x: Tensor) -> bool:
     """Whether the score depends on tensors that require grad and are none of its parameters."""
-    one = model.of_indices(torch.zeros(1, dtype=torch.long), len(x))
+    one = model.rows(slice(0, 1))
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model.score):
         output = one.score(x[:1].detach().clone(), model.T)
     known = {id(p) for p in model.score.parameters()}
@@ -295,7 +293,8 @@ def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: 
     noise = stream.normal(tuple(level.shape), torch.float64, x.device)
     states[:, auxiliary] = level + root(noise)
     options = replace(options, first_row=options.first_row * samples)
-    joint = of_states(model.repeated(samples, each=True), equation, states.to(x.dtype), options)
+    of_draw = model.of_batch(len(x)).rows(torch.arange(len(x)).repeat_interleave(samples))
+    joint = of_states(of_draw, equation, states.to(x.dtype), options)
     normaliser = root.log_det(tuple(level.shape[1:])) + 0.5 * level[0].numel() * math.log(2.0 * math.pi)
     draws = (joint.value + 0.5 * noise.square().flatten(1).sum(1) + normaliser).reshape(len(x), samples)
     stderr = torch.full_like(draws[:, 0], math.nan)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from sdeflow.numerics.linear import Linear, multiplied, rows
 from sdeflow.numerics.parameters import Declared
 from sdeflow.scores.readout import GridScore, Readout
 
-__all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "as_score", "evaluating"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "Wrapping", "as_score", "evaluating"]
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -31,6 +35,9 @@ class DeclaredSDE(Declared, Protocol):
 
 class ScoreFunction(nn.Module):
     """A score of a declared SDE: ``score(x, t)`` -> ∇ log p_t(x). Abstract; see its subclasses.
+
+    A subclass defines ``forward``. One that holds something for each sample of a batch (a condition, a measurement)
+    also overrides :meth:`rows`; every call of the library that solves a part of a batch goes through it.
 
     Attributes:
         declaration: the SDE it belongs to.
@@ -70,6 +77,51 @@ class ScoreFunction(nn.Module):
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         """The data's mean and standard deviation (each () or *event) where they are known, else None."""
         return None
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The score of some samples of the batch: its sample i is sample ``index[i]`` of this score.
+
+        A score that is the same for all samples is returned as it is. What holds something for each sample returns
+        another score, of the samples asked for::
+
+            def rows(self, index):
+                return type(self)(self.sde, self.measurements[index])
+
+        Args:
+            index: (n,) numbers of samples on the CPU, in any order, which may repeat; or a slice.
+        """
+        return self
+
+    def of_batch(self, samples: int) -> Self:
+        """This score for a batch of ``samples`` samples, told before a solve.
+
+        Raises:
+            DataError: where it holds conditions of another number of samples.
+        """
+        return self
+
+    @property
+    def samples(self) -> int | None:
+        """For how many samples it holds conditions; None for any number."""
+        return None
+
+    def conditions(self, x: Tensor) -> Tensor | None:
+        """Which samples of a batch x (batch, *event) have a condition in common: (batch,), the same number for those.
+
+        None where all samples have the same score. By default, where :meth:`rows` gives another score, each sample has
+        a condition of its own.
+        """
+        return None if self.rows(slice(0, len(x))) is self else torch.arange(len(x))
+
+    @property
+    def bare(self) -> object:
+        """The user's own score, beneath what a solve wraps around it. What is measured is kept as long as it lives."""
+        return self
+
+    @property
+    def wrapping(self) -> tuple:
+        """What is wrapped around :attr:`bare`, as a key: scores with the same ``bare`` and ``wrapping`` are equal."""
+        return ()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -125,27 +177,149 @@ class ScoreFunction(nn.Module):
         return self.kernel.require_gaussian(purpose)
 
 
+class Wrapping(ScoreFunction):
+    """A score made of another one, ``score``, sample by sample: what it is asked about samples, that one answers."""
+
+    def __init__(self, score: ScoreFunction) -> None:
+        super().__init__(score)
+        self.score = score
+
+    def around(self, score: ScoreFunction) -> Self:
+        """The same around another score of the same SDE."""
+        if score is self.score:
+            return self
+        other = copy.copy(self)
+        other._modules = {**self._modules, "score": score}
+        return other
+
+    def rows(self, index: Tensor | slice) -> Self:
+        return self.around(self.score.rows(index))
+
+    def of_batch(self, samples: int) -> Self:
+        return self.around(self.score.of_batch(samples))
+
+    @property
+    def samples(self) -> int | None:
+        return self.score.samples
+
+    def conditions(self, x: Tensor) -> Tensor | None:
+        return self.score.conditions(x)
+
+    @property
+    def bare(self) -> object:
+        return self.score.bare
+
+    @property
+    def wrapping(self) -> tuple:
+        return self.score.wrapping
+
+    def data_moments(self) -> tuple[Tensor, Tensor] | None:
+        return self.score.data_moments()
+
+
 class CallableScore(ScoreFunction):
-    """Any function (x, t) -> ∇ log p_t(x) as a score. It sees x (batch, *event) and t (batch,)."""
+    """Any function (x, t) -> ∇ log p_t(x) as a score. It sees x (batch, *event) and t (batch,).
+
+    A function may be tied to the n samples of its batch, because it holds a condition for each. It cannot be cut, so
+    where some of the samples are asked for, it is called with n states, of which only those count; samples that are
+    asked for m times take m calls. It counts as tied where it does not take a batch of another size, which is tried
+    once for each n. A function that takes any batch, and gives sample i what belongs to its own i-th condition, looks
+    like one without conditions and would be wrong in chunks: make it a :class:`ScoreFunction` with ``rows``.
+    """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], sde: DeclaredSDE) -> None:
         super().__init__(sde)
         self.function = function
+        self._tied: dict[int, bool] = {}  # by the size of the batch, shared by all parts
+        self._batch: int | None = None
+        self._index: Tensor | None = None
+
+    def of_batch(self, samples: int) -> CallableScore:
+        return self if self._index is not None or samples == self._batch else self._of(samples, None)
+
+    def rows(self, index: Tensor | slice) -> CallableScore:
+        if self._batch is None or self._batch == 1:
+            return self
+        ours = torch.arange(self._batch) if self._index is None else self._index
+        return self._of(self._batch, ours[index])
+
+    def _of(self, batch: int, index: Tensor | None) -> CallableScore:
+        other = copy.copy(self)
+        other._batch, other._index = batch, index
+        return other
+
+    def conditions(self, x: Tensor) -> Tensor | None:
+        if self._batch is None or not self._is_tied(x, torch.tensor(self.declaration.T, dtype=torch.float64)):
+            return None
+        return torch.arange(len(x)) if self._index is None else self._index
+
+    @property
+    def bare(self) -> object:
+        return self.function
+
+    @property
+    def wrapping(self) -> tuple:
+        if self._batch is None or not self._tied.get(self._batch, self._index is not None):
+            return ()
+        return ("batch", self._batch, *(() if self._index is None else self._index.tolist()))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         x, time = self._entered(x, t)
-        return checked(self.function(x.clone(), network_time(time, x)), x, "the score")
+        return self._value(x.clone(), network_time(time, x))
+
+    def _value(self, x: Tensor, time: Tensor) -> Tensor:
+        """The function's value, checked, for a state that it may change, and (batch,) times."""
+        if self._index is not None and self._batch not in self._tied and len(x) != self._batch:
+            value = self._tried(x, time)
+            if value is not None:
+                return value
+        if self._index is None or not self._is_tied(x, time):
+            return checked(self.function(x, time), x, "the score")
+        values, order = [], []
+        for part in _without_repeats(self._index):
+            at = self._index[part].to(x.device)
+            states, times = (v[:1].detach().expand(self._batch, *v.shape[1:]).clone() for v in (x, time))
+            states[at], times[at] = x[part.to(x.device)], time[part.to(x.device)]
+            values.append(checked(self.function(states.clone(), times), states, "the score")[at])
+            order.append(part)
+        return torch.cat(values)[torch.cat(order).argsort().to(x.device)]
+
+    def _is_tied(self, x: Tensor, time: Tensor) -> bool:
+        """Whether the function takes no batch of another size than its own: tried with one sample."""
+        if self._batch == 1 or not len(x):
+            return False
+        if self._batch not in self._tied:
+            self._tried(x[:1].detach(), network_time(time.reshape(-1)[:1], x[:1]))
+        return self._tied[self._batch]
+
+    def _tried(self, x: Tensor, time: Tensor) -> Tensor | None:
+        """The function's value for another number of samples than its own; None where it takes only its own."""
+        try:
+            value = checked(self.function(x.clone(), time), x, "the score")
+        except Exception:  # whatever it is, the call with the whole batch shows it where it is not the size
+            value = None
+        self._tied[self._batch] = value is None
+        return value
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
         path = self.gaussian.path(like, times)
         clock = network_times(times, like.to(dtype)).unbind()
 
         def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
-            value = self.function(x.clone() if kept else x, clock[i].expand(len(x)).clone())
-            return checked(value, x, "the score")
+            return self._value(x.clone() if kept else x, clock[i].expand(len(x)).clone())
 
         call = on_states(self.gaussian, path, like, dtype, evaluate)
         return GridScore(self.readout(path, like, times), call)
+
+
+def _without_repeats(index: Tensor) -> list[Tensor]:
+    """The positions of ``index`` in parts, in each of which no number repeats; as few parts as there can be."""
+    order = index.argsort(stable=True)
+    counts = torch.unique_consecutive(index[order], return_counts=True)[1]
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - first
+    return [(rank == r).nonzero().flatten() for r in range(int(counts.max()))]
 
 
 def on_states(

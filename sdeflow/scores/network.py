@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
 from sdeflow.kernels.gaussian import Path
 from sdeflow.numerics.checks import checked_choice, checked_finite, checked_labels, checked_numbers
-from sdeflow.scores.function import DeclaredSDE, ScoreFunction, checked, network_time, network_times, on_states
+from sdeflow.scores.function import (
+    DeclaredSDE,
+    ScoreFunction,
+    Wrapping,
+    checked,
+    network_time,
+    network_times,
+    on_states,
+)
 from sdeflow.scores.readout import GridScore, Readout
 from sdeflow.symbolic.coupled import rank
 
@@ -261,7 +269,7 @@ class Score(ScoreFunction):
         return f"predicts={self.predicts!r}, time={self.time!r}, data_std={self.data_std.mean():.4g}"
 
 
-class Conditional(ScoreFunction):
+class Conditional(Wrapping):
     """A class-conditional score with its labels fixed: a score like any other.
 
     Args:
@@ -271,7 +279,6 @@ class Conditional(ScoreFunction):
 
     def __init__(self, score: Score, y: Tensor | int) -> None:
         super().__init__(score)
-        self.score = score
         self.register_buffer("y", torch.as_tensor(y))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -286,13 +293,32 @@ class Conditional(ScoreFunction):
         x, t = self._entered(x, t)
         return self.score.denoise(x, t, self._labels(x))
 
-    def data_moments(self) -> tuple[Tensor, Tensor] | None:
-        return self.score.data_moments()
-
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
         return self.score.on_grid(times, like, dtype, self._labels(like))
 
+    def rows(self, index: Tensor | slice) -> Conditional:
+        part = super().rows(index)
+        return Conditional(part.score, self.y[index]) if self.y.ndim else part
+
+    def of_batch(self, samples: int) -> Conditional:
+        self._require(samples)
+        return super().of_batch(samples)
+
+    @property
+    def samples(self) -> int | None:
+        return len(self.y) if self.y.ndim else super().samples
+
+    def conditions(self, x: Tensor) -> Tensor | None:
+        return torch.unique(self.y.cpu(), return_inverse=True, dim=0)[1] if self.y.ndim else super().conditions(x)
+
+    @property
+    def wrapping(self) -> tuple:
+        return ("given", tuple(self.y.shape), *self.y.flatten().tolist(), *super().wrapping)
+
     def _labels(self, x: Tensor) -> Tensor:
-        if self.y.ndim and len(self.y) != len(x):
-            raise DataError(f"{len(self.y)} labels were given for a batch of {len(x)}.")
+        self._require(len(x))
         return self.y.to(x.device).expand(len(x))
+
+    def _require(self, samples: int) -> None:
+        if self.y.ndim and len(self.y) != samples:
+            raise DataError(f"{len(self.y)} labels were given for a batch of {samples}.")

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_state
-from sdeflow.scores import ScoreFunction
+from sdeflow.scores.function import ScoreFunction, Wrapping
 
 __all__ = ["Threshold", "Thresholded"]
 
 Threshold = tuple[float, float] | float
 
 
-class Thresholded(ScoreFunction):
+class Thresholded(Wrapping):
     """A score whose E[x_0 | x_t] stays within the data's range; see the module.
 
     Of a coupled state only the components that are data are kept in range.
@@ -64,7 +64,6 @@ class Thresholded(ScoreFunction):
         if data_range is not None and (self.quantile is None or not _is_range(data_range)):
             wanted = "is (low, high), low < high, of a quantile's rule" if self.quantile else "is of a quantile's rule"
             raise ValueError(f"data_range {wanted}, not {data_range!r} with threshold={threshold!r}.")
-        self.score = score
         self.low, self.high = map(float, threshold if self.quantile is None else data_range or (-1.0, 1.0))
         auxiliary = self.declaration.auxiliary
         self._data = [i for i in range(len(self.declaration.state)) if i not in auxiliary] if auxiliary else None
@@ -81,8 +80,9 @@ class Thresholded(ScoreFunction):
     def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
         return self.in_range(self.score.denoise(x, t))
 
-    def data_moments(self) -> tuple[Tensor, Tensor] | None:
-        return self.score.data_moments()
+    @property
+    def wrapping(self) -> tuple:
+        return ("threshold", self.quantile, self.low, self.high, *super().wrapping)
 
     def in_range(self, denoised: Tensor) -> Tensor:
         """D′ for D = ``denoised``, (batch, *event) both."""

@@ -45,7 +45,7 @@ def require_reach(model: Model, x: Tensor) -> None:
         )
     if not (x.requires_grad and len(x)):
         return
-    one = model.of_indices(torch.zeros(1, dtype=torch.long), len(x))
+    one = model.rows(slice(0, 1))
     with torch.enable_grad(), evaluating(model.score):
         state = x[:1].detach().clone().requires_grad_(True)
         output = one.score(state, model.T)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdeflow.laws.each import EachSample
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.checks import checked_start, checked_state
-from sdeflow.solving.model import Prior
+from sdeflow.solving.prior_of import Prior
 
 __all__ = ["spherical"]
 
@@ -28,7 +29,7 @@ def spherical(prior: Prior, z_a: Tensor, z_b: Tensor, points: int) -> Tensor:
     Raises:
         ValueError: for a prior that is not Gaussian, whose sphere is not known.
     """
-    if not isinstance(prior, Gaussian):
+    if not (isinstance(prior, Gaussian) or (isinstance(prior, EachSample) and prior.is_gaussian)):
         raise ValueError(f"spherical interpolation needs a Gaussian prior, not {prior}.")
     z_a = checked_state(z_a, "z_a")
     z_b = checked_start(z_b, z_a, "z_b", "z_a")
@@ -42,4 +43,4 @@ def spherical(prior: Prior, z_a: Tensor, z_b: Tensor, points: int) -> Tensor:
     of_a = torch.where(curved, ((1.0 - tau) * angle).sin() / sine, 1.0 - tau)
     of_b = torch.where(curved, (tau * angle).sin() / sine, tau)
     path = of_a[..., None] * a + of_b[..., None] * b
-    return prior.coloured(path.flatten(0, 1).reshape(-1, *z_a.shape[1:])).reshape(points, *z_a.shape).to(z_a.dtype)
+    return torch.stack([prior.coloured(e.reshape(z_a.shape)) for e in path]).to(z_a.dtype)

@@ -5,44 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import sympy as sp
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdeflow.errors import DataError, MissingPriorError, PriorMismatchWarning, ScoreError, warn
-from sdeflow.laws.gaussian import Gaussian
+from sdeflow.errors import DataError, ScoreError
 from sdeflow.numerics.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import Linear
-from sdeflow.scores import Conditional, DeclaredSDE, Score, ScoreFunction, as_score, evaluating
-from sdeflow.scores.thresholded import Thresholded
+from sdeflow.scores import DeclaredSDE, Score, ScoreFunction, as_score
 from sdeflow.solvers import Clock, make_clock
 from sdeflow.solvers.clock import Grid
+from sdeflow.solving.prior_of import Prior, PriorOf
 from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.symbols import score_symbols, t
 
-__all__ = ["Model", "Prior", "fitted_moments"]
-
-_PROBES = 1024  # samples from which the prior is read off the score
-_MISMATCH = 0.01  # nats per dimension
-
-
-class Prior(Protocol):
-    """What a prior must do."""
-
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        seed: int | torch.Generator | None,
-        dtype: torch.dtype | None,
-        device: torch.device | str,
-    ) -> Tensor: ...
-
-    def log_prob(self, x: Tensor) -> Tensor: ...
+__all__ = ["Model"]
 
 
 class Model:
@@ -65,19 +46,16 @@ class Model:
         self.kernel = sde.kernel
         self.gaussian = self.kernel.gaussian
         self.state = self.declaration.state
-        self._default_prior = getattr(sde, "default_prior", None)
         self._score = None if score is None else as_score(score, sde)
-        self._prior = checked_methods(prior, "prior", *OF_PRIOR)
+        self.prior = PriorOf(self.gaussian, self._score, checked_methods(prior, "prior", *OF_PRIOR), sde)
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         self._clocks: dict[tuple[str | None, float], Clock] = {}
-        self._read_off: dict[tuple[int, ...], Prior] = {}
-        self._of_label: dict[float, Model] = {}
         self.T, self.cutoff = self.declaration.T, self.kernel.cutoff
-        self._warn_of_mismatch()
+        self.prior.warn_of_mismatch()
 
     def __getstate__(self) -> dict:
         """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
-        return {**self.__dict__, "_drifts": {}, "_clocks": {}, "_of_label": {}}
+        return {**self.__dict__, "_drifts": {}, "_clocks": {}}
 
     def __copy__(self) -> Model:
         other = object.__new__(type(self))
@@ -88,63 +66,48 @@ class Model:
         """The same model with another score of its SDE; what was compiled, and the prior, are shared."""
         if score is self._score:
             return self
-        other = copy.copy(self)
-        other._score, other._read_off, other._of_label = score, dict(self._read_off), {}
-        return other
+        return self._with(_score=score, prior=self.prior.of_score(score))
 
     def with_own_prior(self) -> Model:
         """The same model with the prior that follows from the data's moments or the score, whichever was given."""
-        if self._prior is None or self.gaussian is None:
-            return self
-        other = copy.copy(self)
-        other._prior, other._read_off = None, {}
-        return other
+        return self if self.gaussian is None else self._with(prior=self.prior.own())
 
-    def repeated(self, times: int, each: bool = False) -> Model:
-        """The same model of batches repeated ``times`` times, whole or ``each`` sample; labels of a batch follow."""
-        return self.with_score(
-            _relabelled(self.score, lambda y: y.repeat_interleave(times) if each else y.repeat(times))
-        )
+    def of_batch(self, samples: int) -> Model:
+        """The same model for a batch of ``samples`` samples, told at the start of a solve.
 
-    def of_probes(self, n: int) -> Model:
-        """The same model of any ``n`` samples: labels that were fixed for a batch are cut or repeated to as many."""
-        return self.with_score(_relabelled(self.score, lambda y: y.repeat(-(-n // max(len(y), 1)))[:n]))
-
-    def of_rows(self, first: int, last: int, batch: int) -> Model:
-        """The same model of rows ``first`` to ``last`` of a batch: labels that were fixed for the batch are cut too."""
-
-        def cut(y: Tensor) -> Tensor:
-            if len(y) != batch:
-                raise DataError(f"{len(y)} labels were given for a batch of {batch}.")
-            return y[first:last]
-
-        return self if last - first == batch else self.with_score(_relabelled(self.score, cut))
-
-    def of_indices(self, rows: Tensor, batch: int) -> Model:
-        """The same model of some rows of a batch, which labels that were fixed for the batch follow."""
-        if len(rows) == batch:
-            return self
-        return self.with_score(_relabelled(self.score, lambda y: y[rows.to(y.device)]))
-
-    def by_label(self, batch: int) -> list[tuple[Model, Tensor]]:
-        """A model for each label that was fixed for a batch, with its rows; this one with all rows where none was.
-
-        What is read off the score (a prior, a grid) then belongs to the label, and not to the batch.
+        Raises:
+            DataError: where the score holds conditions of another number of samples.
         """
-        parts = (part for part in self.score.modules() if isinstance(part, Conditional) and part.y.ndim)
-        labels = next((part.y for part in parts), None)
-        if labels is None or not len(labels):
-            return [(self, torch.arange(batch))]
-        if len(labels) != batch:
-            raise DataError(f"{len(labels)} labels were given for a batch of {batch}.")
-        groups = []
-        for label in labels.unique():
-            key = label.item()
-            if key not in self._of_label:
-                self._of_label[key] = self.with_score(_relabelled(self.score, lambda _, label=label: label))
-                self._of_label[key]._read_off = {}
-            groups.append((self._of_label[key], (labels == label).nonzero().flatten().cpu()))
-        return groups
+        score = self.score.of_batch(samples)
+        return self._with(_score=score, prior=self.prior.of_batch(score, samples))
+
+    def rows(self, index: Tensor | slice) -> Model:
+        """The same model of some samples of the batch that :meth:`of_batch` named: the only place where it is cut.
+
+        Args:
+            index: numbers of samples, which may repeat, or a slice.
+        """
+        if isinstance(index, Tensor):
+            index = index.cpu()
+            if len(index) == self.samples and torch.equal(index, torch.arange(len(index))):
+                return self
+        return self._with(_score=self.score.rows(index), prior=self.prior.rows(index))
+
+    def spread(self, count: int) -> Model:
+        """The same model of ``count`` samples with the conditions of the batch, evenly."""
+        batch = self.samples or self.score.samples or 1
+        model, number = self.of_batch(batch), torch.arange(count)
+        return model.rows(number % batch if batch <= count else number * batch // count)
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples the batch has, where :meth:`of_batch` or :meth:`rows` said so."""
+        return self.prior.samples
+
+    def _with(self, **parts: object) -> Model:
+        other = copy.copy(self)
+        other.__dict__.update(parts)
+        return other
 
     @property
     def score(self) -> ScoreFunction:
@@ -206,7 +169,8 @@ class Model:
 
     def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
         """The state behind what solvers carry."""
-        return self.kernel.from_basis(u + self.offset(time, u) if self.kernel.has_offset else u)
+        level = self.offset(time, u)
+        return self.kernel.from_basis(u if isinstance(level, float) and not level else u + level)
 
     def solver_score(self, u: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """∇ log p_t of what solvers carry, the score asked in ``dtype``."""
@@ -305,73 +269,11 @@ class Model:
     @property
     def known_prior(self) -> Prior | None:
         """The prior, or None where it is still to be read off the score."""
-        if self._prior is not None:
-            return self._prior
-        known = self._of_moments() if self.kernel.basis is None else None  # in a basis a mean over it needs the event
-        return next(iter(self._read_off.values()), None) if known is None else known
-
-    def _of_moments(self) -> Gaussian | None:
-        """p(x_T) of Gaussian data with the score's moments; None where these, or a Gaussian kernel, are missing."""
-        moments = None if self._score is None or self.gaussian is None else self._score.data_moments()
-        return None if moments is None else self.gaussian.marginal(*moments, self.T)
+        return self.prior.known
 
     def prior_for(self, like: Tensor) -> Prior:
-        """The prior for states shaped as ``like`` (batch, *event).
-
-        Raises:
-            MissingPriorError: for an SDE without a Gaussian kernel and without ``prior=``.
-        """
-        event = tuple(like.shape[1:])
-        known = self.known_prior if self._prior is not None or not self._read_off else self._read_off.get(event)
-        if known is not None:
-            return known
-        if self.gaussian is None:
-            if self._default_prior is not None:
-                self._prior = self._default_prior(self._score, like)
-            if self._prior is not None:
-                return self._prior
-            raise MissingPriorError(
-                "this SDE has no Gaussian kernel from which p(x_T) would follow, and no stationary law was found: pass "
-                "prior=, such as sde.fit_prior(data), sdeflow.Gaussian(mean, std), or any object with "
-                "sample(shape, seed, dtype, device) and log_prob(x)."
-            )
-        self.kernel.require_event(event)
-        moments = self._score.data_moments()
-        if moments is not None:
-            self._read_off[event] = self.kernel.marginal(moments[0].expand(event), moments[1], self.T)
-            return self._read_off[event]
-        self._read_off[event] = self._read_prior(like)
-        return self._read_off[event]
-
-    def _read_prior(self, like: Tensor) -> Gaussian:
-        """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks."""
-        kernel, event = self.kernel, tuple(like.shape[1:])
-        start = kernel.marginal(0.0, 1.0, self.T)
-        x_T = start.sample((_PROBES, *event), seed=0, dtype=like.dtype, device=like.device)
-        score = self.of_probes(_PROBES).score
-        with torch.no_grad(), evaluating(score):
-            gradient = kernel.to_basis(score(x_T, self.T).double())
-        u = kernel.to_basis(x_T.double())
-        fitted = (_fitted_blocks if kernel.coupled else fitted_moments)(u, gradient, start)
-        if fitted is not None:
-            mean, root = fitted
-            return Gaussian(mean.cpu(), Linear(root.cpu(), kernel.coupled), kernel.basis)
-        warn(
-            "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off it; "
-            f"{start} is used. Give the data's moments, or prior=.",
-            PriorMismatchWarning,
-        )
-        return start
-
-    def _warn_of_mismatch(self) -> None:
-        expected = self._of_moments() if isinstance(self._prior, Gaussian) else None
-        if expected is not None:
-            kl = expected.kl_per_dimension(self._prior)
-            if not kl <= _MISMATCH:
-                warn(
-                    f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
-                    PriorMismatchWarning,
-                )
+        """The prior for states shaped as ``like`` (batch, *event); see :meth:`PriorOf.of`."""
+        return self.prior.of(like)
 
     # ---------------------------------------------------------------- states
 
@@ -384,11 +286,8 @@ class Model:
 
     def require_dtype(self, x: Tensor) -> None:
         """Raises a DataError where the network's parameters and ``x`` differ in dtype."""
-        score = self.score
-        while isinstance(score, Thresholded):
-            score = score.score
-        ours = score.dtype
-        if not isinstance(score, Score | Conditional) or ours in (None, x.dtype):
+        ours = self.score.dtype
+        if not isinstance(self.score.bare, Score) or ours in (None, x.dtype):
             return
         if not torch.is_autocast_enabled(x.device.type):
             raise DataError(
@@ -415,46 +314,6 @@ class Model:
         like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
         prior = checked_methods(self.prior_for(like), "prior", ("sample",), "sdeflow.Gaussian(mean, std)")
         return prior.sample(shape, seed=seed, dtype=dtype, device=device)
-
-
-def _relabelled(score: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """``score`` with ``change`` made to labels fixed for a batch, wherever it holds them; all else is shared."""
-    if isinstance(score, Conditional):
-        return Conditional(score.score, change(score.y)) if score.y.ndim else score
-    parts = {name: _relabelled(part, change) for name, part in score._modules.items() if part is not None}
-    if all(part is score._modules[name] for name, part in parts.items()):
-        return score
-    other = copy.copy(score)
-    other._modules = {**score._modules, **parts}
-    return other
-
-
-def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
-    centred = x - x.mean(0)
-    slope = (centred * gradient).mean(0) / centred.square().mean(0)
-    variance = -1.0 / slope
-    mean = x.mean(0) + variance * gradient.mean(0)
-    usual = start.std.square().to(x.device)
-    near = (variance > 0.1 * usual) & (variance < 10 * usual)
-    return (mean, variance.sqrt()) if bool(torch.isfinite(mean).all()) and bool(near.all()) else None
-
-
-def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
-    """Mean (k, ...) and Cholesky factors (..., k, k) of the components from s = -V⁻¹ (x - m), or None."""
-    centred = (x - x.mean(0)).movedim(1, -1)  # (batch, ..., k)
-    of_state = torch.einsum("b...i,b...j->...ij", centred, centred)
-    of_score = torch.einsum("b...i,b...j->...ij", gradient.movedim(1, -1), centred)
-    precision = -(of_score @ torch.linalg.inv(of_state))
-    covariance = torch.linalg.inv(0.5 * (precision + precision.mT))
-    root, failed = torch.linalg.cholesky_ex(covariance)
-    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(0).movedim(0, -1)[..., None])[..., 0]
-    usual = (start.root.values @ start.root.values.mT).diagonal(dim1=-2, dim2=-1).to(x.device)
-    found = covariance.diagonal(dim1=-2, dim2=-1)
-    near = (found > 0.1 * usual) & (found < 10 * usual) & (failed == 0)[..., None]
-    if not bool(torch.isfinite(mean).all()) or not bool(near.all()):
-        return None
-    return mean.movedim(-1, 0), root if root.ndim == 2 else root[None]
 
 
 def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from sdeflow.numerics.linear import multiplied, rows
 from sdeflow.numerics.traces import Hutchinson
-from sdeflow.scores import Conditional, GridScore, ScoreFunction, evaluating
-from sdeflow.scores.thresholded import Thresholded
+from sdeflow.scores import GridScore, evaluating
 from sdeflow.solvers import Clock, Exponential, Problem, Solver
 from sdeflow.solvers.clock import smooth_clock
 from sdeflow.solvers.exponential.program import shaped
@@ -86,32 +85,21 @@ def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) 
         raise ValueError('grid="pilot" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     known = solver if isinstance(solver, Exponential) else Exponential()
     event = tuple(like.shape[1:])
-    owner, given = _owner(model.score)
     kernel, state = weakref.ref(model.kernel), [*model.score.parameters(), *model.score.buffers()]
     versions = tuple(tensor._version for tensor in state)  # training makes it another score
-    given += (event, like.dtype, repr(model._prior), versions, known.prediction, known.order, known.variable)
-    key = (kernel, *given, *_identity_of(known), likelihood)
+    key = (kernel, event, like.dtype, repr(model.prior.given), versions, known.prediction, known.order, known.variable)
+    key = (*key, *_identity_of(known), likelihood)
     try:
-        found = _measured.setdefault(owner, {})
+        found = _measured.setdefault(model.score.bare, {})
     except TypeError:  # neither hashable nor weakly referable
         found = {}
-    if key not in found:
-        found[key] = _measure(model, known, like, likelihood)
+    grid = found.get((*key, *model.score.wrapping))
+    if grid is None:
+        grid = _measure(model, known, like, likelihood)
+        found[(*key, *model.score.wrapping)] = grid  # asked again: a function now tells whether it is tied to its batch
         while len(found) > _KEPT:
             del found[next(iter(found))]
-    return found[key]
-
-
-def _owner(score: ScoreFunction) -> tuple[object, tuple]:
-    """What lives as long as the user's own score does, beneath what each solve wraps anew, and the wrapping."""
-    given: tuple = ()
-    while isinstance(score, Conditional | Thresholded):
-        if isinstance(score, Conditional):
-            given += ("labels", *score.y.flatten().tolist())
-        else:
-            given += ("threshold", score.quantile, score.low, score.high)
-        score = score.score
-    return getattr(score, "function", score), given
+    return grid
 
 
 def _identity_of(solver: Exponential) -> tuple:
@@ -122,7 +110,7 @@ def _identity_of(solver: Exponential) -> tuple:
 
 def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) -> Pilot:
     n, samples = (_CALLS_IN_NATS, _SAMPLES_IN_NATS) if likelihood else (_CALLS, _SAMPLES)
-    model, event = model.of_probes(samples), tuple(like.shape[1:])
+    model, event = model.spread(samples), tuple(like.shape[1:])
     kernel, order = model.kernel, solver.order
     runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale, basis=solver.basis)
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype

@@ -23,12 +23,11 @@ from sdeflow.laws.stationary import StationaryLaw, stationary_law
 from sdeflow.numerics.checks import checked_count, checked_data
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
-from sdeflow.solving.model import fitted_moments
+from sdeflow.solving.prior_of import READ, fitted_moments
 from sdeflow.solving.simulate import simulate, start
 
 __all__ = ["default_prior", "fit_prior"]
 
-_READ = 1024  # states from which a Gaussian is read off the score
 _MISMATCH = 0.05  # of total variation
 _PATHS, _PATH_STEPS, _UNREACHED = 512, 2000, 0.12  # of the law of Boltzmann; 0.12 is exceeded by chance 1 in 10⁶ times
 
@@ -100,7 +99,7 @@ def _pushed_forward(score: ScoreFunction, like: Tensor) -> PushForward | None:
             near = kernel.transport(torch.cat([0.9 * mean, mean, 1.1 * mean]), 0.0)
         centre, spread = float(near[1]), float((near[2] - near[0]).abs())
     start = kernel.inner.marginal(centre, spread, kernel.T)
-    line = start.sample((_READ, *like.shape[1:]), seed=0, dtype=torch.float64, device=like.device)
+    line = start.sample((READ, *like.shape[1:]), seed=0, dtype=torch.float64, device=like.device)
     x = kernel.restore(line, kernel.T).to(like.dtype)
     with torch.no_grad(), evaluating(score):
         line, gradient = kernel.line_score(x, score(x, kernel.T), kernel.T)

@@ -140,7 +140,7 @@ def _run(
     found = []
     with tqdm(total=calls, desc="solving", disable=hidden, leave=False) as bar:
         for first, last in pieces:
-            part = model.of_rows(first, last, len(x))
+            part = model if last - first == len(x) else model.rows(slice(first, last))
             make_problem = partial(
                 Problem, field(part, equation, event, x.dtype), clock, backward=backward, max_calls=plan.max_calls,
                 on_call=None if bar.disable else bar.update,

@@ -1,0 +1,102 @@
+"""A law for each sample of a batch, as the prior of a score whose samples have conditions of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import DataError
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.noise import NoiseStream
+
+__all__ = ["EachSample", "Law"]
+
+
+class Law(Protocol):
+    """What a prior must do."""
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+
+class EachSample:
+    """A law for each sample of a batch: sample i has the law ``laws[which[i]]``.
+
+    Args:
+        laws: the laws that occur.
+        which: (batch,) integers on the CPU.
+    """
+
+    def __init__(self, laws: Sequence[Law], which: Tensor) -> None:
+        self.laws, self.which = tuple(laws), which
+
+    def rows(self, index: Tensor | slice) -> EachSample:
+        """The laws of some samples; numbers may repeat."""
+        return EachSample(self.laws, self.which[index])
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Samples of the given ``shape`` (batch, *event): sample i is that of its law in a batch of this shape."""
+        if self.is_gaussian:
+            for law in self.laws:
+                law.require_event(tuple(shape[1:]))
+            return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), dtype, device))
+        like = torch.empty(shape, device="meta")
+        return self._joined(like, lambda law, rows: law.sample(shape, seed, dtype, device)[rows.to(device)])
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats of each sample under its law, (batch,), for x (batch, *event)."""
+        return self._joined(x, lambda law, rows: law.log_prob(x[rows.to(x.device)]))
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether all of the laws are."""
+        return all(isinstance(law, Gaussian) for law in self.laws)
+
+    def coloured(self, noise: Tensor) -> Tensor:
+        """mean + root noise of each sample, as :meth:`~sdeflow.laws.gaussian.Gaussian.coloured`."""
+        return self._joined(noise, lambda law, rows: law.coloured(noise[rows.to(noise.device)]))
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """root⁻¹ (x - mean) of each sample, the inverse of :meth:`coloured`."""
+        return self._joined(x, lambda law, rows: law.whitened(x[rows.to(x.device)]))
+
+    @property
+    def mean(self) -> Tensor:
+        """Of Gaussians, the mean of each sample, (batch, *event)."""
+        return torch.stack([law.mean for law in self.laws])[self.which]
+
+    @property
+    def std(self) -> Tensor:
+        """Of Gaussians, the standard deviation of each sample, (batch, *event)."""
+        return torch.stack([law.std for law in self.laws])[self.which]
+
+    def _joined(self, x: Tensor, of_law: Callable[[Law, Tensor], Tensor]) -> Tensor:
+        """What ``of_law`` gives for each law and its samples, in the order of the samples."""
+        if len(x) != len(self.which):
+            raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
+        order = self.which.argsort(stable=True)
+        numbers, counts = torch.unique_consecutive(self.which[order], return_counts=True)
+        if not len(numbers):
+            return of_law(self.laws[0], order)
+        parts = order.split(counts.tolist())
+        found = torch.cat([of_law(self.laws[i], rows) for i, rows in zip(numbers.tolist(), parts, strict=True)])
+        return found[order.argsort().to(found.device)]
+
+    def __repr__(self) -> str:
+        return f"EachSample({len(self.laws)} laws for {len(self.which)} samples, such as {self.laws[0]})"

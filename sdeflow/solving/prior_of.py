@@ -1,0 +1,222 @@
+"""p(x_T) of a score: given, of the data's moments, or read off the score at T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import MissingPriorError, PriorMismatchWarning, warn
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.reducible import PushForward
+from sdeflow.laws.each import EachSample
+from sdeflow.laws.each import Law as Prior
+from sdeflow.laws.gaussian import Gaussian
+from sdeflow.numerics.linear import Linear
+from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
+
+__all__ = ["READ", "Prior", "PriorOf", "fitted_moments"]
+
+READ = 1024  # states from which a prior is read off a score, and that are given to it at once
+_READ_OF_EACH = 256  # where each sample has a condition of its own
+_MISMATCH = 0.01  # nats per dimension
+
+
+@dataclass(frozen=True)
+class PriorOf:
+    """The prior of a score, found once for each shape of events.
+
+    Samples with conditions of their own have priors of their own, an :class:`~sdeflow.laws.each.EachSample`.
+
+    Attributes:
+        kernel: the SDE's Gaussian kernel, or None.
+        score: the score of the whole batch.
+        given: the prior that the user gave.
+        sde: what may have a ``default_prior(score, like)``, for an SDE without a Gaussian kernel.
+        samples: how many samples the batch has, where that is known.
+        index: which samples of it are meant; None for all.
+        found: what has been found, for (event, samples); samples is None where all have the same prior. Shared by the
+            parts of a batch.
+    """
+
+    kernel: Kernel | None
+    score: ScoreFunction | None
+    given: Prior | None
+    sde: DeclaredSDE
+    batch: int | None = None
+    index: Tensor | None = None
+    found: dict[tuple[tuple[int, ...], int | None], Prior] = field(default_factory=dict)
+
+    def of_score(self, score: ScoreFunction) -> PriorOf:
+        """That of another score, but for what is known already."""
+        return replace(self, score=score, found=dict(self.found))
+
+    def of_batch(self, score: ScoreFunction, samples: int) -> PriorOf:
+        """For a batch of so many samples, the score told of it."""
+        return self if self.index is not None else replace(self, score=score, batch=samples)
+
+    def rows(self, index: Tensor | slice) -> PriorOf:
+        """Of some samples of the batch."""
+        ours = torch.arange(self.batch or 0) if self.index is None else self.index
+        return replace(self, index=ours[index])
+
+    def own(self) -> PriorOf:
+        """The prior that follows from the data's moments or the score, whichever was given."""
+        return self if self.given is None else replace(self, given=None, found={})
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples are meant, where that is known."""
+        return self.batch if self.index is None else len(self.index)
+
+    @property
+    def known(self) -> Prior | None:
+        """The prior, or None where it is still to be read off the score."""
+        if self.given is not None:
+            return self.given
+        moments = None if self.score is None else self.score.data_moments()
+        spread = self.kernel is not None and self.kernel.basis is not None  # a mean over a basis needs the event
+        if moments is not None and self.kernel is not None and not spread:
+            return self.kernel.marginal(*moments, self.kernel.T)
+        return next(iter(self.found.values()), None)
+
+    def of(self, like: Tensor) -> Prior:
+        """The prior for states shaped as ``like`` (batch, *event).
+
+        Raises:
+            MissingPriorError: for an SDE without a Gaussian kernel and without ``prior=``.
+        """
+        if self.given is not None:
+            return self.given
+        event, kernel, moments = tuple(like.shape[1:]), self.kernel, self.score.data_moments()
+        if moments is not None and kernel is not None and kernel.basis is None:
+            kernel.require_event(event)
+            return kernel.marginal(*moments, kernel.T)  # which training may change
+        prior = self.found.get((event, None))
+        if prior is None:
+            samples = self.batch or self.score.samples or len(like) or 1
+            prior = self.found.get((event, samples))
+            if prior is None:
+                prior = self._derived(like, samples)
+                self.found[event, samples if isinstance(prior, EachSample) else None] = prior
+        return prior.rows(self.index) if self.index is not None and isinstance(prior, EachSample) else prior
+
+    def _derived(self, like: Tensor, samples: int) -> Prior:
+        kernel, event, moments = self.kernel, tuple(like.shape[1:]), self.score.data_moments()
+        if kernel is None:
+            return self._default(like, samples)
+        kernel.require_event(event)
+        if moments is not None:
+            return kernel.marginal(moments[0].expand(event), moments[1], kernel.T)
+        return self._read(like, samples)
+
+    def _default(self, like: Tensor, samples: int) -> Prior:
+        """Of an SDE without a Gaussian kernel: pushed forward, for each condition, or the stationary law."""
+        default, score = getattr(self.sde, "default_prior", None), self.score.of_batch(samples)
+        conditions = _distinct(score, like.new_full((samples, *like.shape[1:]), 0.5))
+        if default is None:
+            prior = None
+        elif conditions is None:
+            prior = default(score, like)
+        else:
+            first, *others = (score.rows(row.repeat(READ)) for row in conditions[0])
+            prior = default(first, like)
+            if isinstance(prior, PushForward):
+                laws = [prior, *(default(other, like) for other in others)]
+                prior = None if None in laws else EachSample(laws, conditions[1])
+        if prior is None:
+            raise MissingPriorError(
+                "this SDE has no Gaussian kernel from which p(x_T) would follow, and no stationary law was found: pass "
+                "prior=, such as sde.fit_prior(data), sdeflow.Gaussian(mean, std), or any object with "
+                "sample(shape, seed, dtype, device) and log_prob(x)."
+            )
+        return prior
+
+    def _read(self, like: Tensor, samples: int) -> Prior:
+        """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks.
+
+        Where samples have conditions of their own, one for each condition.
+        """
+        kernel, event = self.kernel, tuple(like.shape[1:])
+        start, score = kernel.marginal(0.0, 1.0, kernel.T), self.score.of_batch(samples)
+        x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
+        conditions = _distinct(score, x_T[:1].expand(samples, *event))
+        if conditions is None:
+            priors = self._fitted(score, torch.zeros(1, dtype=torch.long), x_T, start)
+        else:
+            priors = self._fitted(score, conditions[0], x_T[:_READ_OF_EACH], start)
+        if any(prior is None for prior in priors):
+            warn(
+                "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off "
+                f"it; {start} is used. Give the data's moments, or prior=.",
+                PriorMismatchWarning,
+            )
+            priors = [start if prior is None else prior for prior in priors]
+        return priors[0] if conditions is None else EachSample(priors, conditions[1])
+
+    def _fitted(self, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> list[Gaussian | None]:
+        """The Gaussian of each of the samples ``rows``, from the score at states x_T of each; None where it is none."""
+        kernel, states = self.kernel, len(x_T)
+        u, found = kernel.to_basis(x_T.double()), []
+        fit = _fitted_blocks if kernel.coupled else fitted_moments
+        with torch.no_grad(), evaluating(score):
+            for part in rows.split(max(1, READ // states)):
+                of_part = score.rows(part.repeat_interleave(states))
+                x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
+                for gradient in kernel.to_basis(of_part(x, kernel.T).double()).chunk(len(part)):
+                    fitted = fit(u, gradient, start)
+                    root = None if fitted is None else Linear(fitted[1].cpu(), kernel.coupled)
+                    found.append(None if fitted is None else Gaussian(fitted[0].cpu(), root, kernel.basis))
+        return found
+
+    def warn_of_mismatch(self) -> None:
+        """A warning where the given prior is far from p(x_T) of the data's moments."""
+        if not isinstance(self.given, Gaussian) or self.kernel is None or self.score is None:
+            return
+        moments = self.score.data_moments()
+        if moments is not None:
+            kl = self.kernel.marginal(*moments, self.kernel.T).kl_per_dimension(self.given)
+            if not kl <= _MISMATCH:
+                warn(
+                    f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
+                    PriorMismatchWarning,
+                )
+
+
+def _distinct(score: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A sample of each condition, and the number of each sample's condition, (batch,); None where all have one."""
+    conditions = score.conditions(x)
+    if conditions is None:
+        return None
+    distinct, which = conditions.unique(return_inverse=True)
+    first = torch.full_like(distinct, len(x)).scatter_reduce(0, which, torch.arange(len(x)), "amin")
+    return first, which
+
+
+def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
+    centred = x - x.mean(0)
+    slope = (centred * gradient).mean(0) / centred.square().mean(0)
+    variance = -1.0 / slope
+    mean = x.mean(0) + variance * gradient.mean(0)
+    usual = start.std.square().to(x.device)
+    near = (variance > 0.1 * usual) & (variance < 10 * usual)
+    return (mean, variance.sqrt()) if bool(torch.isfinite(mean).all()) and bool(near.all()) else None
+
+
+def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean (k, ...) and Cholesky factors (..., k, k) of the components from s = -V⁻¹ (x - m), or None."""
+    centred = (x - x.mean(0)).movedim(1, -1)  # (batch, ..., k)
+    of_state = torch.einsum("b...i,b...j->...ij", centred, centred)
+    of_score = torch.einsum("b...i,b...j->...ij", gradient.movedim(1, -1), centred)
+    precision = -(of_score @ torch.linalg.inv(of_state))
+    covariance = torch.linalg.inv(0.5 * (precision + precision.mT))
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(0).movedim(0, -1)[..., None])[..., 0]
+    usual = (start.root.values @ start.root.values.mT).diagonal(dim1=-2, dim2=-1).to(x.device)
+    found = covariance.diagonal(dim1=-2, dim2=-1)
+    near = (found > 0.1 * usual) & (found < 10 * usual) & (failed == 0)[..., None]
+    if not bool(torch.isfinite(mean).all()) or not bool(near.all()):
+        return None
+    return mean.movedim(-1, 0), root if root.ndim == 2 else root[None]
