@@ -30,17 +30,17 @@ class PriorOf:
     Samples with conditions of their own have priors of their own, an :class:`~sdeflow.laws.each.EachSample`.
 
     Attributes:
-        kernel: the SDE's Gaussian kernel, or None.
+        gaussian: the SDE's kernel where it is Gaussian, else None.
         score: the score of the whole batch.
         given: the prior that the user gave.
         sde: what may have a ``default_prior(score, like)``, for an SDE without a Gaussian kernel.
-        samples: how many samples the batch has, where that is known.
+        batch: how many samples the batch has, where that is known.
         index: which samples of it are meant; None for all.
         found: what has been found, for (event, samples); samples is None where all have the same prior. Shared by the
             parts of a batch.
     """
 
-    kernel: Kernel | None
+    gaussian: Kernel | None
     score: ScoreFunction | None
     given: Prior | None
     sde: DeclaredSDE
@@ -76,9 +76,8 @@ class PriorOf:
         if self.given is not None:
             return self.given
         moments = None if self.score is None else self.score.data_moments()
-        spread = self.kernel is not None and self.kernel.basis is not None  # a mean over a basis needs the event
-        if moments is not None and self.kernel is not None and not spread:
-            return self.kernel.marginal(*moments, self.kernel.T)
+        if moments is not None and self.gaussian is not None and self.gaussian.basis is None:
+            return self.gaussian.marginal(*moments, self.gaussian.T)  # in a basis a mean over it needs the event
         return next(iter(self.found.values()), None)
 
     def of(self, like: Tensor) -> Prior:
@@ -89,7 +88,7 @@ class PriorOf:
         """
         if self.given is not None:
             return self.given
-        event, kernel, moments = tuple(like.shape[1:]), self.kernel, self.score.data_moments()
+        event, kernel, moments = tuple(like.shape[1:]), self.gaussian, self.score.data_moments()
         if moments is not None and kernel is not None and kernel.basis is None:
             kernel.require_event(event)
             return kernel.marginal(*moments, kernel.T)  # which training may change
@@ -103,7 +102,7 @@ class PriorOf:
         return prior.rows(self.index) if self.index is not None and isinstance(prior, EachSample) else prior
 
     def _derived(self, like: Tensor, samples: int) -> Prior:
-        kernel, event, moments = self.kernel, tuple(like.shape[1:]), self.score.data_moments()
+        kernel, event, moments = self.gaussian, tuple(like.shape[1:]), self.score.data_moments()
         if kernel is None:
             return self._default(like, samples)
         kernel.require_event(event)
@@ -138,7 +137,7 @@ class PriorOf:
 
         Where samples have conditions of their own, one for each condition.
         """
-        kernel, event = self.kernel, tuple(like.shape[1:])
+        kernel, event = self.gaussian, tuple(like.shape[1:])
         start, score = kernel.marginal(0.0, 1.0, kernel.T), self.score.of_batch(samples)
         x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
         conditions = _distinct(score, x_T[:1].expand(samples, *event))
@@ -157,7 +156,7 @@ class PriorOf:
 
     def _fitted(self, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> list[Gaussian | None]:
         """The Gaussian of each of the samples ``rows``, from the score at states x_T of each; None where it is none."""
-        kernel, states = self.kernel, len(x_T)
+        kernel, states = self.gaussian, len(x_T)
         u, found = kernel.to_basis(x_T.double()), []
         fit = _fitted_blocks if kernel.coupled else fitted_moments
         with torch.no_grad(), evaluating(score):
@@ -172,11 +171,11 @@ class PriorOf:
 
     def warn_of_mismatch(self) -> None:
         """A warning where the given prior is far from p(x_T) of the data's moments."""
-        if not isinstance(self.given, Gaussian) or self.kernel is None or self.score is None:
+        if not isinstance(self.given, Gaussian) or self.gaussian is None or self.score is None:
             return
         moments = self.score.data_moments()
         if moments is not None:
-            kl = self.kernel.marginal(*moments, self.kernel.T).kl_per_dimension(self.given)
+            kl = self.gaussian.marginal(*moments, self.gaussian.T).kl_per_dimension(self.given)
             if not kl <= _MISMATCH:
                 warn(
                     f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
