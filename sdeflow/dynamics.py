@@ -118,7 +118,7 @@ class ReverseSDE(_Bound):
     """
 
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
-        super().__init__(reverse_time(sde.declaration), Model(sde, score, prior))
+        super().__init__(reverse_time(sde.declaration), Model.of(sde, score, prior))
 
     def sample(
         self,
@@ -208,7 +208,7 @@ class FlowODE(_Bound):
     """
 
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
-        super().__init__(probability_flow(sde.declaration), Model(sde, score, prior))
+        super().__init__(probability_flow(sde.declaration), Model.of(sde, score, prior))
 
     def sample(
         self,

@@ -295,17 +295,17 @@ def test_a_forgotten_divergence_is_found(monkeypatch, name):
 
 
 def test_wrong_noise_for_the_solvers_is_found(monkeypatch):
-    from sdeflow.solving.model import Model
+    from sdeflow.solving.fields import Fields
 
     for name in ("VP", "coupled noise matrix", "CIR"):
-        sde, right = build(name), Model.noise
+        sde, right = build(name), Fields.noise
 
         def wrong(self, equation, event, right=right):
             given = right(self, equation, event)
             return {**given, "diffusion": lambda y, time: given["diffusion"](y, time) * (1 + 1e-6)}
 
         with monkeypatch.context() as patch:
-            patch.setattr(Model, "noise", wrong)
+            patch.setattr(Fields, "noise", wrong)
             assert "noise" in failed(sde)
 
 

@@ -28,8 +28,8 @@ from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde
 from sdeflow.solvers.registry import demands_of, resolved
 from sdeflow.solving.boundary import Boundary
+from sdeflow.solving.fields import Fields
 from sdeflow.solving.gradients import is_meant, require_graph
-from sdeflow.solving.model import Model
 from sdeflow.solving.plan import Plan, make_plan
 from sdeflow.solving.run import demand_of_path
 from sdeflow.symbolic.declaration import Declaration
@@ -100,20 +100,20 @@ def simulate(
             names = ", ".join(name for name, value in given if value is not None)
             raise ValueError(f'solver="exact" draws each state at once, within the domain: it takes no {names}.')
         return _exactly(sde, x_0, ts, seed, dtype, gradient)
-    model, basis = Model(sde, None, None), getattr(sde, "basis", None)
-    times = _checked_times(ts, model.T)
-    x = _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype))
+    fields, basis = Fields(sde), getattr(sde, "basis", None)
+    times = _checked_times(ts, fields.T)
+    x = _checked_start(fields, checked_states(x_0, "x_0"), checked_dtype(dtype))
     graph = is_meant(gradient, x)
     if noise is not None:
         _require_path(noise, seed)
-    plan = _plan(model.declaration, solver, steps, rtol, atol, max_calls, x.dtype, noise is not None, graph)
+    plan = _plan(fields.declaration, solver, steps, rtol, atol, max_calls, x.dtype, noise is not None, graph)
     if not len(x):
         return x.new_empty(len(times), *x.shape)
     working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    ends = None if boundary is None else _boundary(boundary, model, working, plan)
+    ends = None if boundary is None else _boundary(boundary, fields, working, plan)
     if graph and ends is not None:
         ends.require_gradient()
-    path = _Path(model, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
+    path = _Path(fields, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
     shown = checked_flag(progress, "progress", optional=True)
     hidden = None if shown is None else not shown
     found, now = [], 0.0
@@ -130,7 +130,7 @@ def simulate(
             now = time
         states = torch.stack(found).to(x.dtype)
     if graph:
-        require_graph(states, (x, *model.values.tensors.values()))
+        require_graph(states, (x, *fields.values.tensors.values()))
     return states
 
 
@@ -147,10 +147,10 @@ def _exactly(
     dtype: torch.dtype | None, gradient: str | None,
 ) -> Tensor:  # fmt: skip
     """States at the times ``ts``, each drawn from its law given the one before."""
-    model, advance = Model(sde, None, None), sde.kernel.advance
-    times = _checked_times(ts, model.T)
+    fields, advance = Fields(sde), sde.kernel.advance
+    times = _checked_times(ts, fields.T)
     x, noise, now, found = (
-        _checked_start(model, checked_states(x_0, "x_0"), checked_dtype(dtype)),
+        _checked_start(fields, checked_states(x_0, "x_0"), checked_dtype(dtype)),
         NoiseStream(seed, "simulation"),
         0.0,
         [],
@@ -168,14 +168,14 @@ def _exactly(
     return states
 
 
-def _boundary(kind: str, model: Model, x: Tensor, plan: Plan) -> Boundary:
+def _boundary(kind: str, fields: Fields, x: Tensor, plan: Plan) -> Boundary:
     """The ends of a simulation from ``x``."""
-    ends = Boundary(kind, model.declaration, model.values, x)
+    ends = Boundary(kind, fields.declaration, fields.values, x)
     if plan.solver not in (EulerMaruyama(), Torchsde("euler")):
         raise ValueError(f'boundary="{kind}" is a scheme of solver="euler", not of {plan.solver}.')
-    coefficients = (*model.declaration.drifts, *model.declaration.diffusions)
-    compiled = compile_expressions(coefficients, (time_symbol, *model.state), model.values, model.T)
-    components = x.unbind(1) if model.declaration.coupled else (x,)
+    coefficients = (*fields.declaration.drifts, *fields.declaration.diffusions)
+    compiled = compile_expressions(coefficients, (time_symbol, *fields.state), fields.values, fields.T)
+    components = x.unbind(1) if fields.declaration.coupled else (x,)
     values = compiled(torch.zeros((), dtype=x.dtype, device=x.device), *components)
     bad = torch.stack([(~torch.isfinite(v)).expand_as(components[0]).reshape(len(x), -1).any(1) for v in values]).any(0)
     if bool(bad.any()):
@@ -187,12 +187,12 @@ class _Path:
     """Stretches of one path, each a solve of its own in t, that share their noise."""
 
     def __init__(
-        self, model: Model, event: tuple[int, ...], plan: Plan, seed: int | BrownianPath, ends: Boundary | None = None
+        self, fields: Fields, event: tuple[int, ...], plan: Plan, seed: int | BrownianPath, ends: Boundary | None = None
     ) -> None:
         self.plan, self.seed, self.event, self.ends = plan, seed, event, ends
         self.noise = seed.rows() if isinstance(seed, BrownianPath) else NoiseStream(seed, "simulation")
-        self._drift = model.function_of_state(model.declaration.drifts)
-        self._diffusion = model.noise(forward(model.declaration), event)
+        self._drift = fields.function_of_state(fields.declaration.drifts)
+        self._diffusion = fields.noise(forward(fields.declaration), event)
         if ends is not None:
             self._drift = self._at_nearest(self._drift, event)
             self._diffusion["diffusion"] = self._at_nearest(self._diffusion["diffusion"], event)
@@ -269,10 +269,10 @@ def _checked_times(ts: Sequence[float] | Tensor, T: float) -> list[float]:
     return times.tolist()
 
 
-def _checked_start(model: Model, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x`` as whole states of the model's SDE in ``dtype``."""
-    _require_components(model.declaration, tuple(x.shape[1:]))
-    model.kernel.require_event(tuple(x.shape[1:]))
+def _checked_start(fields: Fields, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` as whole states of the SDE in ``dtype``."""
+    _require_components(fields.declaration, tuple(x.shape[1:]))
+    fields.kernel.require_event(tuple(x.shape[1:]))
     return x.to(dtype or x.dtype)
 
 

@@ -17,7 +17,7 @@ from sdeflow.numerics.linear import Linear
 from sdeflow.proof.certificate.oracle import Law, Oracle
 from sdeflow.proof.certificate.report import Check
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solving.model import Model
+from sdeflow.solving.fields import Fields
 from sdeflow.symbolic.evaluate import Declared, UnknownValue
 from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
@@ -45,7 +45,7 @@ class Subject:
 
     def __init__(self, sde: DeclaredSDE) -> None:
         self.sde, self.declaration, self.values = sde, sde.declaration, sde.values
-        self.kernel, self.model = sde.kernel, Model(sde, None, None)
+        self.kernel, self.fields = sde.kernel, Fields(sde)
         self.kind, self.basis = self.kernel.kind, self.kernel.basis
         self.T, self.cutoff = self.kernel.T, self.kernel.cutoff
         self.k, self.coupled = len(self.declaration.state), self.declaration.coupled

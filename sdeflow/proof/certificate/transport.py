@@ -60,7 +60,7 @@ class _Compiled:
     """The equations as solvers have them, as functions of arrays."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject, self.model, self.coupled, self.k = subject, subject.model, subject.coupled, subject.k
+        self.subject, self.fields, self.coupled, self.k = subject, subject.fields, subject.coupled, subject.k
         self.event = (self.k, 1) if self.coupled else subject.values.shape or (1,)
         self.equations = {"flow": probability_flow(subject.declaration), "reverse": reverse_time(subject.declaration)}
 
@@ -76,13 +76,13 @@ class _Compiled:
             offset = subject.law(now).offset[0]
             motion = product(F, offset) + b
         state, score = self._states(x[:, None] - offset), self._states(s[:, None] + 0 * np.asarray(offset))
-        value = self.model.drift(self.equations[name])(state, torch.tensor(at, dtype=torch.float64), score)
+        value = self.fields.drift(self.equations[name])(state, torch.tensor(at, dtype=torch.float64), score)
         return self._rows(value.expand(state.shape)) + motion
 
     def gram(self, x: Array, at: float) -> Array:
         """The noise squared, (n, e, k, k)."""
         state = self._states(x[:, None])
-        noise = self.model.noise(self.equations["reverse"], self.event)
+        noise = self.fields.noise(self.equations["reverse"], self.event)
         value = noise["diffusion"](state.flatten(1), torch.tensor(at, dtype=torch.float64))
         if "components" in noise:
             return (value @ value.mT).numpy()[:, None]

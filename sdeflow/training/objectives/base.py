@@ -15,7 +15,7 @@ from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import ScoreFunction
 from sdeflow.scores.function import evaluating
-from sdeflow.solving.model import Model
+from sdeflow.solving.fields import Fields
 from sdeflow.solving.simulate import start
 from sdeflow.training.batches import Samples
 from sdeflow.training.losses import data_std_of
@@ -114,7 +114,7 @@ class Objective(ABC):
 
     def law(self, score: ScoreFunction, example: Tensor) -> WeightedTimes:
         """Where times are drawn, each with what its loss counts."""
-        schedule = score.gaussian if self.needs == "Gaussian kernel" else Model(score, None, None)
+        schedule = score.gaussian if self.needs == "Gaussian kernel" else Fields(score)
         return WeightedTimes(
             self.times,
             schedule,

@@ -1,0 +1,172 @@
+"""f and g of a declaration, compiled for solvers: drifts of its equations, noise, and the states that solvers carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from sdeflow.kernels.kinds import AnyKernel
+from sdeflow.numerics.compile import compile_expressions
+from sdeflow.numerics.linear import Linear
+from sdeflow.scores import DeclaredSDE
+from sdeflow.solvers import Clock, make_clock
+from sdeflow.solvers.clock import Grid
+from sdeflow.symbolic.declaration import stratonovich_correction
+from sdeflow.symbolic.derivative import derivative
+from sdeflow.symbolic.equations import Equation
+from sdeflow.symbolic.symbols import score_symbols, t
+
+__all__ = ["Fields"]
+
+
+class Fields:
+    """The compiled functions of an SDE, whatever its score. What was compiled is kept.
+
+    Args:
+        sde: the SDE.
+
+    Attributes:
+        kernel: the SDE's kernel, of whichever kind.
+        gaussian: the same where it is Gaussian, else None.
+    """
+
+    def __init__(self, sde: DeclaredSDE) -> None:
+        self.declaration, self.values = sde.declaration, sde.values
+        self.kernel: AnyKernel = sde.kernel
+        self.gaussian = self.kernel.gaussian
+        self.state = self.declaration.state
+        self.T, self.cutoff = self.declaration.T, self.kernel.cutoff
+        self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+        self._clocks: dict[tuple[str | None, float], Clock] = {}
+
+    def __getstate__(self) -> dict:
+        """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
+        return {**self.__dict__, "_drifts": {}, "_clocks": {}}
+
+    def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The compiled drift of ``equation``, a function of (x, t, s).
+
+        Of an affine SDE it is that of the centred state u = x - offset(t) in the kernel's basis, which is
+        A(t) u + C(t) s: b(t) drops out exactly (it would be an end-point singularity in the angle).
+        """
+        if equation not in self._drifts:
+            self._drifts[equation] = self._compile_drift(equation)
+        return self._drifts[equation]
+
+    def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.gaussian is None:
+            return self.function_of_state(equation.drifts, with_score=True)
+        scores = score_symbols(self.state)
+        standing = {score: sp.Dummy(f"s{i}") for i, score in enumerate(scores)}
+        rows = [drift.xreplace(standing) for drift in equation.drifts]
+        A = [derivative(row, component) for row in rows for component in self.state]
+        C = [derivative(row, standing[score]) for row in rows for score in scores]
+        numbers = compile_expressions((*A, *C), (t,), self.values, self.T)
+        if self.declaration.coupled or self.values.shape:
+            return self._linear_drift(numbers)
+
+        def elementwise(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            a, c = (float(v.detach()) for v in numbers(time))
+            return torch.add(u * a, score, alpha=c) if a else score * c
+
+        return elementwise
+
+    def _linear_drift(self, numbers: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+        k, coupled = len(self.state), self.declaration.coupled
+
+        def linear(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            values = [v.to(u.device) for v in numbers(time.reshape((1,) * len(self.values.shape)))]
+            if coupled:
+                values = [torch.stack(half).reshape(k, k) for half in (values[: k * k], values[k * k :])]
+            a, c = (Linear(v, coupled) for v in values)
+            return a(u) + c(score)
+
+        return linear
+
+    def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
+        """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
+        if not self.kernel.has_offset:
+            return 0.0
+        level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
+        return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
+
+    def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
+        """The state as solvers carry it: its coefficients in the kernel's basis, centred."""
+        return self.kernel.to_basis(x) - self.offset(time, x)
+
+    def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
+        """The state behind what solvers carry."""
+        return self.kernel.from_basis(u + self.offset(time, u) if self.kernel.has_offset else u)
+
+    def function_of_state(self, expressions: Sequence[sp.Expr], with_score: bool = False) -> Callable[..., Tensor]:
+        """A compiled function of (x, t) or (x, t, s), one expression for each component of the result.
+
+        Of an elementwise state x it returns what broadcasts to x (a number where x does not occur); of a coupled
+        one the components along the second axis.
+        """
+        symbols = (*self.state, t, *(score_symbols(self.state) if with_score else ()))
+        k = len(self.state)
+        if not self.declaration.coupled:
+            (expression,) = expressions
+            if not with_score and not expression.has(*self.state):
+                compiled = compile_expressions(expression, (t,), self.values, self.T)
+                return lambda _, time: compiled(self._sided(time))
+            # The state comes last, whose shape a constant takes.
+            order = (t, *symbols[2:], symbols[0])
+            compiled = compile_expressions(expression, order, self.values, self.T)
+            return lambda x, time, *score: compiled(time, *score, x)
+        order = (t, *symbols[k + 1 :], *self.state)
+        compiled = compile_expressions(tuple(expressions), order, self.values, self.T)
+
+        def coupled(x: Tensor, time: Tensor, *score: Tensor) -> Tensor:
+            values = compiled(time, *(part for whole in score for part in whole.unbind(1)), *x.unbind(1))
+            return torch.stack([value.expand_as(x[:, 0]).to(x.dtype) for value in values], dim=1)
+
+        return coupled
+
+    def noise(self, equation: Equation, event: tuple[int, ...]) -> dict[str, object]:
+        """What a :class:`~sdeflow.solvers.Problem` needs to know of the noise, for flattened states of ``event``."""
+        g = equation.noise_matrix
+        k, m = g.shape
+        correction = stratonovich_correction(g, self.state)
+        given: dict[str, object] = {"hint": self.declaration.domain_hint}
+        if not correction.is_zero_matrix:
+            given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
+        if self.declaration.diagonal:
+            own = [g[i, i] if g[i, i].has(*self.state) else sp.Abs(g[i, i]) for i in range(k)]  # g(t): no sign
+            given["diffusion"] = _flat(self.function_of_state(own), event)
+            return given
+        columns = [self.function_of_state(tuple(g[:, j])) for j in range(m)]
+
+        def matrix(y: Tensor, time: Tensor) -> Tensor:
+            """(batch · coordinates, k, m): one k x m matrix for each coordinate of the event."""
+            x = y.reshape(-1, *event)
+            entries = torch.stack([column(x, time) for column in columns], dim=-1)
+            return entries.movedim(1, -2).reshape(-1, k, m)
+
+        return {**given, "diffusion": matrix, "components": k, "motions": m}
+
+    def _sided(self, time: Tensor) -> Tensor:
+        """A time with a side for each of the parameters' sides."""
+        return time.reshape((1,) * len(self.values.shape)) if self.values.shape else time
+
+    def clock(self, grid: Grid, scale: float) -> Clock:
+        """The time variable, centred on data of that ``scale``."""
+        if grid is not None and not isinstance(grid, str):
+            return make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
+        if (grid, scale) not in self._clocks:  # some milliseconds to build
+            self._clocks[grid, scale] = make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
+        return self._clocks[grid, scale]
+
+
+def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of states as one of flattened states; what depends on t alone stays a number."""
+
+    def flat(y: Tensor, t: Tensor) -> Tensor:
+        value = function(y.reshape(-1, *event), t)
+        return value.expand(len(y), *event).flatten(1) if value.ndim else value
+
+    return flat
