@@ -107,7 +107,7 @@ def test_walls(module):
 # Where SymPy is known: the mathematics, what compiles it, and what hands expressions on, prints or checks them.
 SYMBOLIC = (
     "symbolic", "numerics.parameters", "numerics.breakpoints", "numerics.compile", "kernels", "laws.stationary",
-    "solving.model", "solving.boundary", "proof", "storage", "dynamics", "sde", "catalog",
+    "solving.fields", "solving.boundary", "proof", "storage", "dynamics", "sde", "catalog",
 )  # fmt: skip
 
 
