@@ -90,6 +90,8 @@ def test_a_solver_of_ones_own_serves_in_every_call(solver):
     prior = sdeflow.Gaussian(0.0, 1.0)
     sdeflow.catalog.VP().flow_ode(score, prior=prior).sample((3, 2), solver, steps=7)
     assert len(calls) == 7 * solver.calls_per_step
+    with pytest.raises(ValueError, match=f"take {7 * solver.calls_per_step} calls, over max_calls=5"):
+        bound.sample((3, 2), solver, steps=7, max_calls=5)
 
 
 @pytest.mark.parametrize("solver", [Ralston(), EulerInU()], ids=["Ralston", "EulerInU"])
