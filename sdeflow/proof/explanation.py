@@ -56,7 +56,7 @@ def _affine_way(kernel: Kernel, numbers: dict[sp.Symbol, float]) -> tuple[str, s
     if declaration.coupled:
         gap = "no rule gives Φ, the offset and the covariance in closed form"
         return "quadrature", f"the kernel is Gaussian, but {gap}"
-    (a, b), moments = declaration.affine, moments_of(declaration, numbers)
+    (a, b), moments = declaration.require_affine("moments"), moments_of(declaration, numbers)
     if moments.closed:
         form = "has a closed form, whose digits cancel in float64 on this horizon"
         return "quadrature", f"the kernel is Gaussian and {form}"

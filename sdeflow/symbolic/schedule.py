@@ -34,11 +34,15 @@ _tables: WeakValueDictionary = WeakValueDictionary()
 
 
 class Curve(Protocol):
-    """A function of time that has derivatives, as SciPy's interpolants."""
+    """A piecewise polynomial of time, as SciPy has them; ``c`` are its coefficients, (degree + 1, pieces)."""
+
+    c: np.ndarray
 
     def __call__(self, points: np.ndarray) -> np.ndarray: ...
 
     def derivative(self) -> Curve: ...
+
+    def roots(self, discontinuity: bool = ..., extrapolate: bool = ...) -> np.ndarray: ...
 
 
 class Schedule(sp.Function):

@@ -24,8 +24,7 @@ import torch
 
 from sdeflow.proof.certificate import bridge, changes, density, draws, formulas, moments, transport
 from sdeflow.proof.certificate.report import Certificate, Check
-from sdeflow.proof.certificate.subject import Subject
-from sdeflow.scores import DeclaredSDE
+from sdeflow.proof.certificate.subject import CertifiedSDE, Subject
 from sdeflow.symbolic.evaluate import require_time
 from sdeflow.symbolic.patience import deadline
 
@@ -86,7 +85,7 @@ CHECKS: dict[str, tuple[tuple[str, Callable[[Subject], None]], ...]] = {
 """What is checked of each kind of kernel, in order."""
 
 
-def certify(sde: DeclaredSDE) -> Certificate:
+def certify(sde: CertifiedSDE) -> Certificate:
     """Checks every identity that applies to ``sde``, in about a second; what takes longer than ten is unchecked.
 
     Args:
@@ -103,13 +102,13 @@ def certify(sde: DeclaredSDE) -> Certificate:
     return Certificate(repr(sde), tuple(subject.checks), tuple(subject.unchecked))
 
 
-def _by_entries(sde: DeclaredSDE, subject: Subject) -> Certificate:
+def _by_entries(sde: CertifiedSDE, subject: Subject) -> Certificate:
     """Of a kernel that is not Gaussian some entries of tensor parameters, each as an SDE of its own."""
     parts = []
     for entry in subject.some_entries:
         numbers = {symbol.name: value for symbol, value in subject.numbers_of(entry).items()}
         parts.append(certify(sde.with_params(**numbers)))
     rest = math.prod(sde.values.shape) - len(parts)
-    unchecked = dict.fromkeys([why for part in parts for why in part.unchecked])
-    unchecked = [*unchecked, *([f"{rest} of the entries of params"] if rest else [])]
+    reasons = dict.fromkeys([why for part in parts for why in part.unchecked])
+    unchecked = [*reasons, *([f"{rest} of the entries of params"] if rest else [])]
     return Certificate(repr(sde), tuple(check for part in parts for check in part.checks), tuple(unchecked))

@@ -35,13 +35,13 @@ def bridge_moments(subject: Subject) -> None:
         expected, cov, size, doubt = _conditioned(subject, _rows(subject, x_0)[0], _rows(subject, x_T)[0], 0.0, at)
         found = _rows(subject, mean)[0]
         if subject.coupled:
-            spread = spread.reshape(1, subject.k, subject.k).numpy()
+            told = spread.reshape(1, subject.k, subject.k).numpy()
         else:
-            spread = subject.level(spread, like)[..., None] ** 2
+            told = subject.level(spread, like)[..., None] ** 2
         subject.note(
             "bridge.moments", "mean of x_t given x_0 and x_T", ratio(found - expected, size), 1e-8, at, doubt=doubt
         )
-        subject.note("bridge.moments", "its spread", ratio(spread - cov, sizes(cov)), 1e-8, at, doubt=doubt)
+        subject.note("bridge.moments", "its spread", ratio(told - cov, sizes(cov)), 1e-8, at, doubt=doubt)
 
 
 def bridge_paths(subject: Subject) -> None:
@@ -85,7 +85,7 @@ def _conditioned(subject: Subject, start: Array, end: Array, s: float, t: float)
 
 def _rows(subject: Subject, states: torch.Tensor) -> Array:
     """States (n, *event), in the basis, as (n, e, k)."""
-    u = subject.kernel.to_basis(states.double())
+    u = subject.affine.to_basis(states.double())
     if subject.coupled:
         return u.reshape(len(u), 1, subject.k).numpy()
     return subject.of_entries(u)[..., None]

@@ -24,7 +24,7 @@ from sdeflow.proof.certificate.draws import integrated, levels_are_uniform
 from sdeflow.proof.certificate.oracle import Oracle, ratio
 from sdeflow.proof.certificate.subject import Subject, tensor
 from sdeflow.symbolic.conditioned import end_symbols, horizon
-from sdeflow.symbolic.evaluate import DIFFERENCES, UnknownValue, evaluate
+from sdeflow.symbolic.evaluate import DIFFERENCES, UnknownValue, Value, evaluate
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["bessel", "bridge", "clock", "line"]
@@ -37,7 +37,7 @@ Array = np.ndarray
 
 def line(subject: Subject) -> None:
     """transport and restore are inverse to each other; line_score is the gradient of y's log-density."""
-    kernel, at = subject.kernel, float(0.6 * subject.T)
+    kernel, at = subject.reducible, float(0.6 * subject.T)
     x_0 = torch.as_tensor(start(subject)).expand(5, 1)
     noise = torch.tensor([[-1.1], [-0.4], [0.2], [0.8], [1.5]], dtype=torch.float64)
     x = kernel.sample(x_0, at, noise=noise)
@@ -49,12 +49,12 @@ def line(subject: Subject) -> None:
 
     def density(line: torch.Tensor) -> torch.Tensor:
         """log p of y, of that branch of the map on which it lies, up to a constant."""
-        slope = sum(w * kernel.restore(line + o * h, at) for o, w in DIFFERENCES)
+        slope = torch.as_tensor(sum(w * kernel.restore(line + o * h, at) for o, w in DIFFERENCES))
         return kernel.log_prob(kernel.restore(line, at), x_0, at) + (slope / h).abs().log()[:, 0]
 
     found, gradient = kernel.line_score(x, kernel.score(x, x_0, at), at)
     wide = 8.0 * h
-    slope = sum(w * density(y + o * wide) for o, w in DIFFERENCES) / wide
+    slope = torch.as_tensor(sum(w * density(y + o * wide) for o, w in DIFFERENCES)) / wide
     scale = 1.0 / float((y.max() - y.min()).abs())
     subject.note("line_score", "y = H(x)", ratio((found - y).numpy(), abs(y.numpy()) + 1 / scale), 1e-9, at)
     error = ratio((gradient[:, 0] - slope).numpy(), abs(slope.numpy()) + scale)
@@ -82,7 +82,9 @@ def bridge(subject: Subject) -> None:
     paths = conditioned.paths(x_0.expand(_PATHS, 1), [at, T], seed=16).numpy()[..., 0]
     levels, mean, std = integrated(subject, paths[0], at, density)
     levels_are_uniform(subject, "bridge.paths", "the law by Bayes", levels, at)
-    subject.note("bridge.paths", "they end in x_T", ratio(paths[1] - float(end), 1 + abs(float(end))), 1e-9, T)
+    subject.note(
+        "bridge.paths", "they end in x_T", ratio(paths[1] - float(end), np.asarray(1 + abs(float(end)))), 1e-9, T
+    )
     told = [float(moment) for moment in conditioned.moments(x_0, at)]
     subject.note(
         "bridge.moments", "mean and spread by Bayes", np.array([told[0] - mean, told[1] - std]) / std, 1e-5, at
@@ -91,8 +93,8 @@ def bridge(subject: Subject) -> None:
     h = torch.full_like(x, 0.02 * std)
     for limit in domain(subject, at):  # the difference takes four steps to either side, and stays inside
         h = torch.minimum(h, 0.1 * (x - limit).abs())
-    slope = (sum(w * onward(x + o * h) for o, w in DIFFERENCES) / h[:, 0]).numpy()
-    point = {**subject.numbers_of(0), state: x.numpy()[:, 0], time_symbol: at}
+    slope = (torch.as_tensor(sum(w * onward(x + o * h) for o, w in DIFFERENCES)) / h[:, 0]).numpy()
+    point: dict[sp.Symbol, Value] = {**subject.numbers_of(0), state: x.numpy()[:, 0], time_symbol: at}
     drift = evaluate(conditioned.drift, {**point, horizon: subject.T, end_symbols(declaration)[0]: float(end)})
     f, gram = evaluate(declaration.f, point), evaluate(declaration.g, point) ** 2
     size = np.abs(f) + np.abs(gram * slope) + np.sqrt(gram / T)

@@ -67,8 +67,8 @@ def gaussian(subject: Subject) -> None:
         "kernel.moments", "mean = alpha x_0 + offset", ratio(told - level, size), basis * _TOLERANCE, times, doubt=doubt
     )
     if not subject.coupled:
-        std = subject.pick(spread.expand(len(times), *subject.event)) if subject.values.shape else spread
-        std = std if subject.values.shape else std.flatten(1)[:, :1].numpy()
+        entries = bool(subject.values.shape)
+        std = subject.pick(spread.expand(len(times), *subject.event)) if entries else spread.flatten(1)[:, :1].numpy()
         error = ratio(std - np.sqrt(law.cov[..., 0, 0]), np.sqrt(law.cov[..., 0, 0]))
     else:
         cov = spread.reshape(len(times), 1, subject.k, subject.k).numpy()
@@ -158,9 +158,10 @@ def domain(subject: Subject, at: float) -> tuple[float, float]:
     """The ends of the state's domain."""
     numbers = subject.numbers_of(0)
     if subject.kind == "reducible":
-        change = subject.kernel.reduction.map
-        return tuple(float(evaluate(e, {**numbers, time_symbol: at})) if e.is_finite is not False else
-                     (-math.inf if e == -sp.oo else math.inf) for e in (change.lower, change.upper))  # fmt: skip
+        change = subject.reducible.reduction.map
+        lower, upper = (float(evaluate(e, {**numbers, time_symbol: at})) if e.is_finite is not False else
+                        (-math.inf if e == -sp.oo else math.inf) for e in (change.lower, change.upper))  # fmt: skip
+        return lower, upper
     ends = sorted(_zeros_of_noise(subject))
     if len(ends) == 2:
         return ends[0], ends[1]
@@ -294,7 +295,7 @@ def mass(subject: Subject) -> None:
 def _reach(subject: Subject, x_0: torch.Tensor, at: float) -> tuple[float, float]:
     """States between which all that counts of a law lies; the whole line where that is not known."""
     reducible = subject.kind == "reducible"
-    if reducible and subject.kernel.reduction.map.fold:
+    if reducible and subject.reducible.reduction.map.fold:
         return -math.inf, math.inf
     ends = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * (12.0 if reducible else 7.1)
     states = subject.kernel.sample(x_0.expand(2, 1), at, noise=ends).flatten().tolist()

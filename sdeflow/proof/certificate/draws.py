@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import sympy as sp
 import torch
 
 from sdeflow.errors import ScheduleError
 from sdeflow.proof.certificate.density import HIDDEN, domain, require_quick, require_seen, start
+from sdeflow.proof.certificate.oracle import Law
 from sdeflow.proof.certificate.subject import Subject, product
 from sdeflow.symbolic.evaluate import UnknownValue
 
@@ -58,7 +60,14 @@ def gaussian_draws(subject: Subject) -> None:
 
 
 def _uniform(
-    subject: Subject, name: str, ndtr: object, u: torch.Tensor, x_0: torch.Tensor, law: object, i: int, at: float
+    subject: Subject,
+    name: str,
+    ndtr: Callable[[Array], Array],
+    u: torch.Tensor,
+    x_0: torch.Tensor,
+    law: Law,
+    i: int,
+    at: float,
 ) -> None:
     """Levels of whitened draws; and that components and coordinates are independent of each other."""
     if subject.coupled:
@@ -88,7 +97,8 @@ def lifted(subject: Subject) -> None:
     states = subject.sde.lift(data, seed=13)[..., 0].numpy()
     kept = [i for i in range(subject.k) if i not in auxiliary]
     subject.note("lift", "the data stays", states[:, kept] - 0.3, 0.0)
-    P0 = np.array(subject.declaration.P0.tolist(), dtype=float)[np.ix_(auxiliary, auxiliary)]
+    covariance: sp.ImmutableMatrix = subject.declaration.P0
+    P0 = np.array(covariance.tolist(), dtype=float)[np.ix_(auxiliary, auxiliary)]
     white = np.linalg.solve(np.linalg.cholesky(P0), states[:, auxiliary].T).T
     levels_are_uniform(subject, "lift", "auxiliary components have the law N(0, P0)", ndtr(white), 0.0)
 
@@ -147,7 +157,7 @@ def integrated(
 def jacobian(subject: Subject) -> None:
     """Draws x(z) of given noise have the kernel's density, p(x) |dx/dz| = φ(z) for monotone x(z)."""
     kernel, x_0 = subject.kernel, torch.as_tensor(start(subject))
-    if subject.kind == "reducible" and kernel.reduction.map.fold:
+    if subject.kind == "reducible" and subject.reducible.reduction.map.fold:
         return  # two draws lead to one state; their seeded draws are compared whole
     z = torch.tensor([-1.0, -0.3, 0.4, 1.2], dtype=torch.float64)[:, None]
     x_0 = x_0.expand(len(z), 1)
@@ -162,7 +172,7 @@ def jacobian(subject: Subject) -> None:
         weights = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
         # The states' logarithm from the end is smooth where the state itself is a steep power of the noise.
         ahead = {o: (v - end).abs().log() for o, v in moved.items()} if end is not None else moved
-        slope = sum(w * (ahead[o] - ahead[-o]) for o, w in weights.items()) / h
+        slope = torch.as_tensor(sum(w * (ahead[o] - ahead[-o]) for o, w in weights.items())) / h
         slope = slope * (moved[0] - end).abs() if end is not None else slope
         log_p = kernel.log_prob(moved[0], x_0, at)
         log_normal = -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi)

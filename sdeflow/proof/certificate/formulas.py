@@ -16,7 +16,7 @@ from sdeflow.proof.certificate.moments import fisher
 from sdeflow.proof.certificate.oracle import Oracle, ratio, sizes
 from sdeflow.proof.certificate.report import Check
 from sdeflow.proof.certificate.subject import Subject, tensor, transposed
-from sdeflow.symbolic.evaluate import UnknownValue, evaluate, number_at
+from sdeflow.symbolic.evaluate import UnknownValue, Value, evaluate, number_at
 from sdeflow.symbolic.patience import within
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import data_symbols
@@ -81,7 +81,8 @@ class Reader:
         total = np.empty(low.shape)
         for place in np.ndindex(low.shape):
             nodes, weights = self.oracle.rule(float(low[place]), float(high[place]))
-            point = {**{symbol: float(value[place]) for symbol, value in shared.items()}, variable: nodes}
+            point: dict[sp.Symbol, Value] = {symbol: float(value[place]) for symbol, value in shared.items()}
+            point[variable] = nodes
             total[place] = (self(node.function, point) * weights).sum()
         return total
 
@@ -127,7 +128,7 @@ def _outermost(expr: sp.Basic) -> dict[sp.Basic, sp.Basic]:
 
 def shown(subject: Subject) -> None:
     """alpha, var, offset, std, mean and log_snr as they are printed."""
-    kernel, low = subject.kernel, max(subject.cutoff, 1e-3 * subject.T)
+    kernel, low = subject.affine, max(subject.cutoff, 1e-3 * subject.T)
     closed = kernel.form == "closed"
     times = np.geomspace(low, subject.T, 4) if closed else np.array([0.37 * (subject.T - low) + low, subject.T])
     if subject.coupled and not closed:
@@ -163,8 +164,8 @@ def shown(subject: Subject) -> None:
                 subject.unchecked.append(f"kernel.{name} as it is shown: {error}")
                 continue
             doubts = law.cov_doubt + law.phi_doubt + law.offset_doubt + (doubt if name == "log_snr" else 0.0)
-            error = ratio(found - exact, scale + _SMALLEST)
-            subject.note(f"kernel.{name}", "the formula that is shown", error, tolerance, times, doubt=doubts)
+            off = ratio(found - exact, scale + _SMALLEST)
+            subject.note(f"kernel.{name}", "the formula that is shown", off, tolerance, times, doubt=doubts)
 
 
 def weightings(subject: Subject) -> None:
@@ -201,7 +202,7 @@ def path(subject: Subject) -> None:
     if subject.declaration.path is None:
         return
     times = subject.times
-    alpha, sigma, _ = subject.kernel.coefficients(tensor(times))
+    alpha, sigma, _ = subject.affine.coefficients(tensor(times))
     for name, values, declared in zip(("alpha", "sigma²"), (alpha, sigma), subject.declaration.path, strict=True):
         point = {n: np.asarray(v)[..., None] if np.ndim(v) else v for n, v in subject.numbers.items()}
         exact = evaluate(declared, {**point, time_symbol: times[None]}).T
@@ -211,13 +212,13 @@ def path(subject: Subject) -> None:
 
 def identities(subject: Subject) -> None:
     """The differential equations of the closed formulas, by SymPy where it reduces them to 0, else in 30 digits."""
-    kernel = subject.kernel
+    kernel = subject.affine
     if kernel.form != "closed" or (subject.coupled and subject.k > 2):
         return
     matrix: Callable[[object], sp.MatrixBase] = (
         (lambda e: e) if subject.coupled else (lambda e: sp.ImmutableMatrix([[e]]))
     )
-    F, b = (matrix(e) for e in subject.declaration.affine)
+    F, b = (matrix(e) for e in subject.declaration.require_affine("moments"))
     phi, P, m = (matrix(e) for e in (kernel.alpha, kernel.var, kernel.offset))
     Q = subject.declaration.gram
     equations = {

@@ -54,7 +54,8 @@ class _Bounds:
 
     def _bound(self, expr: sp.Basic) -> Interval:
         if not expr.has(time_symbol):
-            value = float(bool(expr)) if isinstance(expr, BooleanAtom) else evaluate(expr, self.numbers)
+            boolean = isinstance(expr, BooleanAtom)
+            value = np.asarray(float(bool(expr))) if boolean else evaluate(expr, self.numbers)
             return value, value
         function = expr.func
         if isinstance(expr, sp.Piecewise):
@@ -126,6 +127,8 @@ def _turns(kind: type[Schedule]) -> Interval:
 
     These are its knots, with the values on both sides, and where its slope vanishes.
     """
+    if kind.table is None or kind.curve is None:
+        raise UnknownValue(f"{kind.__name__} is no table.")
     knots, curve = kind.table[0], kind.curve
     slope = curve.derivative()
     inner = slope.roots(discontinuity=False, extrapolate=False)

@@ -91,7 +91,7 @@ def _compare(
 
 def transitions(subject: Subject) -> None:
     """p(x_t | x_s) from random times to later ones, from t = 0 with P0 and from a known state without."""
-    kernel, T, low = subject.kernel, subject.T, max(subject.cutoff, 1e-3 * subject.T)
+    kernel, T, low = subject.affine, subject.T, max(subject.cutoff, 1e-3 * subject.T)
     random = np.sort(subject.rng.uniform(low, T, size=(3, 2)), axis=1).tolist()
     pairs = [(0.0, 0.5 * T), (low, 0.4 * T), (0.3 * T, 0.7 * T), (0.5 * T, 0.51 * T), (0.6 * T, T), *random]
     x = torch.zeros(1, *subject.event, dtype=torch.float64)
@@ -117,10 +117,11 @@ def transitions(subject: Subject) -> None:
 
 def marginals(subject: Subject) -> None:
     """The prior, that of data moments, and marginals of Gaussian data at other times."""
-    sde, kernel, T = subject.sde, subject.kernel, subject.T
+    sde, kernel, T = subject.sde, subject.affine, subject.T
     data = np.array([i not in subject.declaration.auxiliary for i in range(subject.k)], dtype=float)
     middle = float(subject.rng.uniform(max(subject.cutoff, 0.1 * T), T))
-    mean, std = (torch.as_tensor(subject.rng.uniform(*ends, size=subject.event)) for ends in ((-1, 1), (0.2, 2)))
+    mean, std = (torch.as_tensor(subject.rng.uniform(*ends, size=subject.event)) for ends in ((-1.0, 1.0), (0.2, 2.0)))
+    found: list[tuple[torch.Tensor | float, torch.Tensor | float, float, Gaussian]]
     found = [(0.0, 0.0, T, kernel.marginal(0.0, 0.0, T)), (mean, std, middle, kernel.marginal(mean, std, middle))]
     if subject.basis is None:
         found.append((0.7, 0.4, T, kernel.marginal(0.7, 0.4, T)))
@@ -129,8 +130,8 @@ def marginals(subject: Subject) -> None:
     for centre, width, at, gaussian in found:
         law = subject.law(np.array([at]))
         like = torch.zeros(1, *subject.event, dtype=torch.float64)
-        if isinstance(centre, float):
-            m, c = centre * data[None], width * data[None]
+        if isinstance(centre, float) or isinstance(width, float):
+            m, c = float(centre) * data[None], float(width) * data[None]
         else:  # moments of whole states, the auxiliary components' too
             m, c = subject.level(kernel.to_basis(centre[None]), like), subject.level(width[None], like)
         expected = product(law.phi[0], m) + law.offset[0]
@@ -186,7 +187,7 @@ def fisher(subject: Subject, times: Array) -> tuple[Array, Array, Array]:
 
 def log_snr(subject: Subject) -> None:
     """Its value, its rate, that it falls, and its inverse."""
-    kernel = subject.kernel
+    kernel = subject.affine
     if len(subject.rows) < np.prod(subject.values.shape or (1,)):
         raise UnknownValue("the log-SNR is a mean over more entries than are compared.")
     times = np.unique(np.concatenate([np.geomspace(subject.first, subject.T, 33), subject.times]))
@@ -230,15 +231,16 @@ def basis(subject: Subject) -> None:
     if subject.basis is None:
         return
     x = subject.states(4)
-    u = subject.kernel.to_basis(x)
+    u = subject.affine.to_basis(x)
     subject.note("basis", "|B x| = |x|", (u.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1) - 1).abs(), 1e-6)
-    subject.note("basis", "B⁻¹ B x = x", subject.kernel.from_basis(u) - x, 1e-6)
+    subject.note("basis", "B⁻¹ B x = x", subject.affine.from_basis(u) - x, 1e-6)
 
 
 def _compiled(subject: Subject, times: Array) -> tuple[Array, Array, Array]:
     """The kernel's F (n, e, k, k), b (n, e, k) and g gᵀ (n, e, k, k)."""
-    values = subject.kernel.sde_coefficients(torch.as_tensor(times))
+    values = subject.affine.sde_coefficients(torch.as_tensor(times))
     if subject.coupled:
-        return tuple(v.numpy()[:, None] for v in values)
+        F, b, Q = (v.numpy()[:, None] for v in values)
+        return F, b, Q
     F, b, Q = (subject.pick(v)[..., None] for v in values)
     return F[..., None], b, Q[..., None]

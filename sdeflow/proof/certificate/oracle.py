@@ -19,7 +19,7 @@ The oracle says how far the last two of these differ, and its values are compare
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -129,8 +129,8 @@ class Oracle:
         self.numbers = {symbol: v if v.shape[0:-1] else v[0] for symbol, v in self.numbers.items()}
         self.first = first
         self._slopes, self._drifts, self._noises = linear_part(declaration)
-        P0 = np.array(declaration.P0.tolist() if declaration.coupled else [[declaration.P0]], dtype=float)
-        self.P0 = P0
+        P0 = declaration.P0
+        self.P0 = np.array(P0.tolist() if isinstance(P0, sp.MatrixBase) else [[P0]], dtype=float)
 
     # ---------------------------------------------------------------- f and g as numbers
 
@@ -140,7 +140,8 @@ class Oracle:
         shape = (self.entries, at.shape[1])
 
         def read(expressions: list[sp.Expr], state: float) -> Array:
-            point = {**self.numbers, **dict.fromkeys(self.declaration.state, state), time_symbol: at}
+            point: dict[sp.Symbol, Value] = {**self.numbers, **dict.fromkeys(self.declaration.state, state)}
+            point[time_symbol] = at
             return np.stack([np.broadcast_to(evaluate(e, point), shape) for e in expressions], -1)
 
         F, b = read(self._slopes, 0.0), read(self._drifts, 0.0)
@@ -391,7 +392,7 @@ class Oracle:
         k, e = self.k, self.entries
         phi, P, log_phi = np.broadcast_to(np.eye(k), (e, k, k)), np.broadcast_to(start, (e, k, k)), np.zeros(e)
         m, reach = np.zeros((e, k)), np.zeros((e, k))
-        found = {0: (phi, P, m, reach, log_phi)}
+        found: dict[int, tuple[Array, ...]] = {0: (phi, P, m, reach, log_phi)}
         for i in range(len(panels.low)):
             step = panels.growth[:, i]
             if k == 1:
@@ -424,7 +425,7 @@ class Oracle:
         width = np.diff(edges)
         return (edges[:-1, None] + width[:, None] * _NODES).reshape(-1), (width[:, None] * _WEIGHTS).reshape(-1)
 
-    def antiderivative(self, expression: sp.Expr, variable: sp.Symbol) -> object:
+    def antiderivative(self, expression: sp.Expr, variable: sp.Symbol) -> Callable[[Array], Array]:
         """∫_0^u of an expression of one variable and the parameters, as a function of arrays u in [0, T]."""
         edges = self.panels
 
@@ -472,4 +473,5 @@ def _joined(a: Panels, b: Panels) -> Panels:
         return np.concatenate([x, y], 0 if x.ndim == 1 else 1)
 
     plain = both(a.plain[0], b.plain[0]), both(a.plain[1], b.plain[1])
-    return Panels(*(both(x, y) for x, y in zip(a[:5], b[:5], strict=True)), plain, both(a.rate, b.rate))
+    low, high, growth, push, noise = (both(x, y) for x, y in zip(a[:5], b[:5], strict=True))
+    return Panels(low, high, growth, push, noise, plain, both(a.rate, b.rate))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import sympy as sp
@@ -13,22 +14,68 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError, SdeflowError
+from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.reducible import ReducibleKernel
+from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.linear import Linear
 from sdeflow.proof.certificate.oracle import Law, Oracle
 from sdeflow.proof.certificate.report import Check
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solving.fields import Fields
-from sdeflow.symbolic.evaluate import Declared, UnknownValue
+from sdeflow.symbolic.equations import Equation
+from sdeflow.symbolic.evaluate import Declared, UnknownValue, Value
 from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
 
-__all__ = ["Subject", "product", "tensor", "transposed"]
+if TYPE_CHECKING:
+    from sdeflow.proof.certificate.formulas import Reader
+
+__all__ = ["CertifiedSDE", "Subject", "product", "tensor", "transposed"]
 
 _MOST_ENTRIES = 1024  # of tensor parameters
 _TOGETHER = 1024  # integrated at once
 _NEAR = 1e-9  # of the horizon: which side of a break a time lies on is not compared closer
 
 Array = np.ndarray
+
+
+class CertifiedSDE(DeclaredSDE, Protocol):
+    """What is certified of an SDE, as ``sdeflow.SDE`` has it; what is missing of it is left out."""
+
+    @property
+    def equation(self) -> Equation: ...
+
+    @property
+    def prior(self) -> Gaussian: ...
+
+    @property
+    def weighting(self) -> sp.Expr: ...
+
+    @property
+    def likelihood_weighting(self) -> sp.Expr: ...
+
+    def prior_for(self, mean: Tensor | float, std: Tensor | float) -> Gaussian: ...
+
+    def reverse(self) -> Shown: ...
+
+    def flow_ode(self) -> Shown: ...
+
+    def lift(self, data: Tensor, seed: int | torch.Generator | None = None) -> Tensor: ...
+
+    def bridge(self, x_T: Tensor | float) -> Bridge | ReducibleBridge | SquareRootBridge: ...
+
+    def with_params(self, **values: float) -> CertifiedSDE: ...
+
+
+class Shown(Protocol):
+    """An equation as it is printed."""
+
+    @property
+    def drift(self) -> sp.Expr | sp.MatrixBase: ...
+
+    @property
+    def diffusion(self) -> sp.Expr | sp.MatrixBase: ...
 
 
 class Subject:
@@ -43,7 +90,7 @@ class Subject:
         numbers: the parameters' values at these entries.
     """
 
-    def __init__(self, sde: DeclaredSDE) -> None:
+    def __init__(self, sde: CertifiedSDE) -> None:
         self.sde, self.declaration, self.values = sde, sde.declaration, sde.values
         self.kernel, self.fields = sde.kernel, Fields(sde)
         self.kind, self.basis = self.kernel.kind, self.kernel.basis
@@ -52,9 +99,23 @@ class Subject:
         self.checks: list[Check] = []
         self.unchecked: list[str] = self._without_bounds()
         self.rng = np.random.default_rng(0)
-        self.readers: dict[int, object] = {}
+        self.readers: dict[int, Reader] = {}
         self.cost: list[float] = []
         self.rows, self.numbers = self._entries()
+
+    @property
+    def affine(self) -> Kernel:
+        """The kernel of an affine SDE."""
+        if not isinstance(self.kernel, Kernel):
+            raise UnknownValue("the kernel is not Gaussian.")
+        return self.kernel
+
+    @property
+    def reducible(self) -> ReducibleKernel:
+        """The kernel behind a change of the state."""
+        if not isinstance(self.kernel, ReducibleKernel):
+            raise UnknownValue("the kernel is not behind a change of the state.")
+        return self.kernel
 
     @property
     def first(self) -> float:
@@ -81,7 +142,7 @@ class Subject:
         self,
         name: str,
         identity: str,
-        residual: Array | float,
+        residual: Array | Tensor | float,
         tolerance: float,
         times: Array | float | None = None,
         states: Array | None = None,
@@ -94,8 +155,8 @@ class Subject:
         """
         if isinstance(residual, Tensor):
             residual = residual.detach().numpy()
-        residual = np.nan_to_num(np.abs(np.asarray(residual, dtype=float)), nan=np.inf)
-        rows = residual.reshape(len(residual), -1).max(1) if residual.ndim else residual.reshape(1)
+        sizes = np.asarray(np.nan_to_num(np.abs(np.asarray(residual, dtype=float)), nan=np.inf))
+        rows = sizes.reshape(len(sizes), -1).max(1) if sizes.ndim else sizes.reshape(1)
         rows = rows / (1.0 + np.asarray(doubt) / tolerance) if tolerance else rows
         worst = int(rows.argmax())
         where = "" if times is None else f"t = {np.broadcast_to(times, rows.shape)[worst]:.4g}"
@@ -117,24 +178,25 @@ class Subject:
             for name in sorted(names)
         ]
 
-    def _entries(self) -> tuple[Array, dict[sp.Symbol, Array]]:
+    def _entries(self) -> tuple[Array, dict[sp.Symbol, Value]]:
         shape = self.values.shape
         if not shape:
-            return np.zeros(1, dtype=int), dict(self.values.numbers)
+            return np.zeros(1, dtype=int), {**self.values.numbers}
         rows = np.arange(math.prod(shape))
         if len(rows) > _MOST_ENTRIES:
             rows = np.sort(self.rng.choice(rows, _MOST_ENTRIES, replace=False))
             self.unchecked.append(f"{math.prod(shape) - _MOST_ENTRIES} of the {math.prod(shape)} entries of params")
-        numbers = {}
+        numbers: dict[sp.Symbol, Value] = {}
         for symbol, value in self.values.items():
             if isinstance(value, Tensor):
-                value = value.detach().double().cpu().expand(shape).reshape(-1).numpy()[rows]
-            numbers[symbol] = value
+                numbers[symbol] = value.detach().double().cpu().expand(shape).reshape(-1).numpy()[rows]
+            else:
+                numbers[symbol] = value
         return rows, numbers
 
     def numbers_of(self, entry: int) -> dict[sp.Symbol, float]:
         """The parameters of one of ``rows``."""
-        return {symbol: float(v if np.ndim(v) == 0 else v[entry]) for symbol, v in self.numbers.items()}
+        return {symbol: float(v[entry] if isinstance(v, np.ndarray) else v) for symbol, v in self.numbers.items()}
 
     def truth(self, entry: int = 0) -> Declared:
         """f and g as declared, for one of ``rows``."""
@@ -147,9 +209,9 @@ class Subject:
 
     @cached_property
     def oracles(self) -> list[Oracle]:
-        first, parts = 0.5 * self.first, range(0, len(self.rows), _TOGETHER)
-        cut = [{n: v if np.ndim(v) == 0 else v[i : i + _TOGETHER] for n, v in self.numbers.items()} for i in parts]
-        return [Oracle(self.declaration, numbers, first) for numbers in cut]
+        first, parts, numbers = 0.5 * self.first, range(0, len(self.rows), _TOGETHER), self.numbers.items()
+        cut = ({n: v[i : i + _TOGETHER] if isinstance(v, np.ndarray) else v for n, v in numbers} for i in parts)
+        return [Oracle(self.declaration, some, first) for some in cut]
 
     def oracle(self, entry: int = 0) -> Oracle:
         """The oracle of one of ``rows``."""
@@ -202,18 +264,19 @@ class Subject:
         shape = self.values.shape or (1,)
         if not self.values.shape:
             return values.reshape(*values.shape[:lead], 1).numpy()
-        full = (
-            values.expand(*values.shape[:lead], *shape) if values.ndim > lead else values[(..., *[None] * len(shape))]
-        )
+        if values.ndim > lead:
+            full = values.expand(*values.shape[:lead], *shape)
+        else:
+            full = values.reshape(*values.shape, *(1 for _ in shape))
         return full.expand(*values.shape[:lead], *shape).reshape(*values.shape[:lead], -1).numpy()[..., self.rows]
 
     def gaussian(self, times: Array) -> tuple[Array, Array, Array]:
         """The kernel's Φ (n, e, k, k), covariance and offset (n, e, k)."""
-        alpha, sigma, offset = self.kernel.coefficients(torch.as_tensor(times))
+        values = self.affine.coefficients(torch.as_tensor(times))
         if self.coupled:
-            alpha, sigma, offset = (v.numpy()[:, None] for v in (alpha, sigma, offset))
+            alpha, sigma, offset = (v.numpy()[:, None] for v in values)
             return alpha, sigma @ transposed(sigma), offset
-        alpha, sigma, offset = (self.pick(v)[..., None] for v in (alpha, sigma, offset))
+        alpha, sigma, offset = (self.pick(v)[..., None] for v in values)
         return alpha[..., None], sigma[..., None] ** 2, offset
 
     def map(self, linear: Linear, like: Tensor) -> Array:
@@ -241,8 +304,9 @@ class Subject:
         """An event that the SDE takes; in a basis, one that it transforms."""
         inner = (1,) if self.coupled else self.values.shape or (1,)
         shapes = [inner] if self.basis is None else [inner, (*(1,) * 2, *inner), (8,), (8, 8), (1, 8, 8)]
-        if hasattr(self.basis, "matrix"):
-            shapes.append((len(self.basis.matrix),))
+        matrix = getattr(self.basis, "matrix", None)
+        if matrix is not None:
+            shapes.append((len(matrix),))
         for shape in shapes:
             event = (self.k, *shape) if self.coupled else tuple(shape)
             try:

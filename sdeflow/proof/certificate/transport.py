@@ -83,7 +83,10 @@ class _Compiled:
         """The noise squared, (n, e, k, k)."""
         state = self._states(x[:, None])
         noise = self.fields.noise(self.equations["reverse"], self.event)
-        value = noise["diffusion"](state.flatten(1), torch.tensor(at, dtype=torch.float64))
+        diffusion = noise["diffusion"]
+        if not callable(diffusion):
+            raise UnknownValue("the noise is no function.")
+        value = diffusion(state.flatten(1), torch.tensor(at, dtype=torch.float64))
         if "components" in noise:
             return (value @ value.mT).numpy()[:, None]
         value = value.expand(len(x), *self.event) if value.ndim == 0 else value.reshape(-1, *self.event)
@@ -106,14 +109,15 @@ class _Compiled:
 
 def drifts(subject: Subject) -> None:
     """The compiled drifts and noise at random states, times and scores, against f, g and differences of g gᵀ."""
-    n, found, where = 12, {"flow": [], "reverse": [], "noise": []}, []
+    n, places = 12, []
+    found: dict[str, list[Array]] = {"flow": [], "reverse": [], "noise": []}
     compiled = _Compiled(subject)
     for at in np.linspace(max(subject.cutoff, 1e-3 * subject.T), subject.T, 4):
         x, s = _some_states(subject, at, n), subject.rng.normal(size=(n, subject.k))
         drift = {name: compiled.drift(name, x, at, s) for name in compiled.equations}
         gram = compiled.gram(x, at)
-        where += [(at, *row) for row in x]
-        parts = {name: [] for name in found}
+        places += [(at, *row) for row in x]
+        parts: dict[str, list[Array]] = {name: [] for name in found}
         for entry in range(len(subject.rows)) if len(subject.rows) <= 64 else subject.some_entries:
             f, Q, dQ, size = subject.truth(entry).local(x, at)
             size = size + np.einsum("nij,nj->ni", abs(Q), abs(s))
@@ -123,7 +127,7 @@ def drifts(subject: Subject) -> None:
             parts["noise"].append(ratio(gram[:, entry if len(gram[0]) > 1 else 0] - Q, sizes(Q)))
         for name, rows in parts.items():
             found[name].append(np.max(rows, axis=0).reshape(n, -1).max(1))
-    where = np.array(where)
+    where = np.array(places)
     tolerance = 1e-7 if subject.declaration.state_dependent_noise else 1e-8
     for name, identity in (
         ("flow", "compiled drift = f - ½ ∇·(g gᵀ) - ½ g gᵀ s"),
@@ -307,13 +311,13 @@ def _point_law(subject: Subject, times: Array) -> Law:
         return method(state, x_0, torch.as_tensor(at)).numpy()
 
     def drawn(eps: Array) -> Array:
-        time, eps = torch.as_tensor(times.repeat(len(z))), torch.as_tensor(np.tile(eps, (len(times), 1)))
+        time, noise = torch.as_tensor(times.repeat(len(z))), torch.as_tensor(np.tile(eps, (len(times), 1)))
         x_0 = torch.as_tensor(begin).reshape(1, *event).expand(len(time), *event)
-        return kernel.sample(x_0, time, noise=eps.reshape(-1, *event)).numpy().reshape(len(times), len(z), subject.k)
+        return kernel.sample(x_0, time, noise=noise.reshape(-1, *event)).numpy().reshape(len(times), len(z), subject.k)
 
     states = drawn(noise)
     if affine:
-        root = kernel.coefficients(torch.as_tensor(times))[1].numpy().reshape(len(times), subject.k, subject.k)
+        root = subject.affine.coefficients(torch.as_tensor(times))[1].numpy().reshape(len(times), subject.k, subject.k)
         step = 0.05 * _conditional(root)[:, None].repeat(len(z), 1)
     else:  # as wide as the law is at each state: an eighth part of the noise around it
         step = 0.01 * abs(drawn(noise + 0.25) - drawn(noise - 0.25))
