@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Literal, overload
 
 import sympy as sp
 import torch
@@ -120,6 +121,54 @@ class ReverseSDE(_Bound):
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
         super().__init__(reverse_time(sde.declaration), Model.of(sde, score, prior))
 
+    @overload
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        seed: Seed = None,
+        noise: BrownianPath | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        max_calls: int | None = None,
+        trajectory: Literal[False] = False,
+        callback: Callback | None = None,
+        denoise: bool = False,
+        return_denoised: Literal[False] = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        seed: Seed = None,
+        noise: BrownianPath | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        denoise: bool = False,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Answer: ...
+
     def sample(
         self,
         shape: tuple[int, ...],
@@ -210,6 +259,52 @@ class FlowODE(_Bound):
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
         super().__init__(probability_flow(sde.declaration), Model.of(sde, score, prior))
 
+    @overload
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        seed: Seed = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        denoise: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_calls: int | None = None,
+        trajectory: Literal[False] = False,
+        callback: Callback | None = None,
+        return_denoised: Literal[False] = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        seed: Seed = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        denoise: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
+    ) -> Answer: ...
+
     def sample(
         self,
         shape: tuple[int, ...],
@@ -238,6 +333,48 @@ class FlowODE(_Bound):
             progress=progress,
         )  # fmt: skip
         return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=False)
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        max_calls: int | None = None,
+        trajectory: Literal[False] = False,
+        callback: Callback | None = None,
+        denoise: bool = False,
+        return_denoised: Literal[False] = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        gradient: str | None = None,
+        progress: bool | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        grid: Grid = None,
+        max_calls: int | None = None,
+        trajectory: bool = False,
+        callback: Callback | None = None,
+        denoise: bool = False,
+        return_denoised: bool = False,
+        threshold: Threshold | None = None,
+        chunk: int | None = None,
+        gradient: str | None = None,
+        progress: bool | None = None,
+    ) -> Answer: ...
 
     def decode(
         self,
@@ -369,9 +506,21 @@ class FlowODE(_Bound):
         other.model = model
         return other
 
+    @overload
+    def log_prob(self, x: Tensor, *, full: Literal[False] = False, **options: object) -> Tensor: ...
+
+    @overload
+    def log_prob(self, x: Tensor, *, full: Literal[True], **options: object) -> LogProb: ...
+
     def log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""
         return log_prob(self.model, self.equation, x, **options)
+
+    @overload
+    def data_log_prob(self, x: Tensor, *, full: Literal[False] = False, **options: object) -> Tensor: ...
+
+    @overload
+    def data_log_prob(self, x: Tensor, *, full: Literal[True], **options: object) -> LogProb: ...
 
     def data_log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
         """A lower bound on log p of the data component; see :func:`sdeflow.likelihood.data_log_prob`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sdeflow.errors import DataError, ScheduleError
@@ -42,9 +43,9 @@ class GaussianMixture(ScoreFunction):
     def __init__(
         self,
         sde: DeclaredSDE,
-        means: Tensor,
-        covariances: Tensor,
-        weights: Tensor | None = None,
+        means: Tensor | ArrayLike,
+        covariances: Tensor | ArrayLike,
+        weights: Tensor | ArrayLike | None = None,
         full: bool = False,
     ) -> None:
         super().__init__(sde)
