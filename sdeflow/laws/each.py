@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.noise import NoiseStream
 
 __all__ = ["EachSample", "Law"]
+
+
+Kind = TypeVar("Kind")
 
 
 class Law(Protocol):
@@ -53,49 +56,56 @@ class EachSample:
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event): sample i is that of its law in a batch of this shape."""
         if self.is_gaussian:
-            for law in self.laws:
+            for law in self._gaussians:
                 law.require_event(tuple(shape[1:]))
             return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), dtype, device))
         like = torch.empty(shape, device="meta")
-        return self._joined(like, lambda law, rows: law.sample(shape, seed, dtype, device)[rows.to(device)])
+        return self._joined(self.laws, like, lambda law, rows: law.sample(shape, seed, dtype, device)[rows.to(device)])
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats of each sample under its law, (batch,), for x (batch, *event)."""
-        return self._joined(x, lambda law, rows: law.log_prob(x[rows.to(x.device)]))
+        return self._joined(self.laws, x, lambda law, rows: law.log_prob(x[rows.to(x.device)]))
 
     @property
     def is_gaussian(self) -> bool:
         """Whether all of the laws are."""
         return all(isinstance(law, Gaussian) for law in self.laws)
 
+    @property
+    def _gaussians(self) -> tuple[Gaussian, ...]:
+        found = tuple(law for law in self.laws if isinstance(law, Gaussian))
+        if len(found) < len(self.laws):
+            raise DataError("this needs Gaussian laws, and not all of this prior's are.")
+        return found
+
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + root noise of each sample, as :meth:`~sdeflow.laws.gaussian.Gaussian.coloured`."""
-        return self._joined(noise, lambda law, rows: law.coloured(noise[rows.to(noise.device)]))
+        return self._joined(self._gaussians, noise, lambda law, rows: law.coloured(noise[rows.to(noise.device)]))
 
     def whitened(self, x: Tensor) -> Tensor:
         """root⁻¹ (x - mean) of each sample, the inverse of :meth:`coloured`."""
-        return self._joined(x, lambda law, rows: law.whitened(x[rows.to(x.device)]))
+        return self._joined(self._gaussians, x, lambda law, rows: law.whitened(x[rows.to(x.device)]))
 
     @property
     def mean(self) -> Tensor:
         """Of Gaussians, the mean of each sample, (batch, *event)."""
-        return torch.stack([law.mean for law in self.laws])[self.which]
+        return torch.stack([law.mean for law in self._gaussians])[self.which]
 
     @property
     def std(self) -> Tensor:
         """Of Gaussians, the standard deviation of each sample, (batch, *event)."""
-        return torch.stack([law.std for law in self.laws])[self.which]
+        return torch.stack([law.std for law in self._gaussians])[self.which]
 
-    def _joined(self, x: Tensor, of_law: Callable[[Law, Tensor], Tensor]) -> Tensor:
+    def _joined(self, laws: Sequence[Kind], x: Tensor, of_law: Callable[[Kind, Tensor], Tensor]) -> Tensor:
         """What ``of_law`` gives for each law and its samples, in the order of the samples."""
         if len(x) != len(self.which):
             raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
         order = self.which.argsort(stable=True)
         numbers, counts = torch.unique_consecutive(self.which[order], return_counts=True)
         if not len(numbers):
-            return of_law(self.laws[0], order)
+            return of_law(laws[0], order)
         parts = order.split(counts.tolist())
-        found = torch.cat([of_law(self.laws[i], rows) for i, rows in zip(numbers.tolist(), parts, strict=True)])
+        found = torch.cat([of_law(laws[i], rows) for i, rows in zip(numbers.tolist(), parts, strict=True)])
         return found[order.argsort().to(found.device)]
 
     def __repr__(self) -> str:
