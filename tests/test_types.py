@@ -14,10 +14,10 @@ WRONG = "wrong: str = sde.reverse(score).sample((2, 2))"  # seen only where the 
 
 
 @pytest.mark.slow
-def test_the_readme_type_checks(tmp_path, request):
+def test_the_readme_type_checks(tmp_path):
     lines = "\n".join(BLOCK.findall((ROOT / "README.md").read_text())).splitlines()
     (tmp_path / "program.py").write_text("\n".join([*lines, WRONG, ""]))
-    options = ["--config-file=", "--ignore-missing-imports", f"--cache-dir={request.config.cache.mkdir('mypy')}"]
+    options = ["--config-file=", "--ignore-missing-imports", f"--cache-dir={ROOT / '.mypy_cache' / 'readme'}"]
     command = [sys.executable, "-m", "mypy", *options, "program.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # found as an installed package is
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
