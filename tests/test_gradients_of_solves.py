@@ -210,7 +210,7 @@ def test_a_gradient_that_cannot_be_had_is_an_error():
 
     with pytest.raises(ScoreError, match="no gradient flows"):
         sdeflow.catalog.VP(0.1, 4.0).flow_ode(blind, prior=sdeflow.Gaussian(0.0, 1.0)).decode(z, steps=4)
-    with pytest.raises(ValueError, match="SciPy"):
+    with pytest.raises(ValueError, match=r"no gradient flows through .*scipy_solver"):
         flow.decode(z, Torchdiffeq("scipy_solver"))
     with pytest.raises(ValueError, match="adjoint"):
         flow.decode(z, steps=4, gradient="adjoint")

@@ -141,7 +141,7 @@ def test_kinds_are_checked_when_the_class_is_defined(kinds):
 
 def test_an_object_with_the_attributes_alone_is_told_of_the_base_class():
     alone = type("Alone", (), REQUIRED)()
-    with pytest.raises(TypeError, match=r"a subclass of sdeflow.solvers.Solver"):
+    with pytest.raises(ValueError, match=r"a subclass of sdeflow.solvers.Solver"):
         flow().sample((2, 2), alone, steps=3)
     with pytest.raises(ValueError, match="not the class itself"):
         flow().sample((2, 2), Ralston, steps=3)

@@ -289,7 +289,8 @@ class CallableScore(ScoreFunction):
         if self._batch == 1 or not len(x):
             return False
         if self._batch not in self._tied:
-            self._tried(x[:1].detach(), network_time(time.reshape(-1)[:1], x[:1]))
+            with torch.no_grad(), evaluating(self):
+                self._tried(x[:1].detach(), network_time(time.reshape(-1)[:1], x[:1]))
         return self._tied[self._batch]
 
     def _tried(self, x: Tensor, time: Tensor) -> Tensor | None:

@@ -95,7 +95,7 @@ def resolve(solver: str | Solver, kind: str) -> Solver:
 
     Raises:
         ValueError: for a name or a solver that does not fit, with those that do, and for a class.
-        TypeError: for an object that is no :class:`~sdeflow.solvers.Solver`.
+        ValueError: for an object that is no :class:`~sdeflow.solvers.Solver`.
     """
     return resolved(solver, kind, kind)
 
@@ -111,9 +111,9 @@ def resolved(solver: str | Solver, kind: str, demand: str) -> Solver:
     if isinstance(solver, type):
         raise ValueError(f"solver must be a solver object, such as {solver.__name__}(), not the class itself.")
     if not isinstance(solver, Solver):
-        raise TypeError(
-            f"solver must be a name or an object of a subclass of sdeflow.solvers.Solver, not {solver!r}; the base "
-            "class says which attributes a solver has."
+        raise ValueError(
+            f"solver must be a name or an object of a subclass of sdeflow.solvers.Solver, whose attributes that class "
+            f"lists, not {solver!r}; names are {', '.join(names_that_meet(kind, (demand,)))}."
         )
     require(solver, kind, (demand,))
     return solver

@@ -102,7 +102,12 @@ _NODES, _WEIGHTS, _RUNNING = _gauss(_STAGES)
 
 
 def _slope(expression: sp.Expr) -> sp.Expr:
-    """d/dt of an expression between its jumps; of hyperbolic functions in a form that does not overflow."""
+    """d/dt of an expression between its jumps; of hyperbolic functions in a form that does not overflow.
+
+    0 where it holds a function of the user's, of which values are all that is known.
+    """
+    if any(node.table is None for node in expression.atoms(Schedule)):
+        return sp.Integer(0)
     expression = expression.replace(sp.Mod, lambda a, p: a - p * sp.floor(a / p))
     steps = {node: sp.Dummy() for node in expression.atoms(sp.floor, sp.ceiling, sp.sign, sp.Heaviside)}
     back = {dummy: node for node, dummy in steps.items()}
