@@ -243,7 +243,7 @@ def declare(**options):
 # ------------------------------------------------------------------ what is refused
 
 DECLARATION = [
-    # text, read by a grammar and never evaluated; tests/test_text.py has the attacks
+    # text, read by a grammar and never evaluated; tests/symbolic/test_text.py has the attacks
     ("text builtin", lambda: declare(f="__import__('os').getpid()"), UnsafeExpressionError, "__import__"),
     ("text call", lambda: declare(f=HOSTILE), UnsafeExpressionError, "open"),
     ("text g", lambda: declare(g=HOSTILE), UnsafeExpressionError, "open"),

@@ -16,7 +16,7 @@ from sdeflow.numerics.traces import Hutchinson, HutchPP, widening
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, Torchdiffeq
 
-_path = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
+_path = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
 _spec = importlib.util.spec_from_file_location("coverage_of_bars", _path)
 bars = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = bars
