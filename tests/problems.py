@@ -131,7 +131,17 @@ def training_times(kernel, n, times, seed):
     return law.draw(n, NoiseStream(seed, "test"))[0]
 
 
+_SECONDS_OF_A_SUM = 0.15
+
+
 def cpu_seconds():
     """What this process and its ended children have computed so far: no test is slower for a busy machine."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def slowness():
+    """How many times slower this machine is than the one on which limits of processor time were set, at least 1."""
+    before = cpu_seconds()
+    sum(i * i for i in range(2_000_000))
+    return max(1.0, (cpu_seconds() - before) / _SECONDS_OF_A_SUM)

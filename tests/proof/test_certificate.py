@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from problems import AWKWARD, CATALOGUE, COUPLED
+from problems import AWKWARD, CATALOGUE, COUPLED, slowness
 from scipy import special
 from sympy import Rational as R
 
@@ -94,7 +94,7 @@ def test_a_certificate_takes_little_time(name):
     sde = EVERY[name]()
     start = time.process_time()
     sde.verify()
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 2.0 * slowness()
 
 
 def test_random_schedules_raise_no_alarm():
