@@ -68,8 +68,7 @@ class SDE:
         prior: p(x_T), where it should not follow from the kernel, the data and the score.
         state: names of the components, where f and g are text or functions of several.
         basis: an orthogonal transform of events (:mod:`sdeflow.numerics.basis`) in which the declaration holds,
-        coefficient by
-            coefficient.
+            coefficient by coefficient.
 
     Attributes:
         declaration: what was declared, frozen.
@@ -364,8 +363,7 @@ class SDE:
         return self._score if score is None else score, self._prior if prior is None else prior
 
     def verify(self) -> Certificate:
-        """Which identities the derived objects satisfy, symbolically or to which residual:
-        :mod:`sdeflow.proof.certificate`.
+        """Which identities the derived objects satisfy, and to which residual: :mod:`sdeflow.proof.certificate`.
 
         It tests the compiled numbers that solvers use, in about a second, and is true where every identity holds.
         """

@@ -51,10 +51,7 @@ from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["FORGOTTEN", "Kernel", "Path", "broadcast_to_event", "inside_ends"]
 
-_NEXT, _LEAST = (
-    4.0,
-    1e-300,
-)  # distance of a draw from an end at 0, in the smallest normal numbers of its dtype, and at least
+_NEXT, _LEAST = 4.0, 1e-300  # distance of a draw from an end at 0, in its dtype's least normal numbers; at least
 
 FORGOTTEN = -math.log(1e12)
 """The half-log-SNR below which x_0 is forgotten, as far as solvers can tell."""
@@ -82,8 +79,8 @@ class Kernel:
     Attributes:
         T: the horizon.
         numbers: the coefficients as functions of t, a :class:`~sdeflow.kernels.coefficients.Coefficients`, whose
-        methods are
-            the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b, g².
+            methods are the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b,
+            g².
         has_offset: whether the mean has a part that does not depend on x_0.
         kind: "affine"; see :mod:`sdeflow.kernels.kinds`.
 

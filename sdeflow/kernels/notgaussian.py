@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NoReturn
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from sdeflow.symbolic.declaration import Declaration
 __all__ = ["NotGaussian", "present_only"]
 
 
-class NotGaussian:
+class NotGaussian(ABC):
     """A kernel that is not Gaussian: solvers carry the state itself, not centred and in no basis.
 
     Attributes:
@@ -32,9 +33,9 @@ class NotGaussian:
     has_offset = False
 
     @property
+    @abstractmethod
     def cutoff(self) -> float:
         """The first time that training and solvers visit."""
-        raise NotImplementedError
 
     @property
     def also(self) -> str:
@@ -50,7 +51,7 @@ class NotGaussian:
         """Raises the :class:`~sdeflow.errors.NotAffineError` that says why there is no Gaussian kernel."""
         raise self.declaration.not_affine(purpose, self.also)
 
-    def require_event(self, event: tuple[int, ...]) -> None:
+    def require_event(self, event: tuple[int, ...]) -> None:  # noqa: B027 - any event is right by default
         """Nothing: an event of any shape is taken."""
 
     def to_basis(self, x: Tensor) -> Tensor:

@@ -62,8 +62,7 @@ class ReducibleKernel(NotGaussian):
         kind: "reducible".
         reduction: the map and the affine SDE of y.
         inner: the kernel of y, a :class:`~sdeflow.kernels.gaussian.Kernel`; its ``alpha``, ``sigma`` and ``time_of``
-        are those
-            of y, not of x.
+            are those of y, not of x.
         form: "closed" or "quadrature", that of ``inner``.
         T: the horizon.
 

@@ -22,7 +22,8 @@ class Gaussian:
     Args:
         mean: () or a tensor that broadcasts to an event.
         std: the standard deviation, likewise, positive; or a coupled :class:`~sdeflow.numerics.linear.Linear`, the
-        root. basis: an orthogonal basis, in which mean and std are then given.
+            root.
+        basis: an orthogonal basis, in which mean and std are then given.
     """
 
     def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:

@@ -67,8 +67,8 @@ def log_prob(
         equation: its probability flow.
         x: (batch, *event), finite.
         trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.numerics.traces`; None is
-        exact up to
-            128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential solver.
+            exact up to 128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential
+            solver.
             A tensor holds probes that are taken as they are, at every node and with every solver: (m, *event), or
             (m, batch, *event) for probes of each sample.
         probes: how many at each node; giving it chooses Hutchinson. "auto" adds probes until the standard error of

@@ -94,8 +94,8 @@ def resolve(solver: str | Solver, kind: str) -> Solver:
     """``solver`` as an object that solves equations of ``kind``.
 
     Raises:
-        ValueError: for a name or a solver that does not fit, with those that do, and for a class.
-        ValueError: for an object that is no :class:`~sdeflow.solvers.Solver`.
+        ValueError: for a name or a solver that does not fit, with those that do; for a class, and for an object that
+            is no :class:`~sdeflow.solvers.Solver`.
     """
     return resolved(solver, kind, kind)
 
