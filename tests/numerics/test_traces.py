@@ -10,7 +10,18 @@ import sdeflow
 from sdeflow import catalog
 from sdeflow.errors import ScoreError
 from sdeflow.numerics import traces
-from sdeflow.numerics.traces import Estimate, Exact, Hadamard, Hutchinson, HutchPP, pool, until
+from sdeflow.numerics.traces import (
+    Estimate,
+    Exact,
+    Hadamard,
+    Hutchinson,
+    HutchPP,
+    cycled,
+    hutchinson,
+    pool,
+    products,
+    until,
+)
 
 NODES = 48
 ALL = [Exact(), Hutchinson(3), Hutchinson(3, fresh=False), Hutchinson(3, "gaussian"), Hadamard(3), HutchPP(6)]
@@ -255,7 +266,7 @@ def test_hadamard_beats_fresh_probes_beat_fixed_ones(trajectory):
 
 def test_planted_mistakes_are_found(monkeypatch, trajectory):
     signs = traces.Integral._signs
-    dot = traces._dot
+    dot = hutchinson.dot
     with monkeypatch.context() as patch:
         patch.setattr(traces.Integral, "_signs", lambda self, *shape: 1.1**0.5 * signs(self, *shape))
         assert not moments_agree(Hutchinson(3), rademacher_variance(3))
@@ -264,14 +275,14 @@ def test_planted_mistakes_are_found(monkeypatch, trajectory):
         error = along(Hadamard(3), matrix(12)[None], [1.0], batch=50, seed=0).value - matrix(12).trace()
         assert float(error.std()) < 1e-12 < float(error.abs().min())  # without signs it is one biased number
     with monkeypatch.context() as patch:  # the square of the gradient: a biased form
-        patch.setattr(traces, "_dot", lambda a, b: dot(a, a))
+        patch.setattr(hutchinson, "dot", lambda a, b: dot(a, a))
         assert not moments_agree(Hutchinson(3), rademacher_variance(3))
     with monkeypatch.context() as patch:  # Var of a value, not of the mean of the probes
-        error = traces._Nodewise.error
-        patch.setattr(traces._Nodewise, "error", lambda self: (2 * error(self)[0], error(self)[1]))
+        error = hutchinson.Nodewise.error
+        patch.setattr(hutchinson.Nodewise, "error", lambda self: (2 * error(self)[0], error(self)[1]))
         assert not calibrated(Hutchinson(4), trajectory)
     with monkeypatch.context() as patch:  # columns taken as independent over the nodes
-        patch.setattr(traces, "_fitted", lambda scale, products, weights: torch.diag_embed(scale))
+        patch.setattr(cycled, "_fitted", lambda scale, products, weights: torch.diag_embed(scale))
         assert not calibrated(Hadamard(16), trajectory)
 
 
@@ -346,7 +357,7 @@ def test_float32_fields_sum_in_float64(trace):
 def test_chunks_change_nothing(monkeypatch):
     jacobians = torch.stack([matrix(8, n) for n in range(5)])
     before = [along(trace, jacobians, torch.ones(5), batch=3, seed=0) for trace in ALL]
-    monkeypatch.setattr(traces, "_CHUNK", 2 * 3 * 8)
+    monkeypatch.setattr(products, "_CHUNK", 2 * 3 * 8)
     after = [along(trace, jacobians, torch.ones(5), batch=3, seed=0) for trace in ALL]
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one.value, other.value)
