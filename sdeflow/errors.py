@@ -1,7 +1,7 @@
 """Every error and warning of sdeflow.
 
-Errors derive from :class:`SdeflowError` and from the built-in that fits, so that both
-``except SdeflowError`` and ``except ValueError`` catch what their reader expects.
+Each error derives from :class:`SdeflowError` and from the built-in error that fits, so that both
+``except SdeflowError`` and ``except ValueError`` catch it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SdeflowError(Exception):
 
 
 class DeclarationError(SdeflowError, ValueError):
-    """What was declared is not an SDE that sdeflow can read."""
+    """The declaration is not an SDE that sdeflow can read."""
 
 
 class UnsafeExpressionError(DeclarationError):
@@ -60,11 +60,11 @@ class UnsafeExpressionError(DeclarationError):
 
 
 class NotAffineError(DeclarationError):
-    """A Gaussian perturbation kernel was asked of an SDE that has none."""
+    """A Gaussian perturbation kernel was requested for an SDE that has none."""
 
 
 class ScheduleError(DeclarationError):
-    """A coefficient is singular, complex, explosive or without noise on the horizon."""
+    """A coefficient is singular or complex on [0, T], or the moments explode, or there is no noise."""
 
 
 class MissingPriorError(SdeflowError, ValueError):
@@ -84,17 +84,17 @@ class WeightingError(SdeflowError, ValueError):
 
 
 class TooLargeError(SdeflowError, ValueError):
-    """What was asked for has a size that cannot be meant: it is refused before any work."""
+    """A requested size is too large to be meant; it is refused before any work."""
 
 
 class SolverError(SdeflowError, RuntimeError):
-    """A solve did not end well.
+    """A solve failed.
 
     Attributes:
-        t: the time of the SDE (not of the solver's variable) where it went wrong, or None.
-        nfe: calls of the score until then.
-        bad_rows: indices of the samples concerned.
-        partial: the state at that time, where there is one.
+        t: the time of the failure, in the SDE's t (not in the solver's variable), or None.
+        nfe: the number of calls of the score until then.
+        bad_rows: the indices of the samples that failed.
+        partial: the state at that time, or None.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class MaxStepsError(SolverError):
 
 
 class StepUnderflowError(SolverError):
-    """An adaptive method shrank its step to nothing."""
+    """The step of an adaptive method became too small."""
 
 
 class NonFiniteStateError(SolverError):
-    """The state, or what the score returned, became NaN, infinite or enormous."""
+    """The state or the output of the score became NaN, infinite or very large."""
 
 
 class TrainingDivergedError(SdeflowError, RuntimeError):
@@ -131,7 +131,7 @@ class CheckpointError(SdeflowError, RuntimeError):
 
 
 class CheckpointCorrupt(CheckpointError):
-    """A checkpoint's bytes are not those that were written."""
+    """The bytes of a checkpoint have changed since it was written."""
 
 
 class CheckpointMismatch(CheckpointError):
@@ -139,42 +139,42 @@ class CheckpointMismatch(CheckpointError):
 
 
 class CheckpointVersionError(CheckpointError):
-    """A checkpoint was written by a newer format."""
+    """A checkpoint has a newer format than this version can read."""
 
 
 class PriorMismatchWarning(UserWarning):
-    """The prior in use is far from p(x_T)."""
+    """The prior is far from p(x_T)."""
 
 
 class DataScaleWarning(UserWarning):
-    """The data's scale is unusual enough to be a mistake."""
+    """The scale of the data is so unusual that it may be a mistake."""
 
 
 class TraceErrorWarning(UserWarning):
-    """A log-likelihood's stochastic trace is noisier than its reader would expect."""
+    """The trace estimate of a log-likelihood has a large standard error."""
 
 
 class ToleranceWarning(UserWarning):
-    """A tolerance that was asked for could not be reached; the result says what was."""
+    """A tolerance could not be reached; the result holds the error that was reached."""
 
 
 class LongSolveWarning(UserWarning):
-    """A solve takes many calls of a large network, and no progress bar shows it."""
+    """A solve takes many calls of a large network, and no progress bar is shown."""
 
 
 class CoarseStepsWarning(UserWarning):
-    """The steps of a solve are long against what the drift does in them, and the method does not know the kernel."""
+    """The drift changes much within a step of a solve, and the method does not use the kernel."""
 
 
 class HiddenParametersWarning(UserWarning):
-    """A score's network is a function that calls a module: the score does not hold its parameters."""
+    """A score's network is a function that calls a module, so the score does not hold the module's parameters."""
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning that points at the line of the user's which led to it, however deep in the package it arises.
+    """Warns, and points at the line of the user's code that led to the warning.
 
-    That is the first frame, going outwards, which is neither of this package nor of the libraries through which its
-    calls may pass.
+    This line is in the innermost frame that belongs neither to this package nor to a library that its calls pass
+    through.
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _passes_through(frame.f_code.co_filename, frame.f_globals.get("__name__", "")):

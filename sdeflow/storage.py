@@ -1,11 +1,11 @@
-"""Declarations as plain data, and exactly back: what ``SDE.to_dict`` and ``SDE.from_dict`` hold.
+"""Declarations as plain data and exactly back, for ``SDE.to_dict`` and ``SDE.from_dict``.
 
     {"format": 1, "f": tree, "g": tree, "T": 1.0, "cutoff": None, "P0": 0.0, "state": None, "path": None,
      "parameters": {name: {"assumptions": {...}, "value": number or {"data", "shape", "dtype", "learned"}}},
      "schedules": {name: [times, values]}, "basis": None}
 
-Expressions are trees of allowed nodes (:mod:`sdeflow.symbolic.tree`): nothing in such a dict is ever evaluated
-as text. Floats are Python's, whose JSON is exact. Declarations are stored in the sense of Itô.
+Expressions are trees of allowed nodes (:mod:`sdeflow.symbolic.tree`): no text in such a dict is ever evaluated.
+Floats are Python floats, whose JSON form is exact. Declarations are stored in the sense of Itô.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LARGEST_TENSOR = 2**24
 
 
 def tables_of(declaration: Declaration) -> dict[str, list | str]:
-    """The tables behind a declaration's schedules, by name; a Python function is only named."""
+    """The tables of a declaration's schedules, by name; for a Python function, its name."""
     expressions = [*declaration.drifts, *declaration.diffusions, *(declaration.path or ())]
     kinds = {type(call) for e in expressions for call in e.atoms(Schedule)}
     return {
@@ -47,7 +47,8 @@ def to_dict(declaration: Declaration, values: Values, basis: Basis | None) -> di
     """The declaration with its parameters' values as JSON-able data.
 
     Raises:
-        DeclarationError: for what has no such form: a schedule that is a Python function, or a basis of the user's own.
+        DeclarationError: if a schedule is a Python function, or the basis is a class of the user's; both cannot be
+            stored.
     """
     expressions = [*declaration.drifts, *declaration.diffusions, *(declaration.path or ())]
     schedules = {type(call).__name__: type(call) for e in expressions for call in e.atoms(Schedule)}
@@ -71,11 +72,11 @@ def to_dict(declaration: Declaration, values: Values, basis: Basis | None) -> di
 
 
 def from_dict(data: Mapping) -> tuple[Declaration, Values, Basis | None]:
-    """What :func:`to_dict` was given.
+    """The declaration, values and basis from the data of :func:`to_dict`, of which it is the inverse.
 
     Raises:
-        UnsafeExpressionError: for data that this version does not understand; nothing is built of it then.
-        DeclarationError: for a declaration that makes no sense.
+        UnsafeExpressionError: if this version does not understand the data; nothing is built from it then.
+        DeclarationError: if the declaration is inconsistent.
     """
     if not isinstance(data, Mapping) or type(data.get("format")) is not int or data["format"] != _FORMAT:
         given = data.get("format") if isinstance(data, Mapping) else type(data).__name__
@@ -107,7 +108,7 @@ def from_dict(data: Mapping) -> tuple[Declaration, Values, Basis | None]:
 
 
 def _checked(declaration: Declaration) -> Declaration:
-    """The declaration, once shapes, times and covariance make sense together."""
+    """The declaration, after a check that shapes, times and covariance are consistent."""
     k = len(declaration.state)
     matrices = [e for e in (declaration.f, declaration.g) if isinstance(e, sp.MatrixBase)]
     if len(matrices) != (2 if declaration.coupled else 0):
@@ -149,7 +150,7 @@ def _integer(value: object) -> int:
 
 
 def _assumptions(symbol: sp.Symbol) -> dict[str, bool]:
-    """What the user said of a symbol, without what SymPy concludes from it."""
+    """The assumptions that the user gave for a symbol, without those that SymPy derives from them."""
     given = {name: value for name, value in symbol._assumptions_orig.items() if name != "commutative"}
     unknown = sorted(set(given) - set(_ASSUMPTIONS))
     if unknown:
@@ -176,8 +177,8 @@ def _value_out(value: float | Tensor) -> float | dict:
 def _value_in(value: object, name: str) -> float | Tensor:
     if not isinstance(value, Mapping):
         return _number(value)
-    shape = [_integer(side) for side in value["shape"]]
-    if value["dtype"] not in _DTYPES or not isinstance(value["learned"], bool) or any(side < 0 for side in shape):
+    shape = [_integer(size) for size in value["shape"]]
+    if value["dtype"] not in _DTYPES or not isinstance(value["learned"], bool) or any(size < 0 for size in shape):
         raise UnsafeExpressionError(f"the parameter {name} is no stored tensor.")
     if math.prod(shape) != len(value["data"]) or math.prod(shape) > _LARGEST_TENSOR:
         raise UnsafeExpressionError(f"the parameter {name} holds {len(value['data'])} numbers for the shape {shape}.")

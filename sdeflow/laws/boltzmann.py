@@ -1,4 +1,4 @@
-"""The law of Boltzmann, which underdamped Langevin dynamics leave as it is: ``sdeflow.symbolic.langevin``."""
+"""Boltzmann's law, the stationary law of underdamped Langevin dynamics (``sdeflow.symbolic.langevin``)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["BoltzmannLaw"]
 
 
 class _OfPosition(Protocol):
-    def quantile(self, level: Tensor) -> Tensor: ...
+    def quantile(self, probability: Tensor) -> Tensor: ...
 
     def log_prob(self, x: Tensor) -> Tensor: ...
 
 
 class BoltzmannLaw:
-    """p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)) of states (batch, 2, *event), each coordinate of the event by itself.
+    """p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)) of states (batch, 2, *event); coordinates of the event are independent.
 
     Args:
         of_position: the law ∝ exp(-Φ) of the position.
         temperature: θ, the variance of the velocity.
-        position, velocity: which component is which.
+        position, velocity: the indices of these components, 0 and 1 or 1 and 0.
     """
 
     def __init__(self, of_position: _OfPosition, temperature: float, position: int, velocity: int) -> None:

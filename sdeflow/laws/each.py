@@ -1,4 +1,4 @@
-"""A law for each sample of a batch, as the prior of a score whose samples have conditions of their own."""
+"""A law for each sample of a batch: the prior of a score in which each sample has its own condition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kind = TypeVar("Kind")
 
 
 class Law(Protocol):
-    """What a prior must do."""
+    """The protocol of a prior: samples and log p."""
 
     def sample(
         self,
@@ -36,15 +36,15 @@ class EachSample:
     """A law for each sample of a batch: sample i has the law ``laws[which[i]]``.
 
     Args:
-        laws: the laws that occur.
-        which: (batch,) integers on the CPU.
+        laws: the different laws.
+        which: (batch,) integers on the CPU, indices of ``laws``.
     """
 
     def __init__(self, laws: Sequence[Law], which: Tensor) -> None:
         self.laws, self.which = tuple(laws), which
 
     def rows(self, index: Tensor | slice) -> EachSample:
-        """The laws of some samples; numbers may repeat."""
+        """The laws of the samples ``index``, which may repeat."""
         return EachSample(self.laws, self.which[index])
 
     def sample(
@@ -54,7 +54,7 @@ class EachSample:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Samples of the given ``shape`` (batch, *event): sample i is that of its law in a batch of this shape."""
+        """Samples of the given ``shape`` (batch, *event): sample i is that of its law in such a batch."""
         if self.is_gaussian:
             for law in self._gaussians:
                 law.require_event(tuple(shape[1:]))
@@ -68,7 +68,7 @@ class EachSample:
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether all of the laws are."""
+        """Whether all laws are Gaussian."""
         return all(isinstance(law, Gaussian) for law in self.laws)
 
     @property
@@ -88,16 +88,16 @@ class EachSample:
 
     @property
     def mean(self) -> Tensor:
-        """Of Gaussians, the mean of each sample, (batch, *event)."""
+        """The mean of each sample, (batch, *event), if all laws are Gaussian."""
         return torch.stack([law.mean for law in self._gaussians])[self.which]
 
     @property
     def std(self) -> Tensor:
-        """Of Gaussians, the standard deviation of each sample, (batch, *event)."""
+        """The standard deviation of each sample, (batch, *event), if all laws are Gaussian."""
         return torch.stack([law.std for law in self._gaussians])[self.which]
 
     def _joined(self, laws: Sequence[Kind], x: Tensor, of_law: Callable[[Kind, Tensor], Tensor]) -> Tensor:
-        """What ``of_law`` gives for each law and its samples, in the order of the samples."""
+        """The results of ``of_law`` for each law and its samples, in the order of the samples."""
         if len(x) != len(self.which):
             raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
         order = self.which.argsort(stable=True)

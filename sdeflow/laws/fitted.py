@@ -1,8 +1,8 @@
 """A mixture of Gaussians fitted to states.
 
-A mixture of Gaussians fitted by EM to states simulated from the data, over the whole event where
-that is small, else over each coordinate by itself (all components of a coupled state together). Its fit is reported
-as the Kolmogorov-Smirnov distance of each coordinate to states that the fit has not seen.
+EM fits the mixture to states that are simulated from data: one mixture over the whole event if the event is small, else
+one for each coordinate (with all components of a coupled state together). The quality of the fit is the
+Kolmogorov-Smirnov distance of each coordinate to states that were not used in the fit.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from sdeflow.numerics.noise import NoiseStream
 
 __all__ = ["FittedPrior"]
 
-_JOINT = 8  # sides of an event that one mixture takes whole
+_JOINT = 8  # an event of up to this many numbers is fitted by one mixture
 _GROUPS = 32  # mixtures fitted at once
-_ROUNDS, _PROGRESS = 200, 1e-5  # of EM: at most, and the gain per state in nats at which it ends
-_FLOOR = 1e-5  # of a component's variance, in units of the whole's
+_ROUNDS, _PROGRESS = 200, 1e-5  # of EM: the most rounds, and the gain in nats per state at which it ends
+_FLOOR = 1e-5  # of a component's variance, in units of the variance of all states
 
 
 class FittedPrior:
-    """A mixture of Gaussians fitted to states by EM: over whole events of up to 8 sides, else over each coordinate.
+    """A mixture of Gaussians fitted to states by EM: of whole events of up to 8 numbers, else of each coordinate.
 
     Args:
-        states: (n, *event), to which it is fitted.
-        others: states that test the fit.
-        components: of the mixture.
-        coupled: whether the first side of the event holds components, which a coordinate keeps together.
+        states: (n, *event), used for the fit.
+        others: (m, *event), states that test the fit.
+        components: the number of Gaussians.
+        coupled: whether the first dim of the event holds components; a coordinate keeps its components together.
 
     Attributes:
         event: the shape of a state.
         ks: the Kolmogorov-Smirnov distance of each coordinate to ``others``, (*event).
-        tested: how many those were; sampling alone gives a distance of up to 1.36 / sqrt(tested) in 95 % of cases.
+        tested: the number of ``others``; sampling alone gives a distance of up to 1.36 / sqrt(tested) in 95 % of cases.
     """
 
     def __init__(self, states: Tensor, others: Tensor, components: int, coupled: bool) -> None:
         self.event, self.fitted, self.tested = tuple(states.shape[1:]), len(states), len(others)
-        self._sides = self.event[0] if coupled else 1
+        self._size = self.event[0] if coupled else 1  # the numbers that one mixture is of
         if math.prod(self.event) <= _JOINT:
-            self._sides = math.prod(self.event)
+            self._size = math.prod(self.event)
         grouped = self._grouped(states.double())
         self._mean, self._scale = grouped.mean(1, keepdim=True), grouped.std(1, keepdim=True)
         if not bool((self._scale > 0).all()):
@@ -62,13 +62,13 @@ class FittedPrior:
         """Samples of the given ``shape`` (batch, *event)."""
         shape, dtype = checked_shape(shape), checked_dtype(dtype)
         self._require_event(shape[1:])
-        noise, (groups, _, sides) = NoiseStream(seed, "prior"), self._centres.shape
-        level = noise.uniform((shape[0], groups, 1), torch.float64)
-        chosen = (level > self._weights.cumsum(1)[:, :-1]).sum(2)
-        z = noise.normal((shape[0], groups, sides), torch.float64)
+        noise, (groups, _, size) = NoiseStream(seed, "prior"), self._centres.shape
+        uniform = noise.uniform((shape[0], groups, 1), torch.float64)
+        chosen = (uniform > self._weights.cumsum(1)[:, :-1]).sum(2)
+        z = noise.normal((shape[0], groups, size), torch.float64)
         index = torch.arange(groups)
         u = self._centres[index, chosen] + (self._roots[index, chosen] @ z[..., None])[..., 0]
-        x = self._mean[:, 0] + self._scale[:, 0] * u  # (batch, groups, sides)
+        x = self._mean[:, 0] + self._scale[:, 0] * u  # (batch, groups, size)
         return x.mT.reshape(shape).to(device=device, dtype=dtype or torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ class FittedPrior:
         return (log_p - self._scale.log().sum(2)).sum(0).to(x.device)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """States (batch, *event) as (groups, batch, sides): what is fitted together, side by side."""
-        return x.reshape(len(x), self._sides, -1).permute(2, 0, 1)
+        """States (batch, *event) as (groups, batch, size); each group has its own mixture."""
+        return x.reshape(len(x), self._size, -1).permute(2, 0, 1)
 
     def _distances(self, grouped: Tensor) -> Tensor:
         """The Kolmogorov-Smirnov distance of each coordinate."""
@@ -99,7 +99,7 @@ class FittedPrior:
             raise DataError(f"this prior is of states of shape {self.event}, not {event}.")
 
     def __repr__(self) -> str:
-        over = "whole states" if self._sides == math.prod(self.event) else "each coordinate"
+        over = "whole states" if self._size == math.prod(self.event) else "each coordinate"
         return (
             f"FittedPrior({self._weights.shape[1]} Gaussians over {over}, fitted to {self.fitted} simulated states; "
             f"Kolmogorov-Smirnov distance to {self.tested} others {float(self.ks.max()):.4f} at most, where sampling "
@@ -108,15 +108,15 @@ class FittedPrior:
 
 
 def _fit_mixture(u: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and Cholesky roots by EM, for standardised states (groups, n, sides)."""
-    groups, n, sides = u.shape
+    """Weights, means and Cholesky roots by EM, for standardised states (groups, n, size)."""
+    groups, n, size = u.shape
     axis = torch.linalg.eigh(u.mT @ u)[1][..., -1:]
     order = (u @ axis)[..., 0].argsort(dim=1)
     places = ((torch.arange(components) + 0.5) / components * n).long()
-    centres = torch.gather(u, 1, order[:, places, None].expand(-1, -1, sides))
-    one = torch.eye(sides, dtype=u.dtype)
+    centres = torch.gather(u, 1, order[:, places, None].expand(-1, -1, size))
+    one = torch.eye(size, dtype=u.dtype)
     roots, weights = (
-        0.5 * one.expand(groups, components, sides, sides),
+        0.5 * one.expand(groups, components, size, size),
         u.new_full((groups, components), 1 / components),
     )
     squares = (u[..., None] * u[..., None, :]).flatten(2)
@@ -128,7 +128,7 @@ def _fit_mixture(u: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         mass = share.sum(1) + 1e-9 * n
         weights = mass / mass.sum(1, keepdim=True)
         centres = (share.mT @ u) / mass[..., None]
-        second = (share.mT @ squares / mass[..., None]).unflatten(-1, (sides, sides))
+        second = (share.mT @ squares / mass[..., None]).unflatten(-1, (size, size))
         roots = torch.linalg.cholesky(second - centres[..., None] * centres[..., None, :] + _FLOOR * one)
         mean = float(total.mean())
         if mean - previous < _PROGRESS:
@@ -138,7 +138,7 @@ def _fit_mixture(u: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_joint(u: Tensor, weights: Tensor, centres: Tensor, roots: Tensor) -> Tensor:
-    """log w_k N(u; m_k, L_k L_kᵀ), (groups, batch, k), for u (groups, batch, sides)."""
+    """log w_k N(u; m_k, L_k L_kᵀ), (groups, batch, k), for u (groups, batch, size)."""
     inverse = torch.linalg.inv(roots)
     z = u @ inverse.flatten(1, 2).mT - (inverse @ centres[..., None]).flatten(1)[:, None]
     log_det = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)

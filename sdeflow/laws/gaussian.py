@@ -1,4 +1,4 @@
-r"""A Gaussian over events: the prior p(x_T), and any marginal of Gaussian data."""
+"""A Gaussian law of states: the prior p(x_T), and any marginal of Gaussian data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Gaussian:
 
     Args:
         mean: () or a tensor that broadcasts to an event.
-        std: the standard deviation, likewise, positive; or a coupled :class:`~sdeflow.numerics.linear.Linear`, the
-            root.
-        basis: an orthogonal basis, in which mean and std are then given.
+        std: the standard deviation, positive, () or a tensor that broadcasts to an event; or the root, a coupled
+            :class:`~sdeflow.numerics.linear.Linear`.
+        basis: an orthogonal basis. If given, mean and std are those of the coefficients.
     """
 
     def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:
@@ -53,9 +53,9 @@ class Gaussian:
         return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), checked_dtype(dtype), device))
 
     def coloured(self, noise: Tensor) -> Tensor:
-        """mean + root noise: a sample of this law from one of N(0, 1), (batch, *event)."""
+        """mean + root noise, (batch, *event): a sample of this law if ``noise`` is a sample of N(0, 1)."""
         noise = checked_point(noise, "noise")
-        x = self._level(noise) + self._moved(noise.device)(noise)
+        x = self._mean_for(noise) + self._moved(noise.device)(noise)
         return x if self.basis is None else self.basis.inverse(x)
 
     def whitened(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Gaussian:
         x = checked_point(x)
         self.require_event(tuple(x.shape[1:]))
         x = x if self.basis is None else self.basis.forward(x)
-        return self._moved(x.device).inverse(x - self._level(x))
+        return self._moved(x.device).inverse(x - self._mean_for(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
@@ -78,9 +78,9 @@ class Gaussian:
         if self.root.coupled:
             inverse = other.root.inverse
             relative = (inverse @ self.root).values
-            k, sides = relative.shape[-1], max(self.mean.ndim, other.mean.ndim) - 1
-            like = relative.new_zeros(1, k, *(1,) * sides)
-            apart = like[0] + self._level(like) - other._level(like)
+            k, dims = relative.shape[-1], max(self.mean.ndim, other.mean.ndim) - 1
+            like = relative.new_zeros(1, k, *(1,) * dims)
+            apart = like[0] + self._mean_for(like) - other._mean_for(like)
             shift = inverse.values @ apart.movedim(0, -1)[..., None]
             trace, log_det = relative.square().sum((-1, -2)), torch.linalg.slogdet(relative)[1]
             return float((0.5 * (trace - k) - log_det).mean() / k + 0.5 * shift.square().mean())
@@ -92,8 +92,8 @@ class Gaussian:
         basis = "" if self.basis is None else f", basis={self.basis}"
         return f"Gaussian(mean={_short(self.mean)}, std={_short(self.std)}{basis})"
 
-    def _level(self, x: Tensor) -> Tensor:
-        """The mean, shaped to broadcast with states like ``x``; of a coupled state sides are added at the end."""
+    def _mean_for(self, x: Tensor) -> Tensor:
+        """The mean in a shape that broadcasts with ``x``; for a coupled state, dims are added at the end."""
         mean = self.mean.to(device=x.device, dtype=x.dtype)
         if self.root.coupled and mean.ndim < x.ndim - 1:
             mean = mean.reshape(*mean.shape, *(1,) * (x.ndim - 1 - mean.ndim))
@@ -103,13 +103,13 @@ class Gaussian:
         return Linear(self.root.values.to(device), self.root.coupled)
 
     def require_event(self, event: tuple[int, ...]) -> None:
-        """Raises a DataError for an event whose shape is not this law's."""
+        """Raises a DataError if this law is not one of events of this shape."""
         for value in (self.mean, self.std):
             given = tuple(value.shape)
-            sides = (
+            sizes = (
                 zip(given, event, strict=False) if self.root.coupled else zip(given[::-1], event[::-1], strict=False)
             )
-            if len(given) > len(event) or any(n not in (1, m) for n, m in sides):
+            if len(given) > len(event) or any(n not in (1, m) for n, m in sizes):
                 raise DataError(f"this prior is of events of shape {given}, not {event}.")
 
 

@@ -1,20 +1,22 @@
-r"""The stationary law of an SDE whose f and g are free of t.
+r"""The stationary law of an SDE whose f and g do not depend on t.
 
-In one dimension and with f and g free of t, the Fokker-Planck equation ∂_t p = -∂_x J has the
-flux J = f p - ½ ∂_x (g² p), and a law at rest without flux is
+In one dimension the Fokker-Planck equation is ∂_t p = -∂_x J with the flux J = f p - ½ ∂_x (g² p). The stationary law
+without flux is
 
     p(x) = exp(∫ 2 f / g² dx) / (Z g²)
 
-wherever that can be normalised (Karlin & Taylor 1981, 15.5); elsewhere there is none (Brownian motion, the geometric
-one). It is found on the interval around the data on which g² > 0, in a variable u that maps the interval to the line,
-x = sinh u, a ± e^u or a + (b - a) / (1 + e^-u), up to where p dx/du has fallen e^46 times below its peak.
+if it can be normalised (Karlin & Taylor 1981, 15.5); if not, there is none (Brownian motion, geometric Brownian
+motion). It is tabulated on the interval around the data on which g² > 0, in a variable u that maps this interval to the
+real line: x = sinh u, a ± e^u or a + (b - a) / (1 + e^-u). The table ends where p dx/du is e^46 times smaller than its
+peak.
 
-How fast p_t tends to it follows from the same table: the generator is symmetric in L²(1/p), and the cells of a
-finite-volume scheme exchange probability at the rates 1 / ∫ 2 dx / (g² p), which are exact at rest. Its spectrum is
-that of relaxation, and carries any law from 0 to T.
+The same table gives the speed of convergence of p_t. The generator is symmetric in L²(1/p), and the cells of a
+finite-volume scheme exchange probability at the rates 1 / ∫ 2 dx / (g² p), which are exact for the stationary law. The
+spectrum of this scheme gives the relaxation rates, and carries any law from time 0 to T.
 
-Underdamped Langevin dynamics, a position and a velocity, leave the law of Boltzmann exp(-Φ(x) - v² / (2 θ)) as it is
-(``sdeflow.symbolic.langevin``); the law of the position is found as above, with the drift -Φ' and the noise √2.
+For underdamped Langevin dynamics, of a position and a velocity, the stationary law is Boltzmann's
+exp(-Φ(x) - v² / (2 θ)) (``sdeflow.symbolic.langevin``). The law of the position is found as above, with the drift -Φ'
+and the noise √2.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["StationaryLaw", "stationary_law"]
 
-_FALL = 46.0  # nats below the peak at which a tail is cut: e^-46 = 1e-20
-_FURTHEST = 40.0  # the reach of the table in u: x of 1e17
-_LEAST_FALL, _LEAST_RATE = 14.0, 0.1  # there, in nats and nats per unit of u: e^-14 / 0.1 is the mass left out
-_OVERFLOW = 1e100  # of a coefficient that is not finite farther out
+_FALL = 46.0  # nats below the peak where a tail is cut: e^-46 = 1e-20
+_FURTHEST = 40.0  # the largest |u| of the table: |x| up to 1e17
+_LEAST_FALL, _LEAST_RATE = 14.0, 0.1  # required there, in nats and in nats per unit of u: mass left out e^-14 / 0.1
+_OVERFLOW = 1e100  # a coefficient above it overflows farther out
 _LOOK = 16  # nodes of the first table
 _NODES = 4097
 _GAUSS, _COARSE = np.polynomial.legendre.leggauss(6), np.polynomial.legendre.leggauss(3)
@@ -49,11 +51,11 @@ _STARTS = (0.0, 1.0, 0.5, -1.0, 0.1, 2.0, 10.0, -0.5, 100.0)
 
 
 def stationary_law(sde: Declared, near: float | None = None) -> StationaryLaw | BoltzmannLaw | None:
-    """The stationary law of an elementwise SDE, or of Langevin dynamics, free of t; None where none is known.
+    """The stationary law of an elementwise SDE or of Langevin dynamics, if f and g do not depend on t; None if unknown.
 
     Args:
         sde: the declaration.
-        near: a state in the interval on which the law lives; by default one of 0, 1, ... at which g > 0.
+        near: a state in the interval of the law. By default the first of 0, 1, 0.5, -1, ... at which g is not zero.
     """
     declaration = sde.declaration
     depends = any(e.has(time_symbol) for e in (*declaration.drifts, *declaration.diffusions))
@@ -74,7 +76,7 @@ def _elementwise(declaration: Declaration, values: Values, near: float | None) -
 
 
 def _boltzmann(declaration: Declaration, values: Values, near: float | None) -> BoltzmannLaw | None:
-    """The law of Boltzmann of underdamped Langevin dynamics; None for another SDE, or where it has no finite mass."""
+    """Boltzmann's law of underdamped Langevin dynamics; None for another SDE, or if its mass is infinite."""
     found = find_langevin(declaration)
     if found is None:
         return None
@@ -106,7 +108,7 @@ class _Coefficients:
 
 
 class _Interval:
-    """The map x(u) of the line onto (low, high), either of which may be infinite."""
+    """The map x(u) of the real line onto (low, high); either end may be infinite."""
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
@@ -123,7 +125,7 @@ class _Interval:
         return np.where(u < 0, self.low + length * part, self.high - length * (1.0 - part)), length * part * (1 - part)
 
     def line(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u and log dx/du, for x inside."""
+        """u and log dx/du, for x inside the interval."""
         if math.isinf(self.low) and math.isinf(self.high):
             return torch.asinh(x), 0.5 * torch.log1p(x * x)
         if math.isinf(self.high):
@@ -140,7 +142,7 @@ class _Interval:
 
 
 def _edge(coefficients: _Coefficients, inside: float, direction: float) -> float:
-    """Where g vanishes, changes its sign or ends, next to ``inside`` in one direction; infinite where it never does."""
+    """The nearest point in one direction where g is zero, changes its sign or is not finite; else infinity."""
     first = float(coefficients(np.array([inside]))[1][0])
 
     def is_inside(x: np.ndarray) -> np.ndarray:
@@ -149,7 +151,7 @@ def _edge(coefficients: _Coefficients, inside: float, direction: float) -> float
 
     scan = inside + direction * np.concatenate([np.linspace(0, 4, 4001)[1:], np.geomspace(4, 1e6, 4000)[1:]])
     outside = np.flatnonzero(~is_inside(scan))
-    if not len(outside) or abs(scan[outside[0]]) > 1e5:  # coefficients that overflow far out are no end
+    if not len(outside) or abs(scan[outside[0]]) > 1e5:  # an overflow far out is not an end of the interval
         return direction * math.inf
     good, end = (inside if outside[0] == 0 else scan[outside[0] - 1]), scan[outside[0]]
     for _ in range(100):  # bisection
@@ -161,7 +163,7 @@ def _edge(coefficients: _Coefficients, inside: float, direction: float) -> float
 
 
 def _on_interval(declaration: Declaration, coefficients: _Coefficients, inside: float) -> StationaryLaw | None:
-    """The law on the interval around ``inside``, tabulated where it is not negligible; None where not normalisable."""
+    """The law on the interval around ``inside``, tabulated where it is not negligible; None if not normalisable."""
     interval = _Interval(*(_edge(coefficients, inside, direction) for direction in (-1.0, 1.0)))
     centre = float(interval.line(torch.tensor(inside, dtype=torch.float64))[0])
     with np.errstate(all="ignore"):
@@ -174,7 +176,7 @@ def _on_interval(declaration: Declaration, coefficients: _Coefficients, inside: 
     if not len(high):
         return None
     first, last = max(high[0] - 1, left), min(high[-1] + 1, right - 1)
-    for end, inwards in ((first, 1), (last, -1)):  # does p fall where the table ends, and has it fallen?
+    for end, inwards in ((first, 1), (last, -1)):  # is p small at the ends of the table, and does it fall?
         rate = (log_p[end + inwards * _LOOK] - log_p[end]) / (_LOOK * (u[1] - u[0])) if last - first > _LOOK else 0.0
         if not (log_p[end] < peak - _LEAST_FALL and rate > _LEAST_RATE):
             return None
@@ -189,12 +191,12 @@ def _finite_run(finite: np.ndarray, middle: int) -> tuple[int, int]:
 
 
 class _Table:
-    """On nodes u: the potential ∫ 2 f / g² dx from the node ``origin``, its slope in u, and log(p dx/du) up to Z."""
+    """On nodes u: the potential ∫ 2 f / g² dx from the node ``origin``, its slope in u, and log(Z p dx/du)."""
 
     def __init__(self, coefficients: _Coefficients, interval: _Interval, u: np.ndarray, origin: int) -> None:
         self.u = u
         steps, rough = (self._integrals(coefficients, interval, u, rule) for rule in (_GAUSS, _COARSE))
-        resolved = np.abs(steps - rough) < 0.05 + 0.01 * np.abs(steps)  # a drift that oscillates far out is not
+        resolved = np.abs(steps - rough) < 0.05 + 0.01 * np.abs(steps)  # false for a drift that oscillates far out
         self.resolved = np.concatenate([resolved[:1], resolved[1:] & resolved[:-1], resolved[-1:]])
         self.potential = np.concatenate([-np.cumsum(steps[:origin][::-1])[::-1], [0.0], np.cumsum(steps[origin:])])
         self.slope = self._slope(coefficients, interval, u)
@@ -217,10 +219,10 @@ class _Table:
 
 
 class StationaryLaw:
-    """The law p ∝ exp(∫ 2 f / g²) / g² that an elementwise SDE leaves as it is; each coordinate has it by itself.
+    """The stationary law p ∝ exp(∫ 2 f / g²) / g² of an elementwise SDE; coordinates are independent.
 
     Attributes:
-        low, high: the ends of the interval on which it lives.
+        low, high: the ends of its interval.
         mean, std: its moments.
     """
 
@@ -257,33 +259,33 @@ class StationaryLaw:
     ) -> Tensor:
         """Independent draws of the given ``shape`` (batch, *event), by inversion of the distribution function."""
         shape, dtype = checked_shape(shape), checked_dtype(dtype)
-        level = NoiseStream(seed, "prior").uniform(shape, torch.float64)
-        return self.quantile(level).to(device=device, dtype=dtype or torch.get_default_dtype())
+        uniform = NoiseStream(seed, "prior").uniform(shape, torch.float64)
+        return self.quantile(uniform).to(device=device, dtype=dtype or torch.get_default_dtype())
 
-    def quantile(self, level: Tensor) -> Tensor:
-        """The state below which a share ``level`` of the law lies, shaped as ``level``, in float64."""
-        u = np.interp(level.double().cpu().numpy(), self._cumulative, self._table.u)
+    def quantile(self, probability: Tensor) -> Tensor:
+        """The quantile function, the inverse of :meth:`cdf`, in the shape of ``probability``, in float64."""
+        u = np.interp(probability.double().cpu().numpy(), self._cumulative, self._table.u)
         return torch.as_tensor(self._interval.state(u)[0])
 
     def cdf(self, x: Tensor) -> Tensor:
-        """The distribution function, shaped as ``x``, in float64."""
+        """The distribution function, in the shape of ``x``, in float64."""
         inside = x.double().cpu().clamp(self._table.x[0], self._table.x[-1])
         return torch.as_tensor(np.interp(self._interval.line(inside)[0].numpy(), self._table.u, self._cumulative))
 
     @property
     def relaxation_time(self) -> float:
-        """1 / the smallest rate of decay towards the law."""
+        """1 / the smallest rate at which p_t converges to this law."""
         return float(-1.0 / np.sort(self._spectrum[0])[-2])
 
     def distance_at(self, time: float, mean: Tensor | float | None, std: Tensor | float | None) -> float:
-        """The total variation between x_t of N(mean, std²) data, the worst coordinate's, and the law.
+        """The total variation distance between this law and x_t of N(mean, std²) data; the largest over coordinates.
 
-        Without moments the data is put at the law's 2 % and at its 98 % quantile.
+        Without moments, data at the 2 % quantile and at the 98 % quantile of this law is taken.
         """
         edges = self._interval.state(self._table.u[self._edges])[0]
         if mean is None or std is None:
-            level = self._cumulative[self._edges]
-            start = np.stack([(level[1:] >= q) & (level[:-1] < q) for q in (0.02, 0.98)], axis=1).astype(float)
+            cdf = self._cumulative[self._edges]
+            start = np.stack([(cdf[1:] >= q) & (cdf[:-1] < q) for q in (0.02, 0.98)], axis=1).astype(float)
         else:
             m, s = (np.atleast_1d(np.asarray(torch.as_tensor(v).double().cpu()).reshape(-1)) for v in (mean, std))
             below = 0.5 * (1.0 + torch.erf(torch.as_tensor((edges[:, None] - m) / (math.sqrt(2.0) * s)))).numpy()
@@ -296,14 +298,14 @@ class StationaryLaw:
 
     @cached_property
     def _edges(self) -> np.ndarray:
-        """Nodes that bound the cells. The tails are one cell each: near an end the rates have no bound."""
+        """Nodes that bound the cells. Each tail is one cell, because the rates near an end are unbounded."""
         first, last = np.searchsorted(self._cumulative, [_TAIL, 1.0 - _TAIL])
         inner = np.unique(np.linspace(first, last, _CELLS + 1).round().astype(int))
         return np.concatenate([[0], inner, [_NODES - 1]])
 
     @cached_property
     def _spectrum(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rates (not positive) and orthonormal vectors of the symmetrised generator, and the cells' masses."""
+        """Eigenvalues (not positive) and eigenvectors of the symmetrised generator, and the masses of the cells."""
         from scipy.linalg import eigh_tridiagonal
 
         table, edges = self._table, self._edges
@@ -318,7 +320,7 @@ class StationaryLaw:
         return np.minimum(rates, 0.0), vectors, mass
 
     def _potential(self, u: Tensor) -> Tensor:
-        """The potential by cubic Hermite interpolation, and linearly beyond the table."""
+        """The potential, by cubic Hermite interpolation in the table and linear extrapolation outside of it."""
         nodes, values, slopes = (
             torch.as_tensor(v, device=u.device) for v in (self._table.u, self._table.potential, self._table.slope)
         )
@@ -339,6 +341,6 @@ class StationaryLaw:
 
 
 def _panels(values: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The integral over each panel between nodes, by cubics through four of them; values are 0 beyond the ends."""
+    """The integral over each panel, by a cubic through four nodes; values outside of the table are 0."""
     padded = np.concatenate([[0.0], values, [0.0]])
     return (u[1] - u[0]) * (13.0 * (values[1:] + values[:-1]) - padded[:-3] - padded[3:]) / 24.0

@@ -1,24 +1,24 @@
-r"""Embeddings of the two things a net is told besides the state: how noisy it is, and its class.
+r"""Embeddings of the two inputs of a net besides the state: the noise level and the class.
 
-A single number t is a poor input for a network: it must act on small changes of t, yet keep its
-activations bounded. So t is first mapped to Fourier features
+A single number t is a poor input for a network, which must react to small changes of t with bounded
+activations. So t is first mapped to Fourier features
 
     \gamma(t) = (sin \omega_k t, cos \omega_k t),   k = 0, ..., n - 1,
     \omega_k = \omega_min (\omega_max / \omega_min)^{k / (n - 1)},
 
-with *fixed*, geometrically spaced angular frequencies (Vaswani et al., arXiv 1706.03762; the
-transformer's positions, as diffusion models use them since Ho et al., arXiv 2006.11239), then to a
-learned embedding by a small MLP. The lowest frequency, 1/64, has a period of 402 and tells apart
-all noise levels up to 80 and all log-SNRs; the highest, 64, has a period of 0.1 and resolves a
-hundredth of the unit interval. So the same embedding serves a time, a noise level and a log-SNR.
+with *fixed*, geometrically spaced angular frequencies (Vaswani et al., arXiv 1706.03762, for the
+positions of a transformer; Ho et al., arXiv 2006.11239, for diffusion models), then to a learned
+embedding by a small MLP. The lowest frequency, 1/64, has a period of 402 and separates all noise levels
+up to 80 and all log-SNRs. The highest, 64, has a period of 0.1 and resolves a hundredth of the unit
+interval. So the same embedding serves for a time, a noise level and a log-SNR.
 
-Not to be confused with *random* Fourier features (Tancik et al., arXiv 2006.10739), as in the
-score models of Song et al. (arXiv 2011.13456): these draw the frequencies from a Gaussian, so they
-depend on a seed and want their input on a known scale. Higher frequencies than needed are not free:
-they let the net vary quickly with t, which the solvers of the probability flow pay for in steps.
+Do not confuse them with *random* Fourier features (Tancik et al., arXiv 2006.10739), as in the score
+models of Song et al. (arXiv 2011.13456). Those draw the frequencies from a Gaussian, so they depend on a
+seed and need an input of a known scale. Frequencies that are too high have a cost: the net may then vary
+quickly with t, and solvers of the probability flow need more steps.
 
-Classes enter as a learned vector added to the embedding of t. One more row than there are classes
-stands for "no label", as classifier-free guidance wants it (Ho and Salimans, arXiv 2207.12598).
+A class is a learned vector that is added to the embedding of t. The table has one vector more than there
+are classes, for "no label", as classifier-free guidance needs (Ho and Salimans, arXiv 2207.12598).
 """
 
 import math
@@ -35,9 +35,9 @@ class TimeEmbedding(nn.Module):
 
     Args:
         features: The length of the embedding.
-        frequencies: How many angular frequencies, each giving a sine and a cosine.
+        frequencies: The number of angular frequencies; each gives a sine and a cosine.
         lowest: The lowest angular frequency, in radians per unit of t. Numbers further apart than
-            2 pi / lowest are not told apart.
+            2 pi / lowest may have the same features.
         highest: The highest angular frequency.
 
     Raises:
@@ -68,7 +68,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeds t, shape (batch,), as a tensor of shape (batch, features)."""
-        # The phase needs the digits that half precision lacks.
+        # Half precision has too few digits for the phase.
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         phase = t[:, None] * self.omega.to(t.dtype)
         waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
@@ -77,36 +77,36 @@ class TimeEmbedding(nn.Module):
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is an integer, NumPy's too."""
+    """Whether ``value`` is an integer, of Python or NumPy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a real number, NumPy's too."""
+    """Whether ``value`` is a real number, of Python or NumPy."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_sizes(what: str, **sizes: object) -> None:
-    """A ValueError for sizes of ``what`` that are not positive integers."""
+    """Raises a ValueError if the sizes of ``what`` are not positive integers."""
     for name, size in sizes.items():
         if not is_whole(size) or not 0 < size < 2**31:
             raise ValueError(f"{what}({name}={size!r}): give a positive integer below 2^31")
 
 
 def require_dropout(dropout: object) -> None:
-    """A ValueError for what is no probability below 1."""
+    """Raises a ValueError if ``dropout`` is not a probability below 1."""
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r}: give a probability in [0, 1)")
 
 
 def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
-    """x as a floating tensor that meets ``weight`` in its dtype; what is no tensor is converted.
+    """x as a floating tensor of the dtype of ``weight``. Arrays and lists are converted.
 
     Raises:
-        TypeError: for what is no state, and for a tensor of another dtype than the net's.
+        TypeError: if x is not a state, or a tensor of another dtype than the net's.
     """
     if not isinstance(x, Tensor):
-        if hasattr(x, "filled"):  # a masked array, whose mask torch drops in silence
+        if hasattr(x, "filled"):  # a masked array: torch would drop its mask silently
             raise TypeError(f"{what} is a masked array, with entries without a value: pass {what}.filled(value)")
         try:
             rows = isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x)
@@ -126,7 +126,7 @@ def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
 
 
 class Conditioning(nn.Module):
-    r"""Creates what the blocks of a net are modulated by: SiLU(embedding of t + that of y).
+    r"""Creates the vector that modulates the blocks of a net: SiLU(embedding of t + embedding of y).
 
     Args:
         features: The length of the vector.
@@ -158,8 +158,8 @@ class Conditioning(nn.Module):
             The vectors, shape (batch, features).
 
         Raises:
-            ValueError: If t or y does not fit. Labels out of range are found on the CPU only;
-                elsewhere the device itself reports them.
+            ValueError: If t or y does not fit. Labels out of range are checked on the CPU only;
+                an accelerator reports them itself.
             TypeError: If y does not hold integers.
         """
         if t.shape != (batch,):

@@ -1,14 +1,13 @@
 r"""A residual multilayer perceptron for states that are vectors, such as points in the plane.
 
-Each block adds to its input h a two-layer perceptron, modulated in between by the embedding e of
-time and class (feature-wise linear modulation, FiLM: Perez et al., arXiv 1709.07871):
+Each block adds a two-layer perceptron to its input h. Between its layers, the embedding e of time and
+class modulates it (feature-wise linear modulation, FiLM: Perez et al., arXiv 1709.07871):
 
     h <- h + W_2 SiLU((1 + a(e)) * W_1 SiLU(h) + b(e)).
 
-W_2 starts at zero, hence every block at the identity and the net at zero. There is no
-normalisation: the state of a diffusion carries information in its length. It is the right net for
-up to a few hundred unordered coordinates; where neighbours matter (signals, images, volumes) use
-`UNet`.
+W_2 starts at zero, so every block starts as the identity, and the net at zero. There is no
+normalisation, because the length of the state of a diffusion carries information. Use this net for up to
+a few hundred unordered coordinates. If neighbours matter (signals, images, volumes), use `UNet`.
 """
 
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class MLP(nn.Module):
         self.features = features
         self.conditioning = Conditioning(width, classes)
         self.stem = nn.Linear(features, width)
-        # Inputs of unit size should reach where SiLU bends, or fine structure is learned last.
+        # Inputs of unit size should reach the curved part of SiLU; otherwise fine structure is learned last.
         nn.init.normal_(self.stem.weight, std=3 / features**0.5)
         self.blocks = nn.ModuleList(Block(width, width, dropout) for _ in range(depth))
         self.head = nn.Linear(width, out_features)

@@ -1,18 +1,17 @@
 r"""A U-Net for signals, images and volumes: states of shape (batch, channels, *size).
 
-The U-Net (Ronneberger et al., arXiv 1505.04597) looks at the state on several levels, each of half
-the resolution of the one before, and joins what it saw on the way down to what it makes on the way
-up. With residual blocks, self-attention at the coarse levels and modulation by time it is the
-network of denoising diffusion (Ho et al., arXiv 2006.11239) and, refined, of score SDEs (Song et
-al., arXiv 2011.13456), ADM (Dhariwal and Nichol, arXiv 2105.05233) and EDM (Karras et al.,
-arXiv 2206.00364). This one is small and general: one to three spatial dimensions, no option that a
-page of code cannot hold.
+The U-Net (Ronneberger et al., arXiv 1505.04597) processes the state on several levels; each level has
+half the resolution of the level before. Skip connections join the features of the way down to those of
+the way up. With residual blocks, self-attention on the coarse levels and modulation by time it is the
+network of denoising diffusion (Ho et al., arXiv 2006.11239) and, refined, of score SDEs (Song et al.,
+arXiv 2011.13456), ADM (Dhariwal and Nichol, arXiv 2105.05233) and EDM (Karras et al., arXiv 2206.00364).
+This net is small and general: one to three spatial dimensions, and few options.
 
 - Residual block: GroupNorm, SiLU, convolution, GroupNorm modulated by the embedding (FiLM: Perez et
   al., arXiv 1709.07871), SiLU, dropout, convolution. The last convolution starts at zero, so that
   every block starts as the identity.
-- The first block of a level pools (way down) or repeats (way up) its input, as in ADM; on the way
-  up each block also takes the output of its twin on the way down.
+- The first block of a level pools (way down) or repeats (way up) its input, as in ADM. On the way up
+  each block also takes the output of the corresponding block of the way down.
 - The head starts at zero too: an untrained net returns 0.
 """
 
@@ -39,7 +38,7 @@ def zeros(layer: nn.Module) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation, with at most 32 groups of at least 4 channels where these divide."""
+    """Group normalisation with at most 32 groups of at least 4 channels each, if the channels allow it."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels >= 4 * g))
     return nn.GroupNorm(groups, channels)
 
@@ -47,9 +46,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class Attention(nn.Module):
     r"""Creates self-attention among the positions of a grid, added to its input.
 
-    Torch's fused attention kernels have neither forward-mode nor second derivatives, nor a rule for
-    `vmap`, all of which likelihoods and energy models ask for. They pay off on long sequences only,
-    so they are used for more than `fused_above` positions and the plain formula elsewhere.
+    Torch's fused attention kernels have no forward-mode derivative, no second derivative and no rule
+    for `vmap`; likelihoods and energy models need all three. The kernels are faster on long sequences
+    only, so they are used above `fused_above` positions, and the plain formula below.
 
     Args:
         channels: The channels of the grid.
@@ -89,7 +88,7 @@ class Block(nn.Module):
         spatial_dims: The dimensions of the grid.
         dropout: The probability of dropping a value in training.
         heads: The number of attention heads; 0 for a block without attention.
-        resample: Applied to the input first, before a skip connection joins it.
+        resample: Applied to the input, before a skip connection joins it.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Block(nn.Module):
         Args:
             h: The input, shape (batch, channels - channels of the skip connection, *size).
             e: The embedding, shape (batch, embedding).
-            skip: What joins h after resampling, shape (batch, its channels, *new size).
+            skip: The skip connection, which joins h after resampling, shape (batch, its channels, *new size).
 
         Returns:
             A tensor of shape (batch, out_channels, *new size).
@@ -144,17 +143,17 @@ class UNet(nn.Module):
         channels: The channels of the state.
         width: The channels of the first level.
         multipliers: The channels of each level, in units of `width`, finest level first. Its length
-            is the number of levels, and each side of the state must be a multiple of
+            is the number of levels, and each size of the state must be a multiple of
             2 ** (levels - 1).
-        blocks: The number of residual blocks per level, on the way down as on the way up.
-        attention: The levels with self-attention, counted as Python counts: 0 is the finest, -1 the
+        blocks: The number of residual blocks per level, on the way down and on the way up.
+        attention: The levels with self-attention, as Python indices: 0 is the finest level, -1 the
             coarsest.
         spatial_dims: 1 for signals, 2 for images, 3 for volumes.
         classes: The number of classes; 0 for a net without labels.
-        dropout: The probability of dropping a value in training. It matters where data are few.
+        dropout: The probability of dropping a value in training. It helps if there are few data.
         out_channels: The channels of the output; by default those of the state.
-        head_width: The channels per attention head; a level whose channels it does not divide has
-            one head.
+        head_width: The channels per attention head. If it does not divide the channels of a level, that
+            level has one head.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -256,14 +255,14 @@ class UNet(nn.Module):
         """
         x = checked_input(x, self.stem.weight)
         if x.ndim != 2 + self.spatial_dims or x.shape[1] != self.channels:
-            sides = ("depth", "height", "width")[-self.spatial_dims :]
+            names = ("depth", "height", "width")[-self.spatial_dims :]
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, this UNet takes (batch, {self.channels}, "
-                f"{', '.join(sides)}): build it with the channels= and spatial_dims= of x"
+                f"{', '.join(names)}): build it with the channels= and spatial_dims= of x"
             )
-        if any(side % self.divisor for side in x.shape[2:]):
+        if any(size % self.divisor for size in x.shape[2:]):
             raise ValueError(
-                f"x has size {tuple(x.shape[2:])}, but each side must be a multiple of "
+                f"x has size {tuple(x.shape[2:])}, but each must be a multiple of "
                 f"{self.divisor} = 2 ** (levels - 1): pad or crop x, or give fewer multipliers"
             )
         e = self.conditioning(len(x), t, y)
