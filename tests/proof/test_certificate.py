@@ -118,6 +118,10 @@ def test_what_cannot_be_checked_is_said():
     assert not certificate.unchecked
     assert str(certificate).splitlines()[-1] == "not checked: nothing"
     assert "<p>not checked: nothing</p>" in certificate._repr_html_()
+    assert build("Jacobi").verify().unchecked == ("the bridge: none is known of a Jacobi diffusion.",)
+    certificate = SDE(R(1, 300) - x, sp.sqrt(x)).verify()  # 0.5 % of the states are below 1e-300
+    assert certificate, str(certificate)
+    assert "closer to an end of the domain than numbers can tell" in certificate.unchecked[0]
 
 
 def test_a_python_function_has_no_bounds_and_the_certificate_says_so():

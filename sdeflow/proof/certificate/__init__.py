@@ -9,7 +9,7 @@ arithmetic in 30 digits, and central differences of eighth order.
     formulas      alpha, offset, var, std, mean, log_snr, weighting, drifts of bridge, reverse SDE and flow
     transport     Fokker-Planck, flow and reverse SDE for a kernel and a mixture
     draws         seeded draws of kernel, prior, lift and bridge by their distribution function
-    of a state    mass, moment equations, the change of state, Bessel functions, where the kernel is not Gaussian
+    of a state    mass, moment equations, the change of state, Bessel functions, bridges, where it is not Gaussian
 
 A certificate is of the SDE with its present parameter values, at the points visited: a proof only where it says
 "symbolic". Solvers, likelihoods and training are no part of it: their own tests measure them.
@@ -76,6 +76,7 @@ CHECKS: dict[str, tuple[tuple[str, Callable[[Subject], None]], ...]] = {
     "pearson": (
         *_OF_STATE,
         ("the Bessel functions", changes.bessel),
+        ("the bridge", changes.square_root_bridge),
         ("the cutoff", changes.clock),
         *_EQUATIONS,
         _LAWS,

@@ -139,7 +139,7 @@ def integrated(
         left = np.concatenate([left[left > low], low + (middle - low) * near, *tiny[0]])
     if math.isfinite(high):
         right = np.concatenate([right[right < high], high - (high - middle) * near, *tiny[1]])
-    if (drawn < left.min()).mean() + (drawn > right.max()).mean() > _UNSEEN and math.isfinite(max(low, -high)):
+    if (drawn <= left.min()).mean() + (drawn >= right.max()).mean() > _UNSEEN and math.isfinite(max(low, -high)):
         raise UnknownValue(HIDDEN)
     edges = np.unique(np.clip(np.concatenate([[low, high], left, knots, right]), left.min(), right.max()))
     nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -148,10 +148,14 @@ def integrated(
     log_p = log_density(torch.as_tensor(x.reshape(-1, 1))).numpy()
     p = np.where(np.isfinite(log_p), np.exp(log_p), 0.0).reshape(x.shape) * weights * half[:, None]
     total = np.concatenate([[0.0], np.cumsum(p.sum(1))])
-    hidden = max(0.0, 1.0 - total[-1]) if math.isfinite(low) else 0.0  # between an end and the first number beyond it
+    hidden, end = 0.0, low if math.isfinite(low) else high
     mean = float((p * x).sum())
-    std = math.sqrt(float((p * (x - mean) ** 2).sum()))
-    return np.clip(np.interp(drawn, edges, total + hidden), 0.0, 1.0), mean, std
+    if math.isfinite(end):  # what lies between an end and the first number beyond it
+        hidden = max(0.0, 1.0 - total[-1])
+        mean += hidden * end
+    var = float((p * (x - mean) ** 2).sum()) + (hidden * (end - mean) ** 2 if hidden else 0.0)
+    levels = np.interp(drawn, edges, total + (hidden if end == low else 0.0))
+    return np.clip(levels, 0.0, 1.0), mean, math.sqrt(var)
 
 
 def jacobian(subject: Subject) -> None:
