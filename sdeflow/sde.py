@@ -281,12 +281,16 @@ class SDE:
         """lambda(t) = 1 / E|∇ log p(x_t | x_0)|² per coordinate, which is sigma(t)², of a Gaussian kernel.
 
         For a coupled state the matrix with lambda E[∇ log p ∇ log pᵀ] = 1, the covariance.
+        In SymPy; its numbers at times ts are those of sigma² with ``alpha, sigma, offset = kernel.coefficients(ts)``.
         """
         return self.kernel.require_gaussian("The weighting").var
 
     @property
     def likelihood_weighting(self) -> sp.Expr:
-        """g(t)², under which score matching bounds the likelihood (arXiv:2101.09258)."""
+        """g(t)², under which score matching bounds the likelihood (arXiv:2101.09258).
+
+        In SymPy; its numbers at times ts are ``kernel.sde_coefficients(ts)[2]``.
+        """
         self.kernel.require_gaussian("The likelihood weighting")
         gram = self.declaration.gram
         return gram if self.declaration.coupled else gram[0, 0]

@@ -66,7 +66,7 @@ class _Bridge(ABC):
     @property
     @abstractmethod
     def drift(self) -> sp.Expr | sp.ImmutableMatrix:
-        """The drift of the conditioned SDE, SymPy."""
+        """The drift of the conditioned SDE, SymPy: ``drift.subs({x: 0.3, t: 0.5, ...})`` has its value there."""
 
     @abstractmethod
     def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:

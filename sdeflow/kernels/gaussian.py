@@ -70,6 +70,10 @@ class Path(NamedTuple):
 class Kernel:
     """The compiled perturbation kernel of an affine declaration.
 
+    ``alpha``, ``offset``, ``mean``, ``var``, ``std`` and ``log_snr`` are SymPy expressions, to be read and not to be
+    called. Their numbers at times ts are ``alpha, sigma, offset = kernel.coefficients(ts)``,
+    ``mean, std = kernel.moments(x_0, ts)`` and ``2 * kernel.half_log_snr(ts)``.
+
     Args:
         declaration: an affine :class:`~sdeflow.symbolic.declaration.Declaration`.
         values: numbers and tensors of its parameters.

@@ -231,12 +231,12 @@ class PearsonKernel(NotGaussian, ABC):
 
     @cached_property
     def mean(self) -> sp.Expr:
-        """E[x_t | x_0] in x_0 and t."""
+        """E[x_t | x_0] in x_0 and t. In SymPy; in numbers: :meth:`moments`."""
         return self._shown(self.pearson.mean)
 
     @cached_property
     def var(self) -> sp.Expr:
-        """Var[x_t | x_0] in x_0 and t."""
+        """Var[x_t | x_0] in x_0 and t. In SymPy; in numbers: :meth:`moments`."""
         return self._shown(self.pearson.var)
 
     @property

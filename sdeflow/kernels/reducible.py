@@ -144,12 +144,18 @@ class ReducibleKernel(NotGaussian):
 
     @cached_property
     def mean(self) -> sp.Expr | None:
-        """E[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map)."""
+        """E[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map).
+
+        In SymPy; in numbers: :meth:`moments`.
+        """
         return self._shown(self.reduction.map.mean)
 
     @cached_property
     def var(self) -> sp.Expr | None:
-        """Var[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map)."""
+        """Var[x_t | x_0] in x_0 and t; None where it has no closed form (the logistic map).
+
+        In SymPy; in numbers: :meth:`moments`.
+        """
         return self._shown(self.reduction.map.var)
 
     @property
