@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "Linear", "add_multiple", "multiplied", "rows"]
+__all__ = ["Factor", "Linear", "add_multiple", "levels", "multiplied", "rows"]
 
 
 class Linear:
@@ -96,11 +96,16 @@ Factor = float | Tensor | Linear
 
 def rows(of_times: Linear, like: Tensor) -> list[Factor]:
     """The maps at each of n times, ready for states like ``like`` (batch, *event), from ``values`` (n, ...)."""
-    values = of_times.values.detach()
-    if of_times.coupled:
-        values = values.to(dtype=like.dtype, device=like.device)
-        k = values.shape[-1]
-        return [Linear(v.reshape(k, k) if v.numel() == k * k else v[None], True) for v in values]
+    if not of_times.coupled:
+        return [*levels(of_times.values, like)]
+    values = of_times.values.detach().to(dtype=like.dtype, device=like.device)
+    k = values.shape[-1]
+    return [Linear(v.reshape(k, k) if v.numel() == k * k else v[None], True) for v in values]
+
+
+def levels(values: Tensor, like: Tensor) -> list[float | Tensor]:
+    """What is added to states like ``like`` (batch, *event) at each of n times, from ``values`` (n, ...)."""
+    values = values.detach()
     if values.numel() == len(values):
         return values.reshape(-1).tolist()
     return list(values.to(dtype=like.dtype, device=like.device))

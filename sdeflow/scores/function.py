@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.kernels.gaussian import Kernel, Path
 from sdeflow.kernels.kinds import AnyKernel
+from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.checks import checked_state, checked_time
-from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.numerics.linear import levels, multiplied, rows
 from sdeflow.numerics.parameters import Declared
 from sdeflow.scores.readout import GridScore, Readout
 
@@ -49,7 +50,7 @@ class ScoreFunction(nn.Module):
         self.declaration = sde.declaration
         self.schedule = nn.ParameterDict(sde.values.learned)  # so that score.parameters() holds a learned schedule
         self.values = sde.values
-        self.basis = getattr(sde, "basis", None)
+        self.basis: Basis | None = getattr(sde, "basis", None)
         self.kernel = sde.kernel
 
     @property
@@ -141,8 +142,9 @@ class ScoreFunction(nn.Module):
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
         """The score at fixed ``times`` (n,), for solver states like ``like`` (batch, *event), called in ``dtype``."""
-        path = self.gaussian.path(like, times)
-        call = on_states(self.gaussian, path, like, dtype, lambda x, i, kept: self(x, times[i]))
+        kernel = self._require_kernel("a score on a grid")
+        path = kernel.path(like, times)
+        call = on_states(kernel, path, like, dtype, lambda x, i, kept: self(x, times[i]))
         return GridScore(ScoreFunction.readout(self, path, like, times), call)
 
     def _entered(self, x: Tensor, t: Tensor | float, least: float | None = None) -> tuple[Tensor, Tensor]:
@@ -170,10 +172,11 @@ class ScoreFunction(nn.Module):
 
     def _path(self, x: Tensor, t: Tensor) -> tuple[Kernel, Path]:
         """The Gaussian kernel, and its alpha, sigma and offset ready for x."""
-        kernel = self.kernel.require_gaussian("noise and denoise")
+        kernel = self._require_kernel("noise and denoise")
         return kernel, kernel.path(x, t)
 
     def _require_kernel(self, purpose: str) -> Kernel:
+        """The Gaussian kernel; a :class:`~sdeflow.errors.NotAffineError` about ``purpose`` where there is none."""
         return self.kernel.require_gaussian(purpose)
 
 
@@ -217,6 +220,13 @@ class Wrapping(ScoreFunction):
         return self.score.data_moments()
 
 
+class _Part(NamedTuple):
+    """The samples of a batch that a function is asked for."""
+
+    size: int  # of the batch
+    chosen: Tensor | None = None  # the numbers of the samples; None for all in their order
+
+
 class CallableScore(ScoreFunction):
     """Any function (x, t) -> ∇ log p_t(x) as a score. It sees x (batch, *event) and t (batch,).
 
@@ -231,27 +241,29 @@ class CallableScore(ScoreFunction):
         super().__init__(sde)
         self.function = function
         self._tied: dict[int, bool] = {}  # by the size of the batch, shared by all parts
-        self._batch: int | None = None
-        self._index: Tensor | None = None
+        self._part: _Part | None = None  # None: of no batch in particular
 
-    def of_batch(self, samples: int) -> CallableScore:
-        return self if self._index is not None or samples == self._batch else self._of(samples, None)
+    def of_batch(self, samples: int) -> Self:
+        part = self._part
+        return self if part is not None and (part.chosen is not None or part.size == samples) else self._of(samples)
 
-    def rows(self, index: Tensor | slice) -> CallableScore:
-        if self._batch is None or self._batch == 1:
+    def rows(self, index: Tensor | slice) -> Self:
+        part = self._part
+        if part is None or part.size == 1:
             return self
-        ours = torch.arange(self._batch) if self._index is None else self._index
-        return self._of(self._batch, ours[index])
+        ours = torch.arange(part.size) if part.chosen is None else part.chosen
+        return self._of(part.size, ours[index])
 
-    def _of(self, batch: int, index: Tensor | None) -> CallableScore:
+    def _of(self, size: int, index: Tensor | None = None) -> Self:
         other = copy.copy(self)
-        other._batch, other._index = batch, index
+        other._part = _Part(size, index)
         return other
 
     def conditions(self, x: Tensor) -> Tensor | None:
-        if self._batch is None or not self._is_tied(x, torch.tensor(self.declaration.T, dtype=torch.float64)):
+        part = self._part
+        if part is None or not self._is_tied(part.size, x, torch.tensor(self.declaration.T, dtype=torch.float64)):
             return None
-        return torch.arange(len(x)) if self._index is None else self._index
+        return torch.arange(len(x)) if part.chosen is None else part.chosen
 
     @property
     def bare(self) -> object:
@@ -259,9 +271,10 @@ class CallableScore(ScoreFunction):
 
     @property
     def wrapping(self) -> tuple:
-        if self._batch is None or not self._tied.get(self._batch, self._index is not None):
+        part = self._part
+        if part is None or not self._tied.get(part.size, part.chosen is not None):
             return ()
-        return ("batch", self._batch, *(() if self._index is None else self._index.tolist()))
+        return ("batch", part.size, *(() if part.chosen is None else part.chosen.tolist()))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         x, time = self._entered(x, t)
@@ -269,47 +282,50 @@ class CallableScore(ScoreFunction):
 
     def _value(self, x: Tensor, time: Tensor) -> Tensor:
         """The function's value, checked, for a state that it may change, and (batch,) times."""
-        if self._index is not None and self._batch not in self._tied and len(x) != self._batch:
-            value = self._tried(x, time)
+        size, index = self._part or (0, None)
+        if index is None:
+            return checked(self.function(x, time), x, "the score")
+        if size not in self._tied and len(x) != size:
+            value = self._tried(size, x, time)
             if value is not None:
                 return value
-        if self._index is None or not self._is_tied(x, time):
+        if not self._is_tied(size, x, time):
             return checked(self.function(x, time), x, "the score")
         values, order = [], []
-        for part in _without_repeats(self._index):
-            at = self._index[part].to(x.device)
-            states, times = (v[:1].detach().expand(self._batch, *v.shape[1:]).clone() for v in (x, time))
+        for part in _without_repeats(index):
+            at = index[part].to(x.device)
+            states, times = (v[:1].detach().expand(size, *v.shape[1:]).clone() for v in (x, time))
             states[at], times[at] = x[part.to(x.device)], time[part.to(x.device)]
             values.append(checked(self.function(states.clone(), times), states, "the score")[at])
             order.append(part)
         return torch.cat(values)[torch.cat(order).argsort().to(x.device)]
 
-    def _is_tied(self, x: Tensor, time: Tensor) -> bool:
-        """Whether the function takes no batch of another size than its own: tried with one sample."""
-        if self._batch == 1 or not len(x):
+    def _is_tied(self, size: int, x: Tensor, time: Tensor) -> bool:
+        """Whether the function takes no batch of another size than ``size``: tried with one sample."""
+        if size == 1 or not len(x):
             return False
-        if self._batch not in self._tied:
+        if size not in self._tied:
             with torch.no_grad(), evaluating(self):
-                self._tried(x[:1].detach(), network_time(time.reshape(-1)[:1], x[:1]))
-        return self._tied[self._batch]
+                self._tried(size, x[:1].detach(), network_time(time.reshape(-1)[:1], x[:1]))
+        return self._tied[size]
 
-    def _tried(self, x: Tensor, time: Tensor) -> Tensor | None:
-        """The function's value for another number of samples than its own; None where it takes only its own."""
-        try:
+    def _tried(self, size: int, x: Tensor, time: Tensor) -> Tensor | None:
+        """The function's value for another number of samples than ``size``; None where it takes only that."""
+        value = None
+        with suppress(Exception):  # whatever it is, the call with the whole batch shows it where it is not the size
             value = checked(self.function(x.clone(), time), x, "the score")
-        except Exception:  # whatever it is, the call with the whole batch shows it where it is not the size
-            value = None
-        self._tied[self._batch] = value is None
+        self._tied[size] = value is None
         return value
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
-        path = self.gaussian.path(like, times)
+        kernel = self._require_kernel("a score on a grid")
+        path = kernel.path(like, times)
         clock = network_times(times, like.to(dtype)).unbind()
 
         def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
             return self._value(x.clone() if kept else x, clock[i].expand(len(x)).clone())
 
-        call = on_states(self.gaussian, path, like, dtype, evaluate)
+        call = on_states(kernel, path, like, dtype, evaluate)
         return GridScore(self.readout(path, like, times), call)
 
 
@@ -341,9 +357,9 @@ def on_states(
         evaluate: (x, i, kept) -> its value; ``kept`` says that x must not be changed, for it is the solver's own.
         readout: where the network sees a whitened state.
     """
-    offset = rows(Linear(path.offset), like) if kernel.has_offset else None
+    offset = levels(path.offset, like) if kernel.has_offset else None
     entry = None if readout is None or readout.input is None else rows(readout.input, like)
-    shift = None if readout is None or readout.shift is None else rows(Linear(readout.shift), like)
+    shift = None if readout is None or readout.shift is None else levels(readout.shift, like)
     plain = kernel.basis is None and dtype == like.dtype  # nothing to convert on the way
 
     def call(i: int, u: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sdeflow.errors import DataError, ScheduleError
+from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.checks import (
     checked_count,
     checked_dtype,
@@ -40,6 +41,15 @@ class GaussianMixture(ScoreFunction):
         full: whether ``covariances`` are matrices.
     """
 
+    kernel: Kernel
+    means: Tensor  # (n, d)
+    variances: Tensor  # (n, d), of the columns of ``rotations`` where these are given
+    rotations: Tensor | None  # (n, d, d)
+    roots: Tensor | None  # (n, d, rank), of covariances that do not stay apart in the kernel's basis; else None
+    weights: Tensor
+    data_mean: Tensor
+    data_std: Tensor
+
     def __init__(
         self,
         sde: DeclaredSDE,
@@ -50,7 +60,7 @@ class GaussianMixture(ScoreFunction):
     ) -> None:
         super().__init__(sde)
         checked_flag(full, "full")
-        self._require_kernel("the exact score of a diffused mixture")
+        self.kernel = self._require_kernel("the exact score of a diffused mixture")
         means, covariances = (_numbers(v, name) for v, name in ((means, "means"), (covariances, "covariances")))
         if means.ndim < 2:
             raise DataError(f"means must be of shape (n, *event), not {tuple(means.shape)}.")
@@ -73,19 +83,19 @@ class GaussianMixture(ScoreFunction):
             raise DataError("covariances must not be negative.")
         variances, marginal = variances.clamp_min(0), marginal.clamp_min(0)
         isotropic = not full and covariances.ndim == 1
-        self._dense = self.kernel.coupled or not (self.kernel.basis is None or isotropic)
-        self._dense |= bool(full and self.kernel.values.shape)
-        if self._dense:  # a square root of each component's covariance, over the whole state
-            root = torch.diag_embed(variances.sqrt()) if rotations is None else rotations * variances.sqrt()[:, None]
-            means, root, marginal = self._lifted(means, root, marginal)
-            rotations, variances = root, marginal
+        dense = self.kernel.coupled or not (self.kernel.basis is None or isotropic)
+        roots = None
+        if dense or (full and self.kernel.values.shape):
+            roots = torch.diag_embed(variances.sqrt()) if rotations is None else rotations * variances.sqrt()[:, None]
+            means, roots, variances = self._lifted(means, roots, marginal)
+            rotations, marginal = None, variances
         self.event = tuple(means.shape[1:])
         flat = means.flatten(1)
         mean = (weights[:, None] * flat).sum(0)
         std = ((weights[:, None] * (marginal + flat.square())).sum(0) - mean.square()).clamp_min(0).sqrt()
         for name, value in (
-            ("means", flat), ("variances", variances), ("rotations", rotations), ("weights", weights),
-            ("data_mean", mean.reshape(self.event)), ("data_std", std.reshape(self.event)),
+            ("means", flat), ("variances", variances), ("rotations", rotations), ("roots", roots),
+            ("weights", weights), ("data_mean", mean.reshape(self.event)), ("data_std", std.reshape(self.event)),
         ):  # fmt: skip
             self.register_buffer(name, value)
 
@@ -128,8 +138,8 @@ class GaussianMixture(ScoreFunction):
         stream = NoiseStream(seed, "mixture")
         cumulative = self.weights.cumsum(0)[:-1].cpu()
         k = torch.searchsorted(cumulative, stream.uniform((n,), torch.float64))
-        if self._dense:
-            root = self.rotations.cpu()
+        if self.roots is not None:
+            root = self.roots.cpu()
             deviation = torch.einsum("bde,be->bd", root[k], stream.normal((n, root.shape[-1]), torch.float64))
         else:
             deviation = stream.normal((n, self.means.shape[1]), torch.float64) * self.variances.cpu()[k].sqrt()
@@ -141,8 +151,8 @@ class GaussianMixture(ScoreFunction):
         """log w_k N_k (batch, n), and each component's gradient (batch, n, d), in the kernel's basis."""
         if tuple(x.shape[1:]) != self.event:
             raise DataError(f"x must be of shape (batch, {', '.join(map(str, self.event))}), not {tuple(x.shape)}.")
-        if self._dense:
-            return self._dense_components(x.to(torch.float64), time)
+        if self.roots is not None:
+            return self._dense_components(x.to(torch.float64), time, self.roots)
         kernel = self.kernel
         path = kernel.path(x, time)
         alpha, sigma, offset = (self._per_coordinate(c, x) for c in (path.alpha.values, path.sigma.values, path.offset))
@@ -166,15 +176,16 @@ class GaussianMixture(ScoreFunction):
         batch = len(coefficient) if coefficient.ndim == x.ndim else 1
         return coefficient.expand(batch, *self.event).flatten(1)[:, None]
 
-    def _dense_components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _dense_components(self, x: Tensor, t: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`_components`, by d x d covariances; times that differ are taken one by one."""
         if t.ndim and len(t) and not bool((t == t[0]).all()):
-            parts = [self._dense_components(x[i : i + 1], time) for i, time in enumerate(t)]
-            return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        kernel, d = self.kernel, self.means.shape[1]
-        n, rank = len(self.means), self.rotations.shape[-1]
+            densities, gradients = zip(
+                *(self._dense_components(x[i : i + 1], time, roots) for i, time in enumerate(t)), strict=True
+            )
+            return torch.cat(densities), torch.cat(gradients)
+        kernel, (n, d, rank) = self.kernel, roots.shape
         path = kernel.path(x, t.reshape(-1)[0] if t.numel() else t.new_tensor(kernel.T))
-        columns = self.rotations.mT.reshape(n * rank, *self.event)
+        columns = roots.mT.reshape(n * rank, *self.event)
         spread = path.alpha(kernel.to_basis(columns)).reshape(n, rank, d).mT
         noise = path.sigma(torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, *self.event)).reshape(d, d).mT
         means = (path.alpha(kernel.to_basis(self.means.reshape(n, *self.event))) + path.offset).flatten(1)

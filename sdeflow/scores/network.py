@@ -51,6 +51,10 @@ class Score(ScoreFunction):
         NotAffineError: where ``predicts`` or ``time`` needs a kernel that the SDE does not have.
     """
 
+    data_mean: Tensor
+    data_std: Tensor
+    moments_known: Tensor
+
     def __init__(
         self,
         net: Callable[..., Tensor],
@@ -190,16 +194,17 @@ class Score(ScoreFunction):
             total = 1.0 / (alpha.values.square() + sigma.values.square())
             return Readout(alpha.scaled(total), sigma.scaled(total))
         if self.predicts == "velocity":
-            a, b, q = self.kernel.equation(like, time)
+            kernel = self._require_kernel("the conversion of a score")
+            a, b, q = kernel.equation(like, time)
             output = (sigma.T @ q.inverse).scaled(2.0)
             state = output @ a
-            level = output(b + a(offset)) if self.kernel.has_offset else None
+            level = output(b + a(offset)) if kernel.has_offset else None
             return Readout(output, state.scaled(-1.0), None if level is None else -level)
         return self._preconditioning(path, like)
 
     def _preconditioning(self, path: Path, like: Tensor) -> Readout:
         """ "edm": the network sees a whitened state and adds what Gaussian data would leave over."""
-        kernel = self.gaussian
+        kernel = self._require_kernel("the conversion of a score")
         mean = kernel.data_level(self.data_mean, like)
         M = path.sigma.inverse @ path.alpha @ kernel.scale(self.data_std, like)
         K = M.root_of_one_plus_gram
@@ -209,22 +214,22 @@ class Score(ScoreFunction):
         return Readout((M @ L.T.inverse).scaled(-1.0), K.T.inverse @ whitening, None, shift, whitening)
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype, y: Tensor | None = None) -> GridScore:
-        path = self.gaussian.path(like, times)
+        kernel = self._require_kernel("a score on a grid")
+        path = kernel.path(like, times)
         readout = self.readout(path, like, times)
         clock = network_times(self._times_of(times), like.to(dtype)).unbind()
 
         def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
             return self._called(x, clock[i].expand(len(x)).clone(), y, kept)
 
-        return GridScore(readout, on_states(self.gaussian, path, like, dtype, evaluate, readout))
+        return GridScore(readout, on_states(kernel, path, like, dtype, evaluate, readout))
 
     def _noise(self, x: Tensor, time: Tensor, y: Tensor | None) -> tuple[Tensor, Path]:
         """E[eps | x_t] in the kernel's basis, and the path."""
-        self._require_kernel("the conversion of a score")
-        kernel = self.gaussian
+        kernel = self._require_kernel("the conversion of a score")
         path = kernel.path(x, time)
         readout = self.readout(path, x, time)
-        centred, seen = None, x
+        centred = seen = x
         if readout.state is not None:
             centred = kernel.to_basis(x)
             centred = centred - path.offset.to(x.dtype) if kernel.has_offset else centred
@@ -239,9 +244,11 @@ class Score(ScoreFunction):
 
     def _times_of(self, t: Tensor) -> Tensor:
         """The time in the variable that the network knows, shaped as t."""
-        if self.time == "log_snr":
-            return 2.0 * self.gaussian.numbers.half_log_snr(t)  # of times that are checked
-        return t if self.time == "t" else torch.as_tensor(self.time(t), device=t.device)
+        if callable(self.time):
+            return torch.as_tensor(self.time(t), device=t.device)
+        if self.time == "t":
+            return t
+        return 2.0 * self._require_kernel('time="log_snr"').numbers.half_log_snr(t)  # of times that are checked
 
     def _called(self, x: Tensor, time: Tensor, y: Tensor | None, copy: bool) -> Tensor:
         """The network's output, checked. It sees components as channels, and a copy where others need ``x``."""
@@ -258,7 +265,7 @@ class Score(ScoreFunction):
     def _require_dtype(self, x: Tensor, error: RuntimeError) -> None:
         """A DataError for what a network said of states in another dtype than its own."""
         ours = self.dtype
-        if ours not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        if ours is not None and ours != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise DataError(
                 f"x is {x.dtype} and the network {ours}: pass x.to({ours}), or convert the score with "
                 f"score.to({x.dtype})."
@@ -276,6 +283,9 @@ class Conditional(Wrapping):
         score: a :class:`Score` whose network takes labels.
         y: labels, (batch,) for a batch of that size, or one integer for every sample.
     """
+
+    score: Score
+    y: Tensor
 
     def __init__(self, score: Score, y: Tensor | int) -> None:
         super().__init__(score)

@@ -41,8 +41,8 @@ class Readout(NamedTuple):
         """u - shift."""
         return centred if self.shift is None else centred - self.shift.to(centred.dtype)
 
-    def noise(self, output: Tensor, centred: Tensor | None) -> Tensor:
-        """E[eps | x_t] from the network's output and the centred state, which "noise" and "score" do without."""
+    def noise(self, output: Tensor, centred: Tensor) -> Tensor:
+        """E[eps | x_t] from the network's output and the centred state, which is not read where ``state`` is None."""
         eps = output if self.output is None else self.output(output)
         if self.state is not None:
             eps = eps + self.state(self.shifted(centred))

@@ -21,6 +21,7 @@ one; samples move off the model that the plain score defines, so compare likelih
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -56,15 +57,19 @@ class Thresholded(Wrapping):
             raise TypeError(f"a score of sdeflow's is thresholded, such as Score or GaussianMixture, not {score!r}.")
         super().__init__(score)
         self._require_kernel("threshold=")
-        self.quantile = float(threshold) if _is_number(threshold) and 0 < threshold < 1 else None
-        if self.quantile is None and not _is_range(threshold):
+        self.quantile: float | None = None
+        if _is_number(threshold) and 0 < threshold < 1:
+            self.quantile, limits = float(threshold), (-1.0, 1.0) if data_range is None else data_range
+        elif _is_range(threshold):
+            limits = threshold
+        else:
             raise ValueError(
                 f"threshold must be (low, high) with low < high, or a quantile between 0 and 1, not {threshold!r}."
             )
         if data_range is not None and (self.quantile is None or not _is_range(data_range)):
             wanted = "is (low, high), low < high, of a quantile's rule" if self.quantile else "is of a quantile's rule"
             raise ValueError(f"data_range {wanted}, not {data_range!r} with threshold={threshold!r}.")
-        self.low, self.high = map(float, threshold if self.quantile is None else data_range or (-1.0, 1.0))
+        self.low, self.high = map(float, limits)
         auxiliary = self.declaration.auxiliary
         self._data = [i for i in range(len(self.declaration.state)) if i not in auxiliary] if auxiliary else None
 
@@ -115,11 +120,12 @@ def _quantile(values: Tensor, q: float) -> Tensor:
     return torch.lerp(below, above, rank - math.floor(rank))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_range(value: object) -> bool:
+def _is_range(value: object) -> TypeGuard[tuple[float, float]]:
     """Whether ``value`` is a pair of finite numbers, low < high."""
-    pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value))
-    return pair and -math.inf < value[0] < value[1] < math.inf
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(_is_number, value)):
+        return False
+    return -math.inf < value[0] < value[1] < math.inf
