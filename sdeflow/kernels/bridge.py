@@ -39,7 +39,7 @@ from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.kernels.local import LocalKernel
 from sdeflow.kernels.pearson import PearsonKernel
 from sdeflow.kernels.reducible import ReducibleKernel
-from sdeflow.kernels.square_root import Pinned, SquareRootKernel
+from sdeflow.kernels.square_root import SquareRootKernel
 from sdeflow.numerics.checks import (
     checked_finite,
     checked_numbers,
@@ -148,7 +148,7 @@ class Bridge(_Bridge):
             t: a number in [0, T].
         """
         x_0 = checked_point(x_0, "x_0")
-        mean, root = self._law(x_0, 0.0, _within(t, self.T))
+        mean, root = self.law(x_0, 0.0, _within(t, self.T))
         mean = self.kernel.from_basis(mean).to(x_0.dtype)
         if not self.kernel.coupled:
             return mean, root.values.to(x_0.dtype)
@@ -156,14 +156,18 @@ class Bridge(_Bridge):
         return mean, covariance.reshape(*covariance.shape, *(1,) * (x_0.ndim - 2))
 
     def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
-        mean, root = self._law(x, s, t, exactly)
+        mean, root = self.law(x, s, t, exactly)
         eps = noise.normal(tuple(x.shape), torch.float64, x.device)
         return self.kernel.from_basis(mean + root(eps)).to(x.dtype)
 
-    def _law(self, x: Tensor, s: float, t: float, exactly: bool = False) -> tuple[Tensor, Linear]:
+    def law(self, x: Tensor, s: float, t: float, exactly: bool = False) -> tuple[Tensor, Linear]:
         """Mean and a root of the covariance, in the basis, of x_t given x at s and x_T.
 
-        At s = 0, x is the kernel's x_0, with P0 still to come, unless it is the state ``exactly``.
+        Args:
+            x: (batch, *event).
+            s: its time.
+            t: a time in [s, T].
+            exactly: whether x is the state at s = 0 itself, not the kernel's x_0, to which P0 is still to be added.
         """
         kernel, state = self.kernel, x.to(torch.float64)
         start = kernel.to_basis(state)
@@ -236,14 +240,14 @@ class ReducibleBridge(_Bridge):
         return mean.to(x_0.dtype), std.to(x_0.dtype)
 
     def _pushed(self, line: Bridge, y: Tensor, x_0: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        mean, root = line._law(y, 0.0, t, exactly=True)
+        mean, root = line.law(y, 0.0, t, exactly=True)
         return self.kernel.pushed_moments(mean, root.values.expand_as(mean), t)
 
     def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
         y = self.kernel.transport(x.to(torch.float64), s)
-        mean, root = self.line._law(y, s, t, exactly=True)
+        mean, root = self.line.law(y, s, t, exactly=True)
         if self.kernel.reduction.map.fold:
-            other, _ = self._mirrored._law(y, s, t, exactly=True)
+            other, _ = self._mirrored.law(y, s, t, exactly=True)
             level = noise.uniform(tuple(x.shape), torch.float64, x.device)
             mean = torch.where(level < self._chance(y, s), mean, other)
         eps = noise.normal(tuple(x.shape), torch.float64, x.device)
@@ -300,7 +304,7 @@ class SquareRootBridge(_Bridge):
         known = self._known(x_0, 0.0, t)
         if known is not None:
             return known, torch.zeros_like(known)
-        mean, std = Pinned(self.kernel, x_0, self._end_beside(x_0), 0.0, t).moments()
+        mean, std = self.kernel.pinned(x_0, self._end_beside(x_0), 0.0, t).moments()
         return mean.to(x_0.dtype), std.to(x_0.dtype)
 
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: float) -> Tensor:
@@ -318,11 +322,11 @@ class SquareRootBridge(_Bridge):
         x_0, t = checked_start(x_0, x_t), _within(t, self.T)
         if not 0.0 < t < self.T:
             raise ScheduleError(f"a bridge has a density for t in (0, T) = (0, {self.T:g}), and none at t = {t:g}.")
-        return Pinned(self.kernel, x_0, self._end_beside(x_t), 0.0, t).log_prob(x_t).reshape(len(x_t), -1).sum(1)
+        return self.kernel.pinned(x_0, self._end_beside(x_t), 0.0, t).log_prob(x_t).reshape(len(x_t), -1).sum(1)
 
     def _draw(self, x: Tensor, s: float, t: float, noise: NoiseStream, exactly: bool = False) -> Tensor:
         known = self._known(x, s, t)
-        return Pinned(self.kernel, x, self._end_beside(x), s, t).draw(noise) if known is None else known
+        return self.kernel.pinned(x, self._end_beside(x), s, t).draw(noise) if known is None else known
 
     def _known(self, x: Tensor, s: float, t: float) -> Tensor | None:
         """The state at t where it is that at s or x_T."""

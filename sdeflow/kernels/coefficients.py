@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import sympy as sp
@@ -51,7 +52,16 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
 _SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
 _LARGEST_TABLE = 4_000_000  # numbers for break points that entries of tensor parameters move
+_PURPOSE = "The perturbation kernel"  # of what asks for an affine drift
 _REPRESENTATIVES = 32  # entries of tensor parameters from which the panels are chosen
+
+
+class _Panels(NamedTuple):
+    """The panels of a table."""
+
+    version: tuple  # of the values that they were made for
+    edges: np.ndarray
+    resolved: bool  # whether they resolve the root of a coupled state's covariance
 
 
 class Coefficients:
@@ -77,9 +87,9 @@ class Coefficients:
         self.values = values
         self.T = declaration.T
         self.coupled = declaration.coupled
-        self.components = len(declaration.state) if self.coupled else None
+        self.components = len(declaration.state)
         self.data = tuple(i for i in range(len(declaration.state)) if i not in declaration.auxiliary)
-        self._panels: tuple[tuple, np.ndarray] | None = None
+        self._panels: _Panels | None = None
         self._is_null: Tensor | None = None
         self._compiled = compile_expressions(_entries(declaration), (time_symbol,), values, horizon=self.T)
         self._require_end_is_regular()
@@ -251,20 +261,18 @@ class Coefficients:
     def _integrate(self) -> MomentTable:
         """The moments' table for the current values; differentiable in them where a gradient is asked for."""
         with torch.no_grad():
-            edges = self._panel_edges()
-        if not self.coupled:
-            return self._integrate_on(edges)
-        if self._has_resolved_roots:
-            return self._integrate_on(edges)
-        edges, table = with_resolved_roots(edges, self._integrate_on)
-        self._panels, self._has_resolved_roots = (self._panels[0], edges), True
+            panels = self._current_panels()
+        if not self.coupled or panels.resolved:
+            return self._integrate_on(panels.edges)
+        edges, table = with_resolved_roots(panels.edges, self._integrate_on)
+        self._panels = _Panels(panels.version, edges, resolved=True)
         return table
 
-    def from_point(self, s: float, t: float) -> tuple[Tensor, ...]:
+    def from_point(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """The table's rows at t for a state that is known exactly at s < t, integrated from s on: nothing cancels."""
         self._refresh()
         with torch.no_grad():
-            own = self._panel_edges()
+            own = self._current_panels().edges
         edges = np.concatenate([[s], own[(own > s) & (own < t)], [t]])
         return self._integrate_on(edges, 0.0)(torch.tensor(t, dtype=torch.float64))
 
@@ -273,29 +281,30 @@ class Coefficients:
         table_times = torch.as_tensor(nodes_of(edges))
         a, b, q = self.of_sde(table_times)
         if self.coupled:
-            P0 = initial * torch.tensor(self.declaration.P0.tolist(), dtype=torch.float64)
+            P0 = initial * torch.tensor(self.declaration.initial_covariance, dtype=torch.float64)
             return integrate_coupled(edges, a, b, q, P0)
         sides = range(2, 2 + len(self.values.shape))
         a, b, q = (v.permute((*sides, 0, 1)) for v in (a, b, q))
         return integrate_elementwise(edges, a, b, q, initial * self.declaration.P0)
 
-    def _panel_edges(self) -> np.ndarray:
+    def _current_panels(self) -> _Panels:
         """Panels for the current values: break points are edges, and bounds say that nothing is missed."""
         version = self.values.version
-        if self._panels is None or self._panels[0] != version:
-            entries, numbers = _entries(self.declaration), self._numbers()
-            try:
-                bound = Enclosure(entries, numbers, self.T)
-            except NoEnclosure:  # such as the derivative of a table: the samples decide
-                bound = None
-            self.breaks = break_points(entries, numbers, self.T)
-            self._require_small_table(len(self.breaks) + len(geometric_edges(0.0, self.T)))
-            P0 = 0.0 if self.coupled else self.declaration.P0
-            edges = panel_edges(self._sampled_rows, self.T, self.components, P0, self.breaks, bound)
-            self._require_small_table(len(edges) - 1)
-            self._panels, self._has_resolved_roots = (version, edges), False
-            self._is_null = self._disguised(edges)
-        return self._panels[1]
+        if self._panels is not None and self._panels.version == version:
+            return self._panels
+        entries, numbers = _entries(self.declaration), self._numbers()
+        try:
+            bound = Enclosure(entries, numbers, self.T)
+        except NoEnclosure:  # such as the derivative of a table: the samples decide
+            bound = None
+        self.breaks = break_points(entries, numbers, self.T)
+        self._require_small_table(len(self.breaks) + len(geometric_edges(0.0, self.T)))
+        components, P0 = (self.components, 0.0) if self.coupled else (None, self.declaration.P0)
+        edges = panel_edges(self._sampled_rows, self.T, components, P0, self.breaks, bound)
+        self._require_small_table(len(edges) - 1)
+        self._panels = _Panels(version, edges, resolved=False)
+        self._is_null = self._disguised(edges)
+        return self._panels
 
     def _require_small_table(self, panels: int) -> None:
         """A break point, and all panels beside it, are those of every entry of tensor parameters: a thousand of each
@@ -310,8 +319,8 @@ class Coefficients:
 
     def _disguised(self, edges: np.ndarray) -> Tensor | None:
         """Which entries of b are 0 in disguise: nothing but rounding at all times. None where there are none."""
-        offsets = self.declaration.affine[1]
-        offsets = tuple(offsets) if self.coupled else (offsets,)
+        _, b = self.declaration.require_affine(_PURPOSE)
+        offsets = tuple(b) if self.coupled else (b,)
         points = nodes_of(edges)[:, ::5].reshape(-1)
         null = torch.tensor([self._is_rounding(entry, points) for entry in offsets])
         return null if bool(null.any()) else None
@@ -369,9 +378,9 @@ class Coefficients:
             rows = () if self.closed is None else self._evaluated(self.closed, self.table.times)
             if rows and all(bool(torch.isfinite(row).all()) for row in rows):
                 _, offset, std, log_alpha = rows
-                sides = range(2, 2 + len(self.values.shape))
-                rows = (v.permute((*sides, 0, 1)) for v in (log_alpha, std.square(), offset))
-                self.table = MomentTable(self.table.edges.numpy(), tuple(rows))
+                order = (*range(2, 2 + len(self.values.shape)), 0, 1)
+                moments = log_alpha.permute(order), std.square().permute(order), offset.permute(order)
+                self.table = MomentTable(self.table.edges.numpy(), moments)
             else:  # such as a logarithm whose argument has changed its sign
                 self.closed, self.table = None, self._integrate()
             self._times, self._half_log_snrs = self._monotone_samples()
@@ -387,9 +396,9 @@ class Coefficients:
             ranked = torch.stack([row[len(points) // 2] for row in rows]).sum(0).argsort()
             chosen = ranked[torch.linspace(0, count - 1, min(count, _REPRESENTATIVES)).long()]
             rows = [row[:, chosen] for row in rows]
-        rows = torch.cat([row.mT for row in rows]).numpy()
-        self._require_finite(points, rows)
-        return rows
+        sampled = torch.cat([row.mT for row in rows]).numpy()
+        self._require_finite(points, sampled)
+        return sampled
 
     def _require_finite(self, points: np.ndarray, rows: np.ndarray) -> None:
         """A ScheduleError with the first bad time and the exact value there."""
@@ -526,8 +535,9 @@ class Coefficients:
         if self.cutoff == 0 and smallest >= _SMALLEST_STD:
             return
         resolved = self._times[self._times >= self.table.edges[1]]
-        std = self._smallest_std(torch.tensor(self.cutoff, dtype=torch.float64))
-        std = float(std) if self.cutoff >= float(resolved[0]) else 0.0
+        std = 0.0
+        if self.cutoff >= float(resolved[0]):
+            std = float(self._smallest_std(torch.tensor(self.cutoff, dtype=torch.float64)))
         if not std >= _SMALLEST_STD:
             enough = resolved[self._smallest_std(resolved) >= _SMALLEST_STD]
             raise ScheduleError(
@@ -559,7 +569,7 @@ class Coefficients:
 
 def _entries(declaration: Declaration) -> tuple[sp.Expr, ...]:
     """a, b and g², or the entries of F, b and g gᵀ, for one compilation."""
-    a, b = declaration.affine
+    a, b = declaration.require_affine(_PURPOSE)
     if declaration.coupled:
         return (*a, *b, *declaration.gram)
     return a, b, declaration.g**2

@@ -108,13 +108,15 @@ class Kernel:
         self.basis = basis
         self.T = declaration.T
         self.coupled = declaration.coupled
-        self.components = len(declaration.state) if self.coupled else None
+        self.components = len(declaration.state)
         if self.coupled and self.values.shape:
             raise DeclarationError("the parameters of a coupled state must be numbers or tensors of one element.")
-        drift = declaration.require_affine("The perturbation kernel")
-        self.has_offset = any(entry != 0 for entry in drift[1]) if self.coupled else drift[1] != 0
-        self._derived = like._derived if like is not None else self._derive()
-        self.numbers = Coefficients(declaration, self.values, self._derived)
+        self._drift = declaration.require_affine("The perturbation kernel")
+        self.has_offset = any(entry != 0 for entry in self._drift[1]) if self.coupled else self._drift[1] != 0
+        if like is not None and not self.coupled:
+            self._derived = like._derived
+        # Closed forms of a coupled state are for display alone, and wait until they are asked for.
+        self.numbers = Coefficients(declaration, self.values, None if self.coupled else self._derived)
         self._bind()
 
     def _bind(self) -> None:
@@ -195,17 +197,14 @@ class Kernel:
 
     # ---------------------------------------------------------------- symbolic side
 
-    def _derive(self) -> Moments | None:
-        """Closed forms by rule. A coupled state's are for display alone, and wait until they are asked for."""
-        if self.coupled:
-            return None
+    @cached_property
+    def _derived(self) -> Moments:
+        """The moments of an elementwise SDE, in closed form where rules give it."""
         if self.declaration.path is not None:
             alpha, sigma = self.declaration.path
             rules = ("alpha: declared", "offset: none", "variance: declared")
             return Moments(sp.log(alpha), alpha, sp.Integer(0), sigma**2, rules)
-        return derive_moments(
-            self.declaration.affine, self.declaration.g, self.declaration.P0, self.T, self.values.numbers
-        )
+        return derive_moments(self._drift, self.declaration.g, self.declaration.P0, self.T, self.values.numbers)
 
     @cached_property
     def shown(self) -> Moments:
@@ -218,7 +217,7 @@ class Kernel:
             return self._derived  # true, but not computed as it stands: digits would cancel
         unsolved = self._derived
         if self._derived.closed:
-            unsolved = integral_moments(self.declaration.affine, self.declaration.g, self.declaration.P0)
+            unsolved = integral_moments(self._drift, self.declaration.g, self.declaration.P0)
         integrated = integrate_within(unsolved)
         if integrated is None:
             return unsolved
@@ -590,7 +589,8 @@ class Kernel:
     def of_state(self, moment: Tensor) -> Tensor:
         """A moment of the data, a number or (*event), as one of a coupled state, (k, ...): 0 for auxiliary components.
 
-        What has the state's components along its first of several sides, or where all are data, is one already.
+        A moment that has a component dimension, the first of several, is returned as it is; so is any moment with
+        dimensions where all components are data.
         """
         if moment.ndim and (not self.declaration.auxiliary or (moment.ndim > 1 and len(moment) == self.components)):
             return moment
@@ -602,7 +602,7 @@ class Kernel:
             raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
 
     def _initial_root(self) -> Tensor:
-        covariance = torch.tensor(self.declaration.P0.tolist(), dtype=torch.float64)
+        covariance = torch.tensor(self.declaration.initial_covariance, dtype=torch.float64)
         values, vectors = torch.linalg.eigh(covariance)
         return vectors * values.clamp_min(0).sqrt() @ vectors.mT
 

@@ -20,14 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
-import mpmath
 import numpy as np
 import torch
 from scipy import special
 from scipy.stats import binom
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from sdeflow.errors import ScheduleError
 from sdeflow.kernels.ancestral import draw_count, mixture, typical_count
@@ -35,7 +35,7 @@ from sdeflow.kernels.pearson import PearsonKernel, Standard, as_array
 
 __all__ = ["JacobiKernel"]
 
-Number = np.ndarray | Tensor | float | mpmath.mpf
+Number = TypeVar("Number", np.ndarray, Tensor)  # or mpmath's, which has no types
 
 _MOST_TERMS = 6_000  # a clock of 4e-6 where A + B is about 1, 1e-4 where it is 200
 _SHORTEST = 1e-7  # clock of the mixture, whose log-density has an error of some 1e-14 / tau
@@ -114,8 +114,8 @@ class JacobiKernel(PearsonKernel):
             rest = law.mapped(lambda part: part[~strong])
             drawn[~strong] = self._quantile(level[~strong], rest)
         if bool(strong.any()):
-            drawn[strong] = _by_lineages(*(part[strong] for part in (level, uniform(), uniform())),
-                                         law.mapped(lambda part: part[strong]))  # fmt: skip
+            chosen = law.mapped(lambda part: part[strong])
+            drawn[strong] = _by_lineages(chosen, *(part[strong] for part in (level, uniform(), uniform())))
         return drawn
 
     def _quantile(self, level: Tensor, law: Standard) -> Tensor:
@@ -176,7 +176,7 @@ def _distribution(u: np.ndarray, u_0: np.ndarray, tau: np.ndarray, A: np.ndarray
         return below, weight * total, np.finfo(float).eps * factor * size
 
 
-def _series(law: Standard) -> tuple:
+def _series(law: Standard) -> tuple[Tensor, ...] | tuple[np.ndarray, ...]:
     """The sums of :func:`_sums`: by NumPy, or by torch where a gradient is asked for."""
     u, u_0, _, tau, A, B = law.parts
     if law.needs_grad:
@@ -184,11 +184,10 @@ def _series(law: Standard) -> tuple:
     return _numbers(*(as_array(part) for part in (u, u_0, tau, A, B)))
 
 
-def _numbers(*parts: np.ndarray) -> tuple[np.ndarray, ...]:
-    _, _, tau, A, B = parts
+def _numbers(u: np.ndarray, u_0: np.ndarray, tau: np.ndarray, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, ...]:
     count = _count(float(tau.min()), float((A + B).max())) if tau.size else 0
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and is found by its size
-        return _sums(*parts, count, np)
+        return _sums(u, u_0, tau, A, B, count, np)
 
 
 def _count(tau: float, theta: float) -> int:
@@ -218,7 +217,7 @@ class _Mixture(torch.autograd.Function):
     """log p and its derivative in u, of states (n,) by the mixture; log p is differentiable once."""
 
     @staticmethod
-    def forward(ctx: object, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, *parts: Tensor) -> tuple[Tensor, Tensor]:
         rows = zip(*(part.detach().cpu().tolist() for part in parts), strict=True)
         found = [_mixed(*row) for row in rows]
         log_p, slopes = (torch.as_tensor(np.array(part), device=parts[0].device) for part in zip(*found, strict=True))
@@ -236,7 +235,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: object, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: BackwardCFunction, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         (slopes,) = ctx.saved_tensors
         return tuple((gradient[:, None] * slopes).unbind(1))
 
@@ -258,7 +257,7 @@ def _has_many_lineages(law: Standard) -> Tensor:
     return ((moved.square() > 2.0 * _DRIVEN * law.var) | (count > _MANY)) & (law.var > 0)
 
 
-def _by_lineages(level: Tensor, of_kind: Tensor, of_state: Tensor, law: Standard) -> Tensor:
+def _by_lineages(law: Standard, level: Tensor, of_kind: Tensor, of_state: Tensor) -> Tensor:
     """Exact draws by the mixture, from three numbers uniform on [0, 1) for each."""
     _, u_0, _, tau, A, B = (as_array(part) for part in law.parts)
     lineages = draw_count(as_array(level), tau, A + B)
@@ -275,7 +274,7 @@ def _sums(
     p, p_before, slope, slope_before, q, q_before = one, 0.0 * one, 0.0 * one, 0.0 * one, one, 0.0 * one
     total, derivative, integral = one, 0.0 * one, 0.0 * one
     size, integral_size = one, 0.0 * one
-    below = 0.0
+    below = 0.0 * one
     for n in range(count):
         middle, above = _recurrence(n, A, B, library)
         z, z_0 = 2.0 * u - 1.0 - middle, 2.0 * u_0 - 1.0 - middle

@@ -46,7 +46,7 @@ UNKNOWN = frozenset({
     "sde_coefficients", "numbers", "components", "half_log_snr", "half_log_snr_rate", "bounded_log_snr", "time_of",
     "log_snr_falls", "require_times", "times_for", "inner", "reduction", "transport", "restore", "restore_inside",
     "line_moments", "line_score", "pushed_moments", "pushed_log_prob", "pearson", "family", "shape", "ends", "attained",
-    "unbounded", "damping", "require_inside",
+    "unbounded", "damping", "require_inside", "pinned",
 })  # fmt: skip
 """What exact kernels tell, and a :class:`LocalKernel` cannot."""
 

@@ -137,6 +137,7 @@ class PearsonKernel(NotGaussian, ABC):
 
     kind = "pearson"
     family = ""
+    pearson: Pearson
 
     def __init__(
         self,
@@ -278,28 +279,25 @@ class PearsonKernel(NotGaussian, ABC):
                 Φ(z) (in u, where x falls with u).
         """
         x_0 = checked_point(x_0, "x_0")
-        if noise is not None:
-            return self._sampled(x_0, t, 0.0, None, checked_noise(noise, x_0))
-        return self._sampled(x_0, t, 0.0, NoiseStream(seed, "kernel"), None)
+        if noise is None:
+            return self._sampled(x_0, t, 0.0, self._from_stream(NoiseStream(seed, "kernel")))
+        level = torch.special.ndtr(checked_noise(noise, x_0).detach().to("cpu", torch.float64))
+        return self._sampled(x_0, t, 0.0, lambda law: self._quantile(level.expand_as(law.u), law))
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
         """A draw of x_t given that the state at s is ``x``, shaped and typed as x (batch, *event)."""
-        return self._sampled(x, t, s, noise, None)
+        return self._sampled(x, t, s, self._from_stream(noise))
 
-    def _sampled(
-        self, x_0: Tensor, t: Tensor | float, s: float, stream: NoiseStream | None, noise: Tensor | None
-    ) -> Tensor:
-        """A draw of x_t given the state x_0 at s, from a stream or from given noise."""
+    def _from_stream(self, stream: NoiseStream) -> Callable[[Standard], Tensor]:
+        """What draws u from its law with a stream's noise."""
+        return lambda law: self._draw(lambda: stream.uniform(tuple(law.u.shape), torch.float64), law)
+
+    def _sampled(self, x_0: Tensor, t: Tensor | float, s: float, draw: Callable[[Standard], Tensor]) -> Tensor:
+        """A draw of x_t given the state x_0 at s, by what draws u from its law on the CPU."""
         origin, scale, law = self._standard(x_0, x_0, t, s)
         with torch.no_grad():
             fixed = law.mapped(lambda part: part.detach().cpu())
-            noisy = fixed.var > 0
-            if noise is not None:
-                level = torch.special.ndtr(noise.detach().to("cpu", torch.float64)).expand_as(fixed.u)
-                u = self._quantile(level, fixed)
-            else:
-                u = self._draw(lambda: stream.uniform(tuple(x_0.shape), torch.float64), fixed)
-            u, noisy = u.to(x_0.device), noisy.to(x_0.device)
+            u, noisy = draw(fixed).to(x_0.device), (fixed.var > 0).to(x_0.device)
         if law.needs_grad:
             u = self._implicit(u, law, noisy)
         x = origin + scale * torch.where(noisy, u, law.u_0)
@@ -393,10 +391,10 @@ class PearsonKernel(NotGaussian, ABC):
         return origin, scale, Standard(u, u_0, *self._alpha_var(x_t, t, s), shape)
 
     def _alpha_var(self, x: Tensor, t: Tensor | float, s: float = 0.0) -> tuple[Tensor, Tensor]:
-        """alpha and sigma² from s to t, shaped to go with ``x``."""
+        """alpha and sigma² from s to t, a number where s > 0, shaped to go with ``x``."""
         if self.values.shape:
             self.inner.require_event(tuple(x.shape[1:]))
-        path = self.inner.transition(x, s, t) if s else self.inner.path(x, self.inner.times_for(x, t))
+        path = self.inner.transition(x, s, float(t)) if s else self.inner.path(x, self.inner.times_for(x, t))
         return path.alpha.values, path.sigma.values.square()
 
     def _standard_start(self, x_0: Tensor, origin: Tensor, scale: Tensor, name: str = "x_0") -> Tensor:

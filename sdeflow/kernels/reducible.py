@@ -73,6 +73,8 @@ class ReducibleKernel(NotGaussian):
     """
 
     kind = "reducible"
+    reduction: Reduction
+    inner: Kernel
 
     def __init__(
         self,

@@ -96,30 +96,44 @@ class SquareRootKernel(PearsonKernel):
     def _damping(self, u: Tensor, var: Tensor) -> Tensor:
         return (u / (u + var)).sqrt()
 
+    def pinned(self, x_s: Tensor, x_T: Tensor, s: float, t: float) -> Pinned:
+        """The law of x_t given x_s and x_T, (batch, *event) both, for s < t < T.
+
+        Raises:
+            DataError: for an x_s or x_T outside the domain.
+        """
+        origin, scale, before = self._standard(x_s, x_s, t, s)
+        end = self._standard_start(x_T, origin, scale, "x_T")
+        end = end.clamp_min(1e-300)  # at 0, where the density of x_T may be 0 or infinite, the law is the limit
+        alpha, var = self._alpha_var(x_s, self.T, t)
+        return Pinned(self, before, Standard(end, before.u_0, alpha, var, before.shape), (origin, scale), x_s.dtype)
+
 
 class Pinned:
-    """The law of x_t given x_s and x_T, for s < t < T; see the module.
+    """The law of x_t given x_s and x_T, as :meth:`SquareRootKernel.pinned` makes it; see the module.
 
     Args:
         kernel: of the process.
-        x_s: (batch, *event).
-        x_T: of the same shape.
-        s: the time of x_s.
-        t: the time of x_t.
-
-    Raises:
-        DataError: for an x_s or x_T outside the domain.
+        before: the law of u_t given x_s.
+        after: the law of u_T given a state at t, at the u of x_T.
+        frame: origin and scale, x = origin + scale u.
+        dtype: of draws.
     """
 
-    def __init__(self, kernel: SquareRootKernel, x_s: Tensor, x_T: Tensor, s: float, t: float) -> None:
-        self.kernel, self.dtype = kernel, x_s.dtype
-        self.origin, self.scale, self.before = kernel._standard(x_s, x_s, t, s)
-        end = kernel._standard_start(x_T, self.origin, self.scale, "x_T")
-        end = end.clamp_min(1e-300)  # at 0, where the density of x_T may be 0 or infinite, the law is the limit
-        self.after = Standard(end, self.before.u_0, *kernel._alpha_var(x_s, kernel.T, t), self.before.shape)
-        (_, start, alpha_1, v_1, self.delta), (_, _, alpha_2, v_2, _) = self.before.parts, self.after.parts
+    def __init__(
+        self,
+        kernel: SquareRootKernel,
+        before: Standard,
+        after: Standard,
+        frame: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self.kernel, self.before, self.after, self.dtype = kernel, before, after, dtype
+        self.origin, self.scale = frame
+        end = after.u
+        (_, start, alpha_1, v_1, self.delta), (_, _, alpha_2, v_2, _) = before.parts, after.parts
         v = v_2 + alpha_2.square() * v_1
-        self.whole = Standard(end, start, alpha_1 * alpha_2, v, self.before.shape)
+        self.whole = Standard(end, start, alpha_1 * alpha_2, v, before.shape)
         self.tau = v_1 * v_2 / v
         self.noncentrality = (alpha_1 / v_1).square() * self.tau * start + (alpha_2 / v_2).square() * self.tau * end
         self.z_squared = (alpha_1 * alpha_2 / v).square() * start * end

@@ -64,21 +64,23 @@ class MomentTable:
 
     Args:
         edges: (panels + 1,).
-        rows: values at the panels' nodes, (*shape, panels, nodes) each.
+        rows: values at the panels' nodes, (*shape, panels, nodes) each: of log alpha, the variance and the offset, or
+            of Φ, the covariance's Cholesky factor and the offset of a coupled state.
 
     Attributes:
         series: their Chebyshev coefficients, shaped alike.
     """
 
-    def __init__(self, edges: np.ndarray, rows: tuple[Tensor, ...]) -> None:
+    def __init__(self, edges: np.ndarray, rows: tuple[Tensor, Tensor, Tensor]) -> None:
         self.edges = torch.as_tensor(edges)
         self.times = torch.as_tensor(nodes_of(edges))
         self.rows = rows
         self.series = tuple(fit_values(row) for row in rows)
 
-    def __call__(self, t: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row at times of any shape, (*t.shape, *shape)."""
-        return self._at(self.series, t)
+        alpha, spread, offset = self._at(self.series, t)
+        return alpha, spread, offset
 
     def of_component(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Of a coupled state Φ_ii (*t.shape) and row i of the Cholesky factor (*t.shape, k): a few series of many."""

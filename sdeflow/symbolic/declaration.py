@@ -107,6 +107,12 @@ class Declaration:
         return (self.P0,)
 
     @property
+    def initial_covariance(self) -> list[list[float]]:
+        """P0 as the rows of a matrix over the components."""
+        rows = self.P0.tolist() if isinstance(self.P0, sp.MatrixBase) else [[self.P0]]
+        return [[float(entry) for entry in row] for row in rows]
+
+    @property
     def domain_hint(self) -> str:
         """What to say where a state has left the domain of coefficients such as √x; empty where that cannot be."""
         if not self.state_dependent_noise:
