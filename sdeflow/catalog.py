@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import TypeGuard
 
 import numpy as np
 import sympy as sp
@@ -109,7 +110,7 @@ def CriticallyDampedLangevin(
 
 def from_recipe(
     D: sp.MatrixBase | list, Q: sp.MatrixBase | list, S: sp.MatrixBase | list | None = None, T: float = 1.0,
-    P0: object = 0.0, names: str | None = None, params: Mapping[sp.Symbol | str, float] | None = None,
+    P0: object = 0.0, names: str | Sequence[str] | None = None, params: Mapping[sp.Symbol | str, float] | None = None,
     cutoff: float | None = None,
 ) -> SDE:  # fmt: skip
     """The complete recipe (Ma et al. 2015, arXiv:1506.04696): every linear SDE with stationary covariance S.
@@ -123,24 +124,24 @@ def from_recipe(
         Q: k x k, skew.
         S: k x k, symmetric, positive; the identity by default.
         T, P0, params, cutoff: as in ``SDE``.
-        names: the components, "x v" for k = 2 and "x1 x2 ..." otherwise.
+        names: the components, as text or a list: "x v" for k = 2 and "x1 x2 ..." by default.
 
     Raises:
         DeclarationError: for matrices without these properties.
     """
-    D, Q = _matrix(D, "D"), _matrix(Q, "Q")
-    k = D.shape[0]
-    S = sp.eye(k) if S is None else _matrix(S, "S")
-    if not D.shape == Q.shape == S.shape == (k, k):
-        raise DeclarationError(f"D, Q and S must be square and alike, not {D.shape}, {Q.shape} and {S.shape}.")
-    if D != D.T or Q != -Q.T or S != S.T:
+    diffusion, skew = _matrix(D, "D"), _matrix(Q, "Q")
+    k = diffusion.shape[0]
+    covariance = sp.eye(k) if S is None else _matrix(S, "S")
+    shapes = diffusion.shape, skew.shape, covariance.shape
+    if any(shape != (k, k) for shape in shapes):
+        raise DeclarationError("D, Q and S must be square and alike, not {}, {} and {}.".format(*shapes))
+    if diffusion != diffusion.T or skew != -skew.T or covariance != covariance.T:
         raise DeclarationError("the recipe needs D and S symmetric, and Q skew (Q = -Qᵀ).")
-    if names is None:
-        names = "x v" if k == 2 else [f"x{i + 1}" for i in range(k)]
-    components = state(names)
-    if not (small(D, Q, S) or rehearsed(_SECONDS, _recipe, D, Q, S)):
+    usual = "x v" if k == 2 else [f"x{i + 1}" for i in range(k)]
+    components = state(usual if names is None else names)
+    if not (small(diffusion, skew, covariance) or rehearsed(_SECONDS, _recipe, diffusion, skew, covariance)):
         raise DeclarationError(f"SymPy takes too long to invert S and to find a root of D, for k = {k}.")
-    F, g = _recipe(D, Q, S)
+    F, g = _recipe(diffusion, skew, covariance)
     return SDE(f=F * sp.Matrix(components), g=g, T=T, cutoff=cutoff, P0=P0, params=params)
 
 
@@ -156,10 +157,16 @@ def _matrix(value: object, name: str) -> sp.Matrix:
     if hasattr(value, "__array__") and not isinstance(value, sp.MatrixBase):
         value = np.asarray(value).tolist()
     rows = value.tolist() if isinstance(value, sp.MatrixBase) else value
-    square = isinstance(rows, list | tuple) and all(isinstance(r, list | tuple) and len(r) == len(rows) for r in rows)
-    if not square or not rows or not all(isinstance(entry, sp.Expr | Real) for row in rows for entry in row):
+    if not _is_square(rows) or not all(isinstance(entry, sp.Expr | Real) for row in rows for entry in row):
         raise DeclarationError(f"{name} must be a square matrix, rows of numbers and expressions, not {value!r}.")
     return sp.Matrix(rows).applyfunc(_exact)
+
+
+def _is_square(rows: object) -> TypeGuard[Sequence[Sequence[object]]]:
+    """Whether ``rows`` are n rows of n entries, n > 0."""
+    if not isinstance(rows, list | tuple) or not rows:
+        return False
+    return all(isinstance(row, list | tuple) and len(row) == len(rows) for row in rows)
 
 
 def _root(D: sp.Matrix) -> sp.Matrix:

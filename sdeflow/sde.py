@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TypedDict
 
 import sympy as sp
 import torch
+from typing_extensions import Unpack
 
 from sdeflow.dynamics import AnyScore, FlowODE, ReverseSDE
 from sdeflow.errors import (
@@ -19,10 +21,12 @@ from sdeflow.errors import (
 from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge, bridge_of
 from sdeflow.kernels.kinds import AnyKernel, find_kernel
 from sdeflow.kernels.reducible import PushForward
+from sdeflow.laws.boltzmann import BoltzmannLaw
 from sdeflow.laws.fitted import FittedPrior
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.laws.stationary import StationaryLaw
 from sdeflow.numerics.basis import Basis, CentreOfMassFree
+from sdeflow.numerics.brownian import BrownianPath
 from sdeflow.numerics.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.numerics.compile import Compiled, compile_expressions
 from sdeflow.numerics.noise import NoiseStream
@@ -49,6 +53,19 @@ _SECONDS = 0.8  # of SymPy's work on what is not small: in a declaration, and in
 _LONGEST = 2.4  # of all work on a declaration, after which panels are halved no further
 _SHORT = 120  # characters of text that is read without a rehearsal
 _SHORT_TREES = 4000  # the same of stored expressions
+
+
+class SimulateOptions(TypedDict, total=False):
+    """The options of :meth:`SDE.simulate`; see :func:`sdeflow.solving.simulate.simulate`."""
+
+    noise: BrownianPath | None
+    rtol: float | None
+    atol: float | None
+    dtype: torch.dtype | None
+    boundary: str | None
+    gradient: str | None
+    max_calls: int | None
+    progress: bool | None
 
 
 class SDE:
@@ -330,7 +347,7 @@ class SDE:
 
     def simulate(
         self, x_0: torch.Tensor, ts: Sequence[float] | torch.Tensor, solver: str | Solver = "euler",
-        steps: int | None = None, *, seed: int | torch.Generator | None = None, **options: object,
+        steps: int | None = None, *, seed: int | torch.Generator | None = None, **options: Unpack[SimulateOptions],
     ) -> torch.Tensor:  # fmt: skip
         """States of this SDE at the times ``ts``, (len(ts), batch, *event), from x_0 at t = 0.
 
@@ -339,13 +356,16 @@ class SDE:
         return simulate(self, x_0, ts, solver, steps, seed=seed, **options)
 
     def fit_prior(
-        self, data: torch.Tensor, n: int = 10_000, *, seed: int | torch.Generator | None = None, **options: object
-    ) -> FittedPrior:
+        self, data: torch.Tensor, n: int = 10_000, *, components: int = 8, steps: int = 500,
+        seed: int | torch.Generator | None = None,
+    ) -> FittedPrior:  # fmt: skip
         """p(x_T) of ``data`` as a mixture of Gaussians fitted to n simulated states; see
-        :mod:`sdeflow.solving.priors`."""
-        return fit_prior(self, data, n, seed=seed, **options)
+        :func:`sdeflow.solving.priors.fit_prior`."""
+        return fit_prior(self, data, n, components=components, steps=steps, seed=seed)
 
-    def default_prior(self, score: ScoreFunction, like: torch.Tensor) -> PushForward | StationaryLaw | None:
+    def default_prior(
+        self, score: ScoreFunction, like: torch.Tensor
+    ) -> PushForward | StationaryLaw | BoltzmannLaw | None:
         """The prior of an SDE without a Gaussian kernel where none was given, or None where none follows.
 
         Args:

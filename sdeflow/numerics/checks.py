@@ -36,7 +36,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Real
-from typing import SupportsIndex, TypeGuard, TypeVar
+from typing import Literal, SupportsIndex, TypeGuard, TypeVar, overload
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from torch import Tensor
 from sdeflow.errors import DataError, ScheduleError, TooLargeError
 
 Given = TypeVar("Given")
+Choice = TypeVar("Choice", bound="str | None")
 
 __all__ = [
     "checked_choice",
@@ -407,19 +408,27 @@ def _memory() -> int:
         return 2**40
 
 
-def checked_choice(value: object, name: str, choices: Iterable[str | None], other: str = "") -> str | None:
+def checked_choice(value: object, name: str, choices: Iterable[Choice], other: str = "") -> Choice:
     """One of the names in ``choices``; ``other`` says what may stand in place of a name.
 
     Raises:
         ValueError: for anything else.
     """
-    choices = tuple(choices)
-    if (value is None or isinstance(value, str)) and value in choices:  # an array is compared with nothing
-        return value
-    listed = [f'"{choice}"' for choice in choices if choice is not None] + ["None"] * (None in choices)
+    known = tuple(choices)
+    if (value is None or isinstance(value, str)) and value in known:  # an array is compared with nothing
+        return known[known.index(value)]
+    listed = [f'"{choice}"' for choice in known if choice is not None] + ["None"] * (None in known)
     listed += [other] * bool(other)
     wanted = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
     raise ValueError(f"{name} must be {wanted}, not {_shown(value)}.")
+
+
+@overload
+def checked_flag(value: object, name: str, optional: Literal[False] = False) -> bool: ...
+
+
+@overload
+def checked_flag(value: object, name: str, optional: Literal[True]) -> bool | None: ...
 
 
 def checked_flag(value: object, name: str, optional: bool = False) -> bool | None:
@@ -488,13 +497,13 @@ def checked_count(value: object, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def checked_data(x: Tensor, what: str = "data", indices: list[int] | None = None) -> Tensor:
+def checked_data(x: object, what: str = "data", indices: list[int] | None = None) -> Tensor:
     """``x`` as a floating, finite tensor (n, *event) with n >= 1.
 
     Raises:
         DataError: otherwise, naming the samples (by ``indices`` where given).
     """
-    x = checked_state(x, what, 0)
-    if x.ndim < 2 or not len(x):
-        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(x.shape)}.")
-    return checked_finite(x.clone() if x.is_inference() else x, what, indices)
+    data = checked_state(x, what, 0)
+    if data.ndim < 2 or not len(data):
+        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(data.shape)}.")
+    return checked_finite(data.clone() if data.is_inference() else data, what, indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ _LOOK = 10_000  # rows of a tensor, from which moments are measured
 _LOOK_ITEMS = 512  # items of a Dataset
 
 Batch = tuple[Tensor, Tensor | None]
+T = TypeVar("T")
+
+
+class Indexed(Protocol):
+    """Samples by index, as a Dataset with a length is."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
 
 
 class Batches:
@@ -54,12 +63,14 @@ class Batches:
         self._order: _Shuffled | None = None
         if isinstance(data, DataLoader | IterableDataset):
             self._loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
+            x, self.first_labels = _first_batch(self._loader)
         else:
-            data = _indexed(data)
-            self._order = _Shuffled(len(data), batch_size, seed)
-            collate = _as_it_is if isinstance(data, _Rows) else None
-            self._loader = DataLoader(data, batch_sampler=self._order, collate_fn=collate)
-        x, self.first_labels = self._look()
+            samples = _indexed(data)
+            self._order = _Shuffled(len(samples), batch_size, seed)
+            collate = _as_it_is if isinstance(samples, _Rows) else None
+            # torch asks for both methods of a Dataset, not for the class
+            self._loader = DataLoader(samples, batch_sampler=self._order, collate_fn=collate)  # type: ignore[arg-type]
+            x, self.first_labels = _some_of(samples)
         self.first = x if dtype is None else x.to(dtype)
 
     def from_step(self, step: int) -> Iterator[Batch]:
@@ -94,26 +105,29 @@ class Batches:
         x = self.first.double()
         return [*self.first.shape, float(f"{float(x.mean()):.9g}"), float(f"{float(x.std(correction=0)):.9g}")]
 
-    def _look(self) -> Batch:
-        """Some samples with their labels, for shape and scale; the order of training is not disturbed."""
-        dataset = self._loader.dataset
-        if isinstance(dataset, _Rows):
-            seen = slice(None, None, max(1, len(dataset) // _LOOK))
-            return dataset.data[seen], None if dataset.labels is None else dataset.labels[seen]
-        if self._order is None:
-            for batch in self._loader:
-                x, y = _split(batch)
-                return checked_data(x, "the first batch"), y
-            raise DataError("the data loader is empty: it brings no batch.")
-        indices = list(range(0, len(dataset), max(1, len(dataset) // _LOOK_ITEMS)))
-        items = [dataset[i] for i in indices]
-        labelled = isinstance(items[0], tuple | list)
-        try:
-            x = torch.stack([torch.as_tensor(item[0] if labelled else item) for item in items])
-            y = torch.stack([torch.as_tensor(item[1]) for item in items]) if labelled and len(items[0]) > 1 else None
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"the data set's samples are no tensors, or have different shapes: {error}") from error
-        return checked_data(x, "the data set", indices), y
+
+def _first_batch(loader: DataLoader) -> Batch:
+    """The first batch of a loader, for shape and scale."""
+    for batch in loader:
+        x, y = _split(batch)
+        return checked_data(x, "the first batch"), y
+    raise DataError("the data loader is empty: it brings no batch.")
+
+
+def _some_of(samples: Indexed) -> Batch:
+    """Some samples with their labels, for shape and scale; the order of training is not disturbed."""
+    if isinstance(samples, _Rows):
+        seen = slice(None, None, max(1, len(samples) // _LOOK))
+        return samples.data[seen], None if samples.labels is None else samples.labels[seen]
+    indices = list(range(0, len(samples), max(1, len(samples) // _LOOK_ITEMS)))
+    items = [samples[i] for i in indices]
+    parts = [item if isinstance(item, tuple | list) else (item,) for item in items]
+    try:
+        x = torch.stack([torch.as_tensor(part[0]) for part in parts])
+        y = torch.stack([torch.as_tensor(part[1]) for part in parts]) if len(parts[0]) > 1 else None
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"the data set's samples are no tensors, or have different shapes: {error}") from error
+    return checked_data(x, "the data set", indices), y
 
 
 class Samples:
@@ -147,19 +161,22 @@ class Samples:
         return x if dtype is None else x.to(dtype), y
 
 
-def _indexed(data: object) -> Dataset:
+def _indexed(data: object) -> Indexed:
     """``data`` as samples by index.
 
     Raises:
         DataError: for what is none, and for an empty one.
     """
-    if _holds_rows(data):
-        data = _Rows(*_labelled(data))
-    elif isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    samples = _Rows(*_labelled(data)) if _holds_rows(data) else data
+    if not _is_indexed(samples):
         raise DataError(f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}.")
-    if len(data) == 0:
+    if len(samples) == 0:
         raise DataError("the data set is empty.")
-    return data
+    return samples
+
+
+def _is_indexed(data: object) -> TypeGuard[Indexed]:
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping)
 
 
 def _holds_rows(data: object) -> bool:
@@ -221,7 +238,7 @@ class _Shuffled(Sampler):
             epoch, position = epoch + 1, 0
 
 
-def _as_it_is(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+def _as_it_is(batch: T) -> T:
     return batch
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,6 +37,20 @@ class Callback(Protocol):
 
     def after_step(self, run: Run, loss: float) -> None:
         """Sees the run after a step, and the step's loss, NaN where it was skipped."""
+
+
+class StatefulCallback(Callback, Protocol):
+    """A callback whose state goes into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state: tensors, numbers, texts, None, and lists, tuples and dicts of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a state back."""
+
+
+def _has_state(callback: Callback) -> TypeGuard[StatefulCallback]:
+    return hasattr(callback, "state_dict")
 
 
 def checked_callbacks(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
@@ -109,7 +123,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, every: int, identity: dict[str, Any], of_user: Iterable[Callback]) -> None:
-        self._stateful = [callback for callback in of_user if hasattr(callback, "state_dict")]
+        self._stateful = [callback for callback in of_user if _has_state(callback)]
         self.folder, self.every = folder, every
         self.identity = identity
         if self._stateful:

@@ -26,7 +26,7 @@ from sdeflow.errors import CheckpointCorrupt, CheckpointError, CheckpointVersion
 try:
     import fcntl
 except ImportError:  # not a POSIX system: runs are not locked there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module or None
 
 __all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "packed", "run_lock", "unpacked", "write_checkpoint"]
 

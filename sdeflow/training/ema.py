@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MovingAverage"]
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+class _Averaged(AveragedModel):
+    module: Score  # a copy of the score
+
 
 class MovingAverage:
     """An exponential moving average of the weights and buffers, a callback.
@@ -30,8 +36,8 @@ class MovingAverage:
     """
 
     def __init__(self, score: Score, decay: float) -> None:
-        self._averaged = AveragedModel(score, multi_avg_fn=_moving_average(decay), use_buffers=True)
-        self.score: Score = self._averaged.module
+        self._averaged = _Averaged(score, multi_avg_fn=_moving_average(decay), use_buffers=True)
+        self.score = self._averaged.module
 
     @property
     def updates(self) -> Tensor:
@@ -44,11 +50,11 @@ class MovingAverage:
             self._averaged.update_parameters(run.score)
 
 
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """The moving average's update, its decay reached as (1 + n) / (10 + n)."""
 
     @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+    def update(averages: Tensors, current: Tensors, n: Tensor | int) -> None:
         if averages[0].is_floating_point():  # they come grouped by dtype
             weight = 1.0 - min(decay, (1.0 + float(n)) / (10.0 + float(n)))
             torch._foreach_lerp_(averages, current, weight)

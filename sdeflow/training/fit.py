@@ -148,7 +148,7 @@ def fit(
         accelerator = _make_accelerator(score, mixed_precision)
     folder, seed = _folder(out), resolve_seed(seed)
     lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
-    devices = [] if accelerator.device.type == "cpu" else None
+    devices: list[torch.device] | None = [] if accelerator.device.type == "cpu" else None
     with torch.random.fork_rng(devices), lock:
         seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator, score.dtype)
@@ -320,7 +320,7 @@ def _identity_of_score(score: Score) -> dict[str, Any]:
         "g": str(declaration.g),
         "T": declaration.T,
         "cutoff": declaration.cutoff,
-        "P0": list(map(float, declaration.P0)) if declaration.coupled else declaration.P0,
+        "P0": [v for row in declaration.initial_covariance for v in row] if declaration.coupled else declaration.P0,
         "basis": None if score.basis is None else repr(score.basis),
         "schedules": tables_of(declaration),
         "parameters": score.values.fixed,

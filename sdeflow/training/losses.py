@@ -33,13 +33,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdeflow.errors import WeightingError
+from sdeflow.errors import NotAffineError, WeightingError
 from sdeflow.kernels.gaussian import Kernel, broadcast_to_event
+from sdeflow.kernels.local import LocalKernel
 from sdeflow.numerics.checks import checked_noise, checked_numbers, checked_state
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.noise import NoiseStream
-from sdeflow.scores import Score
+from sdeflow.scores import Score, ScoreFunction
 from sdeflow.symbolic.symbols import t as time_symbol
 from sdeflow.training.weightings import Weighting, metric, of_times, overall_std, require_weighting
 
@@ -55,7 +56,7 @@ __all__ = [
 
 
 def denoising_score_matching(
-    score: Score, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "score", y: Tensor | None = None
+    score: ScoreFunction, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "score", y: Tensor | None = None
 ) -> Tensor:
     """L(t) of each sample at its time, averaged over its coordinates, (batch,).
 
@@ -72,9 +73,9 @@ def denoising_score_matching(
     """
     x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
-    x_t = score.kernel.sample(x_0, t, noise=noise)
-    error = score.noise(x_t, t, *_labels(y)) - noise
-    return weighted_error(score.kernel, weighting, error, t, data_std_of(score, weighting))
+    kernel = score.kernel.require_gaussian("denoising score matching")
+    error = score.noise(kernel.sample(x_0, t, noise=noise), t, *_labels(y)) - noise
+    return weighted_error(kernel, weighting, error, t, data_std_of(score, weighting))
 
 
 def _labels(y: Tensor | None) -> tuple[Tensor, ...]:
@@ -82,9 +83,14 @@ def _labels(y: Tensor | None) -> tuple[Tensor, ...]:
     return () if y is None else (y,)
 
 
-def data_std_of(score: Score, weighting: Weighting) -> float:
-    """The data's standard deviation where the weighting knows it, which "edm" alone does; else 1."""
-    return overall_std(score.data_std) if isinstance(weighting, str) and weighting == "edm" else 1.0
+def data_std_of(score: ScoreFunction, weighting: Weighting) -> float:
+    """The data's standard deviation, where it is known and the weighting is "edm", which alone asks for it; else 1."""
+    if callable(weighting) or weighting != "edm":
+        return 1.0
+    if isinstance(score, Score):  # it may be declared where the mean is not
+        return overall_std(score.data_std)
+    moments = score.data_moments()
+    return 1.0 if moments is None else overall_std(moments[1])
 
 
 class Pairs(NamedTuple):
@@ -96,7 +102,7 @@ class Pairs(NamedTuple):
     root: Linear
 
 
-def score_error(score: Score, pairs: Pairs, y: Tensor | None = None) -> Tensor:
+def score_error(score: ScoreFunction, pairs: Pairs, y: Tensor | None = None) -> Tensor:
     """‖rootᵀ (s(x_t, t) - target)‖² per coordinate, (batch,)."""
     x_t, t, target, root = pairs
     return root.T(score(x_t, t, *_labels(y)) - target).square().flatten(1).mean(1)
@@ -112,13 +118,17 @@ class KernelPairs:
             paths reach (see the module); or w(t).
 
     Raises:
+        NotAffineError: for another SDE.
         WeightingError: for a weighting under which the loss is infinite, since paths come too near an end.
     """
 
-    def __init__(self, score: Score, weighting: Weighting) -> None:
+    def __init__(self, score: ScoreFunction, weighting: Weighting) -> None:
         require_weighting(weighting, gaussian=False)
-        self.kernel, self.weighting = score.kernel, weighting
-        infinite = self.kernel.unbounded if callable(weighting) else self.kernel.attained
+        kernel = score.kernel
+        if isinstance(kernel, Kernel | LocalKernel):
+            raise NotAffineError("the pairs of KernelPairs need an exact kernel that is not Gaussian: see fit.")
+        self.kernel, self.weighting = kernel, weighting
+        infinite = kernel.unbounded if callable(weighting) else kernel.attained
         if infinite and weighting != "score":
             what = "w(t) |∇ log p|²" if callable(weighting) else "g² |∇ log p|²"
             raise WeightingError(

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError, WeightingError
+from sdeflow.kernels.gaussian import Kernel
+from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.checks import checked_choice, checked_numbers
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.training.weightings import EDM_MEAN, EDM_STD, Weighting
@@ -54,9 +56,11 @@ def require_times(times: Times, gaussian: bool) -> None:
         return
     checked_choice(times, "times", NAMES, "a density of t")
     if not gaussian and times != "t":
-        raise ValueError(
-            f'times="{times}" needs a Gaussian kernel, which this SDE has not; use times="t" or a density.'
-        )
+        raise _needs_a_log_snr(times)
+
+
+def _needs_a_log_snr(times: str) -> ValueError:
+    return ValueError(f'times="{times}" needs a Gaussian kernel, which this SDE has not; use times="t" or a density.')
 
 
 class TimeLaw:
@@ -68,7 +72,7 @@ class TimeLaw:
         kernel: the kernel whose half-log-SNR ``edges`` holds, or None where they are times.
     """
 
-    def __init__(self, edges: Tensor, masses: Tensor, kernel: object = None) -> None:
+    def __init__(self, edges: Tensor, masses: Tensor, kernel: Kernel | None = None) -> None:
         self._edges = edges.detach().to(torch.float64)
         masses = masses.detach().to(torch.float64)
         self._masses = masses / masses.sum()
@@ -107,10 +111,10 @@ class WeightedTimes:
 
     Args:
         times: a name or a density.
-        schedule: the Gaussian kernel, or the model of an SDE without one.
+        kernel: of the SDE.
         weights: maps times (n,) to the objective's integrand at an error of unit variance.
         share: c.
-        gaussian: whether ``schedule`` is a Gaussian kernel.
+        gaussian: whether cells and laws may follow the log-SNR, which a Gaussian kernel alone has.
 
     Attributes:
         total: the objective at an error of unit variance at all times, ∫ weights dt.
@@ -118,18 +122,19 @@ class WeightedTimes:
     Raises:
         WeightingError: for weights or a density that make no sense, and for a law that never draws times which the
             weighting counts.
+        NotAffineError: with ``gaussian``, for a kernel that is not.
     """
 
     def __init__(
-        self, times: Times, schedule: object, weights: Callable[[Tensor], Tensor], share: float, gaussian: bool
+        self, times: Times, kernel: AnyKernel, weights: Callable[[Tensor], Tensor], share: float, gaussian: bool
     ) -> None:
-        self._times, self._schedule, self._weights = times, schedule, weights
-        self._share, self._gaussian = share, gaussian
+        self._times, self._kernel, self._weights, self._share = times, kernel, weights, share
+        self._gaussian = kernel.require_gaussian("a law of times in the log-SNR") if gaussian else None
         self._refresh()
 
     def draw(self, n: int, noise: NoiseStream) -> tuple[Tensor, Tensor]:
         """n stratified times and c / p(t) there, (n,) each in float64."""
-        if self._version != self._schedule.values.version:  # a learned schedule has moved
+        if self._version != self._kernel.values.version:  # a learned schedule has moved
             self._refresh()
         return self.weighted((noise.uniform((1,), torch.float64) + torch.arange(n, dtype=torch.float64) / n) % 1.0)
 
@@ -140,7 +145,7 @@ class WeightedTimes:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        self._version = self._schedule.values.version
+        self._version = self._kernel.values.version
         edges = self._cells()
         middles, widths = 0.5 * (edges[1:] + edges[:-1]), edges.diff()
         weights = torch.cat([self._weights(part) for part in middles.split(256)])
@@ -160,13 +165,11 @@ class WeightedTimes:
 
     def _cells(self) -> Tensor:
         """Edges of cells of [cutoff, T]: fine in t, and in the half-log-SNR of a Gaussian kernel."""
-        first, last = self._schedule.cutoff, self._schedule.T
+        first, last = self._kernel.cutoff, self._kernel.T
         edges = torch.linspace(first, last, _CELLS + 1, dtype=torch.float64)
-        if self._gaussian:
-            high, low = self._schedule.half_log_snr(edges[[0, -1]]).tolist()
-            edges = torch.cat(
-                [edges, self._schedule.time_of(torch.linspace(high, low, _CELLS + 1, dtype=torch.float64))]
-            ).unique()
+        if self._gaussian is not None:
+            levels = _even_levels(self._gaussian, edges[[0, -1]])
+            edges = torch.cat([edges, self._gaussian.time_of(levels)]).unique()
             edges = edges[(edges >= first) & (edges <= last)]
         keep = torch.cat([torch.ones(1, dtype=torch.bool), edges.diff() > 1e-14 * last])
         return edges[keep]
@@ -184,12 +187,19 @@ class WeightedTimes:
         if self._times == "importance":
             masses = weights * widths
             return TimeLaw(edges, masses / masses.sum() + _FLOOR * widths / (ends[1] - ends[0]))
-        levels = self._schedule.half_log_snr(ends)
+        if self._gaussian is None:
+            raise _needs_a_log_snr(self._times)
         if self._times == "log_snr":
-            return TimeLaw(levels, torch.ones(1), self._schedule)
-        levels = torch.linspace(*levels.tolist(), _CELLS + 1, dtype=torch.float64)
+            return TimeLaw(self._gaussian.half_log_snr(ends), torch.ones(1), self._gaussian)
+        levels = _even_levels(self._gaussian, ends)
         masses = _normal_masses((-levels - EDM_MEAN) / EDM_STD)
-        return TimeLaw(levels, masses / masses.sum().clamp_min(1e-300) + _FLOOR / _CELLS, self._schedule)
+        return TimeLaw(levels, masses / masses.sum().clamp_min(1e-300) + _FLOOR / _CELLS, self._gaussian)
+
+
+def _even_levels(kernel: Kernel, ends: Tensor) -> Tensor:
+    """Half-log-SNRs at even distances, from that at the first of two times to that at the second."""
+    high, low = kernel.half_log_snr(ends).tolist()
+    return torch.linspace(high, low, _CELLS + 1, dtype=torch.float64)
 
 
 def _values(density: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

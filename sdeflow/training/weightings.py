@@ -72,14 +72,15 @@ def metric(kernel: Kernel, weighting: Weighting, x: Tensor, t: Tensor, data_std:
     require_weighting(weighting)
     one = torch.eye(kernel.components, dtype=torch.float64, device=x.device) if kernel.coupled else torch.ones(())
     identity = Linear(one.to(torch.float64), kernel.coupled)
+    if callable(weighting):
+        whiten = kernel.path(x, t).sigma.inverse
+        return whiten.gram.scaled(_sides(of_times(weighting, t), x, kernel.coupled))
     if weighting == "score":
         return identity
-    if not callable(weighting) and weighting != "likelihood":
-        return identity.scaled(_sides(_OF_LOG_SNR[weighting](kernel, t, data_std), x, kernel.coupled))
-    whiten = kernel.path(x, t).sigma.inverse
     if weighting == "likelihood":
+        whiten = kernel.path(x, t).sigma.inverse
         return whiten @ kernel.equation(x, t)[2] @ whiten.T
-    return whiten.gram.scaled(_sides(of_times(weighting, t), x, kernel.coupled))
+    return identity.scaled(_sides(_OF_LOG_SNR[weighting](kernel, t, data_std), x, kernel.coupled))
 
 
 def mean_weight(kernel: Kernel, weighting: Weighting, x: Tensor, t: Tensor, data_std: float = 1.0) -> Tensor:

@@ -47,9 +47,9 @@ def chosen(
         ValueError: for an unknown name, and for options that the objective does not have.
         NotAffineError: for an objective that this SDE cannot serve.
     """
-    options = {"weighting": weighting, "times": times, "gap": gap, "simulation_steps": simulation_steps}
-    given = {name: value for name, value in options.items() if value is not None}
     if isinstance(objective, Objective):
+        options = {"weighting": weighting, "times": times, "gap": gap, "simulation_steps": simulation_steps}
+        given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(f"{' and '.join(given)} belong to the objective: give them to {type(objective).__name__}.")
         objective.require(score)
@@ -58,11 +58,16 @@ def chosen(
         kind = _of(score)
     else:
         kind = _NAMED[checked_choice(objective, "objective", _NAMED, "an sdeflow.objectives.Objective")]
-    if kind is not LocalMatching and (gap is not None or simulation_steps is not None):
+    if weighting is None:
+        weighting = "likelihood" if kind is Denoising else "score"
+    of_paths = {"gap": gap, "simulation_steps": simulation_steps}
+    counts = {name: value for name, value in of_paths.items() if value is not None}
+    if kind is LocalMatching:
+        made: Objective = LocalMatching(weighting, times, **counts)
+    elif counts:
         raise ValueError("gap and simulation_steps are of SDEs without a kernel, which are trained on simulated paths.")
-    if kind is Denoising:
-        given.setdefault("weighting", "likelihood")
-    made = kind(**given)
+    else:
+        made = kind(weighting, times)
     made.require(score)
     return made
 

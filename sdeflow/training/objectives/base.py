@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import NotAffineError
-from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import ScoreFunction
 from sdeflow.scores.function import evaluating
-from sdeflow.solving.fields import Fields
 from sdeflow.solving.simulate import start
 from sdeflow.training.batches import Samples
 from sdeflow.training.losses import data_std_of
@@ -92,13 +90,14 @@ class Objective(ABC):
             t: times, (n,), in float64.
         """
         if self.needs == "Gaussian kernel":
-            return mean_weight(score.gaussian, self.weighting, example, t, data_std_of(score, self.weighting))
+            kernel = score.kernel.require_gaussian(type(self).__name__)
+            return mean_weight(kernel, self.weighting, example, t, data_std_of(score, self.weighting))
         return of_times(self.weighting, t) if callable(self.weighting) else torch.full_like(t, self.share)
 
     def states(self, score: ScoreFunction, data: Tensor) -> Tensor:
         """Whole states (n, *event) from data: auxiliary components are added without their P0."""
         if self.needs == "Gaussian kernel":
-            return score.gaussian.lift(data, noisy=False)
+            return score.kernel.require_gaussian(type(self).__name__).lift(data, noisy=False)
         return start(score.declaration, data)
 
     def require(self, score: ScoreFunction) -> None:
@@ -114,13 +113,12 @@ class Objective(ABC):
 
     def law(self, score: ScoreFunction, example: Tensor) -> WeightedTimes:
         """Where times are drawn, each with what its loss counts."""
-        schedule = score.gaussian if self.needs == "Gaussian kernel" else Fields(score)
         return WeightedTimes(
             self.times,
-            schedule,
+            score.kernel,
             lambda t: self.weights(score, example, t),
             self.share,
-            gaussian=isinstance(schedule, Kernel),
+            gaussian=self.needs == "Gaussian kernel",
         )
 
     def value(
