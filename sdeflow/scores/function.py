@@ -62,6 +62,11 @@ class ScoreFunction(nn.Module):
         """∇ log p_t(x), shaped as x, for x (batch, *event) and t a number, () or (batch,)."""
         raise TypeError(f"{type(self).__name__} does not define forward(x, t)")
 
+    if TYPE_CHECKING:  # torch's own is Callable[..., Any]
+
+        def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+            """:meth:`forward`, by way of the module's hooks."""
+
     def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
         """E[eps | x_t] = -sigmaᵀ s, shaped as x."""
         x, t = self._entered(x, t)

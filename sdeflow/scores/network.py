@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,11 @@ class Score(ScoreFunction):
             return self._network(x, time, y)
         eps, path = self._noise(x, time, y)
         return self.kernel.from_basis(-path.sigma.T.inverse(eps))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+            """:meth:`forward`, by way of the module's hooks."""
 
     def noise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """E[eps | x_t], shaped as x."""
