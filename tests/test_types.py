@@ -11,14 +11,75 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 WRONG = "wrong: str = sde.reverse(score).sample((2, 2))"  # seen only where the package's types are
+USED = '''
+"""What calls return: mypy takes Any for nothing here."""
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+from sdeflow import SDE, Gaussian, Score, fit, objectives, x
+from sdeflow.scores import Conditional, GaussianMixture, ScoreFunction
+from sdeflow.training.run import Fit
+
+sde, z = SDE(f=-x, g=1.4, T=3), torch.randn(64, 2)
+assert_type(sde.kernel.moments(z, 0.5), tuple[Tensor, Tensor])
+assert_type(sde.kernel.sample(z, 0.5, seed=0), Tensor)
+assert_type(sde.kernel.score(z, z, 0.5), Tensor)
+assert_type(sde.kernel.log_prob(z, z, 0.5), Tensor)
+assert_type(sde.kernel.require_gaussian("this").half_log_snr(0.5), Tensor)
+assert_type(sde.prior, Gaussian)
+assert_type(sde.lift(z), Tensor)
+assert_type(sde.simulate(z, [1.0, 3.0], steps=10, dtype=torch.float64), Tensor)
+assert_type(sde.fit_prior(z, components=2).sample((2, 2)), Tensor)
+assert_type(sde.bridge(z).sample(z, 0.5), Tensor)
+assert_type(sde.bridge(z).paths(z, [0.5, 1.0]), Tensor)
+assert_type(sde.bridge(z).moments(z, 0.5), tuple[Tensor, Tensor])
+
+exact = GaussianMixture(sde, [[0.0, 0.0]], [1.0])
+assert_type(exact.sample(3), Tensor)
+assert_type(exact.log_prob(z), Tensor)
+assert_type(exact.weights, Tensor)
+score = Score(torch.nn.Linear(2, 2), sde)
+assert_type(score.data_std, Tensor)
+assert_type(score.given(1), Conditional)
+assert_type(score(z, 0.5, torch.zeros(64)), Tensor)
+for each in (exact, score, score.given(1)):
+    assert_type(each(z, 0.5), Tensor)
+    assert_type(each.noise(z, 0.5), Tensor)
+    assert_type(each.denoise(z, 0.5), Tensor)
+
+assert_type(fit(score, (z, torch.zeros(64)), 10, objective=objectives.Denoising("edm")), Fit)
+assert_type(fit(score, z, 10).losses, list[float])
+assert_type(objectives.Denoising().value(exact, z), tuple[float, float])
+assert_type(sde.flow_ode(score).log_prob(z), Tensor)
+
+
+class Guided(ScoreFunction):
+    """A score of one's own."""
+
+    def __init__(self, sde: SDE, towards: Tensor) -> None:
+        super().__init__(sde)
+        self.towards = towards
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        return self.towards - x
+
+    def rows(self, index: Tensor | slice) -> "Guided":
+        return Guided(sde, self.towards[index])
+
+
+assert_type(sde.reverse(Guided(sde, z)).sample((64, 2)), Tensor)
+'''
 
 
 @pytest.mark.slow
-def test_the_readme_type_checks(tmp_path):
+def test_programs_type_check(tmp_path):
     lines = "\n".join(BLOCK.findall((ROOT / "README.md").read_text())).splitlines()
     (tmp_path / "program.py").write_text("\n".join([*lines, WRONG, ""]))
+    (tmp_path / "used.py").write_text(USED)
     options = ["--config-file=", "--ignore-missing-imports", f"--cache-dir={ROOT / '.mypy_cache' / 'readme'}"]
-    command = [sys.executable, "-m", "mypy", *options, "program.py"]
+    command = [sys.executable, "-m", "mypy", *options, "program.py", "used.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # found as an installed package is
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
     errors = [line for line in found.splitlines() if ": error:" in line]
