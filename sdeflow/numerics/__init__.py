@@ -1,1 +1,1 @@
-"""What the rest computes with, in torch: no SDE is known here."""
+"""Numerical tools in torch, which know nothing about SDEs."""

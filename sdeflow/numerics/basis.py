@@ -1,8 +1,8 @@
-r"""Orthogonal bases of an event, in which a declaration may act on each coefficient by itself.
+r"""Orthogonal bases of an event, in which a declaration acts on each coefficient separately.
 
-With ``SDE(..., basis=B)`` the state's coefficients u = B x follow the declaration, and tensors among the
-parameters are per coefficient: heat dissipation, for example, decays each frequency of an image at a
-rate of its own. An orthogonal B leaves densities and white noise as they are.
+With ``SDE(..., basis=B)`` the coefficients u = B x of the state follow the declaration, and tensors among the
+parameters hold a value for each coefficient. In heat dissipation, for example, each frequency of an image decays at its
+own rate. An orthogonal B does not change densities or white noise.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Basis(Protocol):
 
 
 class DCT:
-    """The orthonormal discrete cosine transform (type II) over the last sides of an event.
+    """The orthonormal discrete cosine transform (type II) over the last dims of an event.
 
     Args:
-        sides: how many sides are transformed: 2 for images (batch, channels, height, width).
+        sides: the number of dims that are transformed: 2 for images (batch, channels, height, width).
     """
 
     def __init__(self, sides: int = 2) -> None:
@@ -49,7 +49,7 @@ class DCT:
         return self._transformed(checked_state(u, "u"), transpose=True)
 
     def frequencies(self, event: tuple[int, ...]) -> Tensor:
-        """π² Σ (n_i / N_i)², the Laplacian's eigenvalue of each coefficient with unit spacing, (*last sides)."""
+        """π² Σ (n_i / N_i)², the eigenvalue of the Laplacian for each coefficient with unit spacing, (*last dims)."""
         total = torch.zeros((), dtype=torch.float64)
         for size in event[-self.sides :]:
             total = total[..., None] + (math.pi * torch.arange(size, dtype=torch.float64) / size) ** 2
@@ -58,9 +58,9 @@ class DCT:
     def _transformed(self, x: Tensor, *, transpose: bool) -> Tensor:
         if x.ndim <= self.sides:
             raise DataError(f"this basis transforms {self.sides} sides of an event; x is {tuple(x.shape)}.")
-        for side in range(-self.sides, 0):
-            matrix = _cosines(x.shape[side]).to(device=x.device, dtype=x.dtype)
-            x = torch.tensordot(x, matrix if transpose else matrix.mT, dims=([side], [0])).movedim(-1, side)
+        for dim in range(-self.sides, 0):
+            matrix = _cosines(x.shape[dim]).to(device=x.device, dtype=x.dtype)
+            x = torch.tensordot(x, matrix if transpose else matrix.mT, dims=([dim], [0])).movedim(-1, dim)
         return x
 
     def __eq__(self, other: object) -> bool:
@@ -74,13 +74,13 @@ class DCT:
 
 
 class Orthogonal:
-    """Any orthogonal matrix, acting on the flattened event.
+    """Any orthogonal matrix, which acts on the flattened event.
 
     Args:
-        matrix: (d, d), its rows the basis vectors.
+        matrix: (d, d), whose rows are the basis vectors.
 
     Raises:
-        DataError: for a matrix that is not orthogonal to 1e-6.
+        DataError: if the matrix is not orthogonal to 1e-6.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -113,21 +113,22 @@ class Orthogonal:
 
 
 class CentreOfMassFree:
-    r"""Coordinates of n particles without their centre of mass, from (batch, n, \*sides) to (batch, n - 1, \*sides).
+    r"""Coordinates of n particles without their centre of mass, from (batch, n, \*dims) to (batch, n - 1, \*dims).
 
-    Molecules are states (n, 3) of which only the shape matters, so they live on the subspace of mean 0, which has
-    (n - 1) · 3 dimensions (arXiv:2203.17003). u = Q x, with Q the n - 1 orthonormal rows of Helmert's matrix, each of
-    sum 0, is an isometry of that subspace: white noise in u is white noise without centre of mass in x, and densities
-    of u are densities on the subspace. So an SDE of u is one of such states, with the right prior, kernel, noise, trace
-    and log p, and every x = Qᵀ u has mean 0 to rounding. Rotations of the sides commute with Q. Unlike the other
-    classes of this module it changes the shape, so it is applied to data and samples and not handed to ``SDE``. Give
-    ``Score(..., data_mean=0.)``, as shapes have no preferred direction.
+    Molecules are states (n, 3) whose position in space does not matter, so they lie in the subspace of mean 0, which
+    has (n - 1) · 3 dimensions (arXiv:2203.17003). The map u = Q x is an isometry of that subspace; Q holds the n - 1
+    orthonormal rows of Helmert's matrix, each with the sum 0. White noise in u is white noise without centre of mass in
+    x, and densities of u are densities on the subspace. So an SDE of u is an SDE of such states, with the right prior,
+    kernel, noise, trace and log p, and every x = Qᵀ u has mean 0 to rounding. Rotations of the dims commute with Q.
+
+    Unlike the other classes of this module this map changes the shape. Apply it to data and samples; do not pass it to
+    ``SDE``. Give ``Score(..., data_mean=0.)``, because molecules have no preferred direction.
 
     Args:
         particles: n, at least 2.
 
     Raises:
-        ValueError: for fewer particles.
+        ValueError: if ``particles`` is less than 2.
 
     >>> import sdeflow
     >>> shapes = sdeflow.basis.CentreOfMassFree(5)
@@ -143,15 +144,15 @@ class CentreOfMassFree:
         self.matrix = torch.where(i < k, 1.0, torch.where(i == k, -k, 0.0)) / (k * (k + 1.0)).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""The coordinates u (batch, n - 1, \*sides) of x (batch, n, \*sides), whose centre of mass is left out."""
+        r"""The coordinates u (batch, n - 1, \*dims) of x (batch, n, \*dims), without its centre of mass."""
         return self._times(checked_state(x), self.matrix)
 
     def inverse(self, u: Tensor) -> Tensor:
-        r"""The states (batch, n, \*sides), of mean 0, with coordinates u."""
+        r"""The states (batch, n, \*dims) of mean 0 that have the coordinates u."""
         return self._times(checked_state(u, "u"), self.matrix.mT)
 
     def wrap(self, net: Callable[..., Tensor]) -> nn.Module:
-        """A network, or a score, of states as one of coordinates: u, t, ... -> Q net(Qᵀ u, t, ...)."""
+        """A network or score of coordinates from one of states: u, t, ... -> Q net(Qᵀ u, t, ...)."""
         return _OnCoordinates(self, net)
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:

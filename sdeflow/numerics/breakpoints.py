@@ -1,8 +1,9 @@
-"""Break points: the times at which what is declared is not smooth, which must be edges of panels.
+"""Break points: the times at which the declaration is not smooth. They must be edges of panels.
 
-Each :class:`~sdeflow.symbolic.switches.Switch` of an expression asks where some u(t) takes some levels. Where u is
-linear the answer is a fraction, rounded once. Elsewhere u is interpolated, with bounds so that nothing is missed, on
-panels between the break points found so far; each panel's series is halved until it has no root or is monotone.
+Each :class:`~sdeflow.symbolic.switches.Switch` of an expression gives a function u(t) and the levels at which the
+expression is not smooth. If u is linear, the times are fractions, rounded once. If not, u is interpolated on panels
+between the break points found before, with bounds so that no crossing is missed, and each panel's series is halved
+until it has no root or is monotone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from sdeflow.symbolic.switches import Switch, exact, switches
 __all__ = ["break_points"]
 
 _LARGEST_COUNT = MAX_PANELS // 2
-_DEPTH = 48  # halvings of a panel
+_DEPTH = 48  # the most halvings of a panel
 _ROUNDING = 1e-14
 _EARLIEST = 1e-15
-_PANELS = 37  # to start from: a prime number, so that edges seldom are roots
+_PANELS = 37  # panels at the start: a prime number, so that their edges are rarely roots
 
 Numbers = Mapping[sp.Symbol, "float | np.ndarray"]
 
@@ -35,11 +36,11 @@ def break_points(expressions: Sequence[sp.Expr], values: Numbers, T: float) -> n
 
     Args:
         expressions: of t and the parameters.
-        values: the parameters' numbers, or arrays (entries, 1): then the times of all entries.
+        values: the parameters' numbers, or arrays (entries, 1); for arrays, the times of all entries are returned.
         T: the horizon.
 
     Raises:
-        ScheduleError: for more break points than panels are allowed.
+        ScheduleError: if there are more break points than allowed panels.
     """
     found = np.zeros(0)
     for switch in switches(expressions):
@@ -58,7 +59,7 @@ def _too_many(switch: Switch, T: float) -> ScheduleError:
 
 
 def _of_line(slope: sp.Expr, start: sp.Expr, switch: Switch, values: Numbers, T: float) -> np.ndarray:
-    """Solutions of start + slope t = level: exact where all are fractions, by long doubles or doubles else."""
+    """Solutions of start + slope t = level: exact if all are fractions, else by long doubles or doubles."""
     symbols = slope.free_symbols | start.free_symbols
     if any(isinstance(values[symbol], np.ndarray) for symbol in symbols):
         at = np.zeros(1)
@@ -96,7 +97,7 @@ def _of_curve(switch: Switch, values: Numbers, T: float, known: np.ndarray) -> n
     """Solutions of u(t) = level for any u, on panels between the break points already ``known``."""
     try:
         bound = Enclosure([switch.expr], values, T)
-    except NoEnclosure:  # the panels of the coefficients close in on it
+    except NoEnclosure:  # the panels of the coefficients will be halved around it
         return np.zeros(0)
     edges = np.union1d(np.linspace(0.0, T, _PANELS + 1), known)
     curve = PiecewiseChebyshev.fit(
@@ -118,7 +119,7 @@ def _of_curve(switch: Switch, values: Numbers, T: float, known: np.ndarray) -> n
     times = _roots(series[clear], left[panel[which]], right[panel[which]], rounding[which])
     hidden = curve.unresolved
     times = np.concatenate([times, left[hidden], right[hidden]])
-    return times[times > _EARLIEST * T]  # what is nearer to 0 cannot be told from it
+    return times[times > _EARLIEST * T]  # nearer times cannot be distinguished from 0
 
 
 def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +127,7 @@ def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) 
     if switch.levels is None:
         first, last = np.ceil(low), np.floor(high)
         counts = np.maximum(last - first + 1, 0)
-        if counts.sum() > 2 * _LARGEST_COUNT:  # and perhaps more than an integer holds
+        if counts.sum() > 2 * _LARGEST_COUNT:  # perhaps too many for an integer
             raise _too_many(switch, T)
         counts = counts.astype(np.int64)
         which = np.repeat(np.arange(len(low)), counts)
@@ -137,7 +138,7 @@ def _levels_within(low: np.ndarray, high: np.ndarray, switch: Switch, T: float) 
 
 
 def _roots(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> np.ndarray:
-    """Roots of Chebyshev series (m, terms) on [left, right] (m,); where one only touches 0, a point near it."""
+    """Roots of Chebyshev series (m, terms) on [left, right] (m,); for a series that touches 0, a point near it."""
     found: list[np.ndarray] = []
     for _ in range(_DEPTH):
         spread = np.abs(series[:, 1:]).sum(1)
@@ -159,7 +160,7 @@ def _roots(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np
 
 
 def _root_of_monotone(series: np.ndarray, left: np.ndarray, right: np.ndarray, rounding: np.ndarray) -> np.ndarray:
-    """The root of each monotone series, if it has one: bracketed Newton steps."""
+    """The root of each monotone series that has one, by bracketed Newton steps."""
     at_ends = [chebval(np.full(len(series), end), series.T, tensor=False) for end in (-1.0, 1.0)]
     close = np.minimum(*map(np.abs, at_ends)) <= rounding + _ROUNDING * np.abs(series).sum(1)
     has = (at_ends[0] * at_ends[1] <= 0) | close

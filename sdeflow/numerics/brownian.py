@@ -1,16 +1,16 @@
-r"""One path of Brownian motion, the same however finely it is looked at.
+r"""A path of Brownian motion that does not depend on the times at which it is evaluated.
 
-W is a function of (seed, row, coordinate, t) alone, so that solves with different steps, grids, clocks and methods
+W is a function of (seed, row, coordinate, t) alone. Solves with different steps, grids, clocks and methods therefore
 follow the same path: their difference is the error of the method, and strong orders can be measured.
 
-[2^k, 2^{k+1}] has an increment of its own for every k, and is halved on the way to t, 26 times at most: a relative
-resolution of 2^-26 at every t, whatever the horizon. Each interval of length h carries its increment W ~ N(0, h) and
-its space-time area H ~ N(0, h/12), independent, with ∫ W dt = h (W/2 + H). Its halves are
+For every k the interval [2^k, 2^{k+1}] has its own increment. It is halved towards t, at most 26 times, so the relative
+resolution is 2^-26 at every t, for any horizon. Each interval of length h has an increment W ~ N(0, h) and an
+independent space-time area H ~ N(0, h/12), with ∫ W dt = h (W/2 + H). Its halves have
 
     W_l = W/2 + 3H/2 + Z,     W_r = W/2 - 3H/2 - Z,     H_l = H/4 - Z/2 + N/2,     H_r = H/4 - Z/2 - N/2,
 
-with Z ~ N(0, h/16) and N ~ N(0, h/12) (Foster et al. 2020, arXiv:1904.02998), counter-based numbers of the interval.
-Below the resolution the path is the parabola that W and H let expect.
+with Z ~ N(0, h/16) and N ~ N(0, h/12) (Foster et al. 2020, arXiv:1904.02998), which are counter-based numbers of the
+interval. Below the resolution the path is the parabola that is its expectation given W and H.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _LOWEST = -40  # below 2^-40 the path is one parabola from 0
 class BrownianPath:
     """Brownian motion in the SDE's time t, for ``noise=`` of ``reverse.sample`` and ``sde.simulate``.
 
-    The reverse SDE takes the same path backwards in t. Euler-Maruyama, all methods of torchsde's and the multistep
-    exponential solver follow it; samplers that draw noise of another kind (churn, Langevin steps, restarts) refuse it.
-    It costs some twenty draws a step, so it is meant for measuring.
+    The reverse SDE takes the same path backwards in t. Euler-Maruyama, all methods of torchsde and the multistep
+    exponential solver follow it. Samplers with another kind of noise (churn, Langevin steps, restarts) refuse it. It
+    costs about twenty draws per step, so it is meant for measurements.
 
     Args:
-        seed: of the path; None draws one seed from torch's global generator, once.
+        seed: the seed of the path; None draws one seed from torch's global generator, once.
 
     Raises:
-        TypeError: for a seed that is no integer, generator or None.
+        TypeError: if ``seed`` is not an integer, a generator or None.
 
     >>> import sdeflow
     >>> path = sdeflow.BrownianPath(seed=0)
@@ -56,10 +56,10 @@ class BrownianPath:
     def at(self, t: float, shape: tuple[int, ...]) -> Tensor:
         """W(t), of the given ``shape`` (batch, *event), in float64.
 
-        The event is the state's; where components of a coupled state share noise it is (coordinates, motions).
+        The event is that of the state. If components of a coupled state share noise, it is (coordinates, motions).
 
         Raises:
-            ValueError: for a negative or infinite time.
+            ValueError: if ``t`` is negative or infinite.
         """
         flat = (shape[0], math.prod(shape[1:]))
         return BrownianRows(self.seed).value(t, flat)[0].reshape(shape).clone()
@@ -85,14 +85,14 @@ class _Interval:
     H: Tensor
 
     def at(self, t: float) -> tuple[Tensor, Tensor]:
-        """W and its integral as the parabola has them."""
+        """W and its integral at t, of the parabola of this interval."""
         u = (t - self.left) / self.h
         W = self.start + u * self.W + (6.0 * u * (1.0 - u)) * self.H
         inner = u * self.start + (0.5 * u * u) * self.W + (u * u * (3.0 - 2.0 * u)) * self.H
         return W, self.integral + self.h * inner
 
     def half(self, right: bool, z: Tensor, n: Tensor) -> _Interval:
-        """Its left or its right half, from two standard normal numbers."""
+        """The left or the right half, from two standard normal numbers."""
         Z, N, half = math.sqrt(self.h / 16.0) * z, math.sqrt(self.h / 12.0) * n, 0.5 * self.h
         W, H = 0.5 * self.W + 1.5 * self.H + Z, 0.25 * self.H - 0.5 * Z + 0.5 * N
         if not right:
@@ -102,10 +102,10 @@ class _Interval:
 
 
 class BrownianRows:
-    """The values of a path for the rows of one solve; the intervals last looked at are kept.
+    """The values of a path for the rows of one solve; the intervals used last are cached.
 
     Args:
-        seed: of the path.
+        seed: the seed of the path.
         first: the number of the first row.
     """
 
@@ -138,9 +138,9 @@ class BrownianRows:
         return interval.at(t)
 
     def step(self, a: float, b: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The increment from a to b, over √|b - a|, and the space-time area in the order from a to b, over the same.
+        """The increment from a to b and the space-time area in the order from a to b, both divided by √|b - a|.
 
-        Standard normal numbers, and such of variance 1/12, independent.
+        They are independent normal numbers, of variance 1 and 1/12.
         """
         (W_a, I_a), (W_b, I_b), h = self.value(a, shape), self.value(b, shape), abs(b - a)
         W = W_b - W_a

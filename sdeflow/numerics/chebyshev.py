@@ -1,11 +1,11 @@
-"""Piecewise Chebyshev interpolants on panels that refine themselves, in float64.
+"""Piecewise Chebyshev interpolants on panels that are refined automatically, in float64.
 
-A function of one variable is sampled at the Chebyshev points of each panel; a panel whose last
-coefficients have not decayed is halved. Samples can miss what is narrow. So a panel is halved too until bounds
-of the function on a disc around it say that its interpolant is right; where there are no bounds, points between
-the nodes are looked at. Kinks and jumps that are known are edges from the start; others are closed in on
-by halving, to 14 digits of their position, and powers of t near 0 by panels in geometric progression.
-The nodes never include a panel's ends, so a singularity at 0 that can be integrated does no harm.
+A function of one variable is sampled at the Chebyshev points of each panel, and a panel whose last coefficients have
+not decayed is halved. Samples can miss a narrow feature. So a panel is also halved until bounds of the function on a
+disc around it prove that the interpolant is accurate. If there are no bounds, the function is tested at points between
+the nodes. Known kinks and jumps are edges from the start. Others are located by halving, to 14 digits of their
+position, and powers of t near 0 are resolved by panels in geometric progression. The nodes do not include the ends of a
+panel, so an integrable singularity at 0 is allowed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _TOLERANCE = 2e-13
 _NEGLIGIBLE = 1e-20
 _SMALLEST = 1e-14
 _HARMLESS = 1e-11
-_AT_ONCE = 256  # panels between two looks at the clock
+_AT_ONCE = 256  # panels between two checks of the deadline
 _EPSILON = float(np.finfo(np.float64).eps)
-_ROUNDED_BETWEEN = 30.0  # an interpolant's rounding beside that of each of its 24 values
+_ROUNDED_BETWEEN = 30.0  # the rounding of an interpolant, in units of that of each of its 24 values
 
 # On the ellipse with rho = 4 around a panel, inside the disc of 2.125 times its half width, a function that varies
 # by M is interpolated at 24 nodes to 4 M rho^-23 / (rho - 1) (Trefethen, Approximation Theory, theorem 8.2).
@@ -69,9 +69,9 @@ Rounding = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray:
-    """Panel edges that shrink towards ``start`` down to 1e-30 of the interval, and are nowhere wider than 1/256 of it.
+    """Edges of panels that become narrower towards ``start``, down to 1e-30 of the interval.
 
-    The width is for features that no node of a wide panel would see.
+    No panel is wider than 1/256 of the interval, because of features that fall between the nodes of a wide panel.
     """
     length = stop - start
     count = int(round(30 / math.log10(ratio)))
@@ -80,7 +80,7 @@ def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray
 
 
 def require_time(name: str) -> None:
-    """Raises a ScheduleError after the deadline of a declaration, while panels are still being halved for ``name``."""
+    """Raises a ScheduleError if the deadline of a declaration has passed while panels are halved for ``name``."""
     if time_left() <= 0:
         raise ScheduleError(
             f"{name} takes too long to resolve: after seconds of processor time its panels are still too wide. Choose "
@@ -89,10 +89,10 @@ def require_time(name: str) -> None:
 
 
 class Bound(Protocol):
-    """What is known of a function beyond its values, as :class:`sdeflow.symbolic.enclosure.Enclosure` does."""
+    """Bounds of a function, such as those of :class:`sdeflow.symbolic.enclosure.Enclosure`."""
 
     def __call__(self, centre: np.ndarray, radius: np.ndarray, analytic: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Values (k, n) at real centres, and how far they are from those on complex discs (or real ones) around."""
+        """Values (k, n) at real centres, and their largest distance to values on discs around, complex or real."""
 
 
 class PiecewiseChebyshev:
@@ -101,7 +101,7 @@ class PiecewiseChebyshev:
     Args:
         edges: (panels + 1,) increasing.
         coefficients: (k, panels, terms).
-        unresolved: (panels,), those that end at the smallest width.
+        unresolved: (panels,), true for panels of the smallest width that are not resolved.
     """
 
     def __init__(self, edges: np.ndarray, coefficients: np.ndarray, unresolved: np.ndarray | None = None) -> None:
@@ -125,16 +125,16 @@ class PiecewiseChebyshev:
 
         Args:
             function: maps points (n,) to values (k, n).
-            edges: the panels to start from: those where the function is not smooth, and others.
-            bound: bounds of the same functions, or of others with the same features; a panel must satisfy
-                them too. Without it, points between the nodes are looked at.
+            edges: the edges at the start: points where the function is not smooth, and others.
+            bound: bounds of the same functions, or of functions with the same features, which each panel must
+                satisfy too. Without bounds, points between the nodes are tested.
             rounding: maps points (n,) and values (k, n) to the rounding errors of these values, which no panel
-                resolves. For use without ``bound``, which tells them too.
-            lenient: whether poles, and values that are not finite, are taken as they come.
-            name: what the error messages call it.
+                resolves. For use without ``bound``, which contains them.
+            lenient: whether poles and values that are not finite are accepted.
+            name: the name of the function in error messages.
 
         Raises:
-            ScheduleError: where the function is not finite, or has a pole, or needs too many panels or too long.
+            ScheduleError: if the function is not finite, has a pole, or needs too many panels or too much time.
         """
         done: list[tuple[np.ndarray, ...]] = []
         left, right = edges[:-1], edges[1:]
@@ -142,7 +142,7 @@ class PiecewiseChebyshev:
         finished = 0
         while left.size:
             parts = []
-            for i in range(0, left.size, _AT_ONCE):  # of hundreds of schedules all panels would take seconds
+            for i in range(0, left.size, _AT_ONCE):  # for hundreds of schedules, all panels at once would take seconds
                 require_time(name)
                 ends = left[i : i + _AT_ONCE], right[i : i + _AT_ONCE]
                 nodes = 0.5 * (ends[0] + ends[1])[:, None] + 0.5 * (ends[1] - ends[0])[:, None] * _points
@@ -158,7 +158,7 @@ class PiecewiseChebyshev:
             width = right - left
             share = np.abs(values).max(-1) * width
             whole = share.sum(1, keepdims=True) if whole is None else np.maximum(whole, share.sum(1, keepdims=True))
-            # The first panel of a geometric grid, and a jump of a function known by values, are never resolved.
+            # The first panel of a geometric grid is never resolved, nor is a jump of a function without a formula.
             smallest = width <= _SMALLEST * np.maximum(np.abs(left), np.abs(right))
             smallest |= (left == edges[0]) & (width <= 1e-25 * (edges[-1] - edges[0]))
             bad = smallest & ~resolved
@@ -216,7 +216,7 @@ def evaluate(edges: Tensor, coefficients: Tensor, points: Tensor) -> Tensor:
 
 
 def polynomials(edges: Tensor, points: Tensor, terms: int = NODES) -> tuple[Tensor, Tensor]:
-    """The panel of each point, and the Chebyshev polynomials there, (*points.shape, terms); differentiable."""
+    """The panel of each point, and the Chebyshev polynomials at it, (*points.shape, terms); differentiable."""
     panel = torch.searchsorted(edges[1:-1], points.contiguous(), right=True)
     left, right = edges[panel], edges[panel + 1]
     # Just inside (-1, 1), where the derivative of acos is finite.
@@ -231,10 +231,10 @@ def running_integral(values: Tensor, width: Tensor, dim: int = -1) -> tuple[Tens
     Args:
         values: (..., panels, nodes) at the Chebyshev points; (..., panels, nodes, entries) for ``dim`` -2.
         width: (panels,) of each panel.
-        dim: the axis of the nodes, -1 or -2.
+        dim: the dim of the nodes, -1 or -2.
 
     Returns:
-        The integral up to each node, as ``values``, and over the whole panel, without the nodes.
+        The integral up to each node, in the shape of ``values``, and over the whole panel, without the nodes' dim.
     """
     if dim == -2:
         scaled = values * (0.5 * width[:, None, None])
@@ -249,18 +249,18 @@ def fit_values(values: Tensor) -> Tensor:
 
 
 def halved(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Series (..., terms) on the left and on the right half of their panels."""
+    """The series (..., terms) on the left half and on the right half of each panel."""
     return coefficients @ _to_halves[0], coefficients @ _to_halves[1]
 
 
 def derivative_matrix() -> np.ndarray:
-    """Values at the Chebyshev points of (-1, 1) to those of the derivative, (nodes, nodes)."""
+    """The matrix (nodes, nodes) from values at the Chebyshev points of (-1, 1) to values of the derivative there."""
     series = np.polynomial.chebyshev.chebder(_to_coefficients, axis=0)
     return np.polynomial.chebyshev.chebvander(_points, NODES - 2) @ series
 
 
 def end_weights() -> tuple[np.ndarray, np.ndarray]:
-    """Values at the Chebyshev points to the values at -1 and at 1, (nodes,) each."""
+    """The weights (nodes,) of values at the Chebyshev points that give the values at -1 and at 1."""
     signs = (-1.0) ** np.arange(NODES)
     return signs @ _to_coefficients, _to_coefficients.sum(0)
 
@@ -277,14 +277,14 @@ _to_running, _to_total = _integration_matrices()
 
 
 def _rounded(bound: Bound, points: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (k, panels, points), and their rounding errors where times are known to ``radius``, (k, panels)."""
+    """Values (k, panels, points), and their rounding errors (k, panels) if times are known to ``radius``."""
     values, error = bound(points.reshape(-1), radius.reshape(-1), analytic=False)
     error = np.where(np.isfinite(error), error, 0.0).reshape(-1, *points.shape)
     return values.reshape(-1, *points.shape), 8.0 * error.max(-1)
 
 
 class _Test:
-    """Whether panels are resolved: by the last coefficients, and by bounds or by points between the nodes."""
+    """The test whether panels are resolved: by the last coefficients, and by bounds or points between the nodes."""
 
     def __init__(self, function: Function, bound: Bound | None, rounding: Rounding | None = None) -> None:
         self.function, self.bound, self.rounding = function, bound, rounding
@@ -293,9 +293,9 @@ class _Test:
     def __call__(
         self, left: np.ndarray, right: np.ndarray, nodes: np.ndarray, values: np.ndarray, coefficients: np.ndarray
     ) -> np.ndarray:
-        """A mask (panels,) for values (k, panels, nodes) and their coefficients."""
+        """The mask (panels,) of resolved panels, for values (k, panels, nodes) and their coefficients."""
         width, size = right - left, np.abs(values).max(-1)
-        # The nodes themselves are rounded, which moves values by up to eps * position / width of their size.
+        # The nodes are rounded, which changes values by up to eps * position / width of their size.
         tolerance = _TOLERANCE + 4 * _EPSILON * np.maximum(np.abs(left), np.abs(right)) / width
         tolerance = np.minimum(tolerance, 1e-3)  # a pole must not pass for rounding
         tail = np.abs(coefficients[..., -3:]).max(-1)
@@ -312,7 +312,7 @@ class _Test:
             resolved[resolved] = self._holds_between(nodes, coefficients, between, resolved)
             return resolved
         certain, rounding = self._is_certain(self.bound, 0.5 * (left + right), width, nodes[:, _LOOKED_AT])
-        # What is computed may round as coarsely as its formula does, and no worse.
+        # A computed value may have the rounding error of its formula, but not a larger one.
         floor = rounding if len(rounding) == len(tail) else rounding.max(0)
         small = np.maximum(np.maximum(tolerance * size, floor) + 1e-300, negligible)
         return certain & (tail <= small).all(0)
@@ -320,12 +320,12 @@ class _Test:
     def _is_certain(
         self, bound: Bound, centre: np.ndarray, width: np.ndarray, points: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Whether bounds say that each function is interpolated, (panels,); and its rounding error, (k, panels)."""
+        """Whether bounds prove all functions to be interpolated, (panels,); their rounding errors, (k, panels)."""
         radius = bound(centre, _REACH * 0.5 * width)[1]
         values, rounding = _rounded(bound, points, 0.5 * _EPSILON * np.abs(points))
         size = np.nan_to_num(np.abs(values)).max(-1)
         coarse = (rounding > 1e-3 * size).any(0)
-        if coarse.any():  # zero in disguise, or so narrow that times cannot be told apart: only the first is well
+        if coarse.any():  # either a hidden zero, which is allowed, or too narrow to distinguish times
             own = _rounded(bound, points[coarse], np.zeros_like(points[coarse]))[1]
             rounding[:, coarse] = np.minimum(rounding[:, coarse], np.maximum(own, 1e-3 * size[:, coarse]))
         certain = _TRUNCATION * radius <= np.maximum(_CERTAIN * size, rounding)
@@ -338,13 +338,13 @@ class _Test:
         if self.bound is not None:
             middle, radius = self.bound(0.5 * (left + right), 0.5 * (right - left), analytic=False)
             largest = np.nan_to_num(np.abs(middle)) + radius
-            if len(largest) == len(size):  # of tensor parameters a constant has one bound, and a value for each entry
+            if len(largest) == len(size):  # for tensor parameters a constant has one bound, but a value for each entry
                 # At 0 an integrable power is unbounded.
                 size = np.where(left > 0, np.maximum(size, largest), size)
         return size * (right - left)
 
     def _negligible(self, which: str, size: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """A vanishing share of the integral of each of k functions, (k, 1)."""
+        """A negligible share of the integral of each of k functions, (k, 1)."""
         found = (size * width).max(1, keepdims=True)
         self._largest[which] = np.maximum(found, self._largest.get(which, 0.0))
         return _NEGLIGIBLE * self._largest[which]
@@ -352,14 +352,14 @@ class _Test:
     def _holds_between(
         self, nodes: np.ndarray, coefficients: np.ndarray, tolerance: np.ndarray, among: np.ndarray
     ) -> np.ndarray:
-        """Whether the interpolants of the panels ``among`` give the function at points that are no nodes."""
+        """Whether the interpolants of the panels ``among`` agree with the function at points between the nodes."""
         nodes, coefficients, tolerance = nodes[among], coefficients[:, among], tolerance[:, among]
         if not len(nodes):
             return np.ones(0, dtype=bool)
         left, right = nodes[:, :1], nodes[:, -1:]
         points = 0.5 * (left + right) + 0.5 * (right - left) * _between
         values = np.nan_to_num(self.function(points.reshape(-1)).reshape(-1, *points.shape))
-        # The outermost nodes are not the panel's ends.
+        # The outermost nodes are inside the panel.
         basis = np.cos(np.arange(NODES)[:, None] * np.arccos(_points[-1] * _between))
         return (np.abs(coefficients @ basis - values).max(-1) <= tolerance).all(0)
 
@@ -375,7 +375,7 @@ def _require_finite(nodes: np.ndarray, values: np.ndarray, name: str) -> None:
 
 
 def _require_integrable(share: np.ndarray, whole: np.ndarray, at: np.ndarray, name: str) -> None:
-    """A pole leaves a finite share of the integral in the smallest panel; a jump leaves nothing."""
+    """Raises a ScheduleError for a pole, which leaves a finite share of the integral in the smallest panel."""
     bad = ~(share <= _HARMLESS * whole).all(0)
     if bad.any():
         raise ScheduleError(

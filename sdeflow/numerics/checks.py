@@ -1,4 +1,4 @@
-r"""What users hand in, read in one place: states, times, x_0, dtypes, shapes and counts.
+r"""The arguments of users, checked in one place: states, times, x_0, dtypes, shapes and counts.
 
 Every public function reads its arguments here, so that one rule holds everywhere:
 
@@ -8,23 +8,22 @@ Every public function reads its arguments here, so that one rule holds everywher
     floating tensor             itself: float16, bfloat16, float32 or float64, with its graph
     floating NumPy array        a tensor of its dtype (of the network's, where a network is asked)
     number, list of numbers     a tensor of torch's default dtype (of the network's, where a network is asked)
-    whole numbers, in any form  an error (but for one number): they are mostly grey levels, which want a scale
+    integers, in any form       an error (except for one number): they are mostly grey levels, which need a scale
     float128, sparse, masked    an error that says what to write
     bool, complex, text, other  an error
     ==========================  =============================================================================
 
-Data and x_0 of a solve are finite; states at which a law is asked for its moments, draws, density or score are not NaN.
-A score itself is a function that solvers call at each step: it does not look, and NaN in is NaN out there; the solver
-names the rows and the time.
+Data and x_0 of a solve must be finite. States at which a law returns its moments, draws, density or score must not be
+NaN. A score itself does not check its input, because solvers call it at each step: for NaN it returns NaN, and the
+solver reports the rows and the time.
 
-A tensor's dtype is its user's choice. Where a network has another, an error says what to write.
+The dtype of a tensor is the user's choice. If a network has another dtype, an error says what to write.
 
-**Times** are numbers, one for all samples or one for each, (batch,), and become float64. Outside of the range on which
-what is asked for is defined, and where they are NaN, a :class:`~sdeflow.errors.ScheduleError` names the range. Times
-that lie on an accelerator are not read back, which would make it wait: those outside become NaN there, and so does what
-follows from them.
+**Times** are a number for all samples, or one for each, (batch,), and become float64. If a time is NaN or outside of
+the range on which the result is defined, a :class:`~sdeflow.errors.ScheduleError` names the range. Times on an
+accelerator are not read back, because this would make it wait: times outside become NaN there, and so do the results.
 
-**x_0** beside x_t is of x_t's shape, or one for all samples: (1, *event), or a number. Nothing else is broadcast.
+**x_0** beside x_t has the shape of x_t, or is one for all samples: (1, *event) or a number. Nothing else is broadcast.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ __all__ = [
 ]
 
 _LEAST_MEMORY = 2**36  # bytes
-_MOST = 2**62  # that is counted
-OF_PRIOR = (("sample", "log_prob"), "sdeflow.Gaussian(mean, std)", any)  # either is asked for where it is needed
+_MOST = 2**62  # the largest count
+OF_PRIOR = (("sample", "log_prob"), "sdeflow.Gaussian(mean, std)", any)  # one of them is enough
 OF_BASIS = (("forward", "inverse"), "sdeflow.basis.DCT(2)")
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -80,17 +79,17 @@ FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 def checked_state(x: object, name: str = "x", sides: int = 2, dtype: torch.dtype | None = None) -> Tensor:
-    """``x`` as a floating tensor (batch, *event); see the module. Whether it is finite is not read.
+    """``x`` as a floating tensor (batch, *event), by the table of this module. It may hold values that are not finite.
 
     Args:
-        x: as given.
-        name: how messages call it.
-        sides: the least number of axes: 2 where an event has at least one, 1 where an event may be a number, 0 where
-            one number may stand for all.
-        dtype: of the network that is asked, for what is no tensor.
+        x: the user's argument.
+        name: its name in messages.
+        sides: the least number of dims: 2 if an event has at least one dim, 1 if an event may be a number, 0 if one
+            number may stand for all states.
+        dtype: the dtype for arrays, lists and numbers, such as that of a network.
 
     Raises:
-        DataError: for what is no state.
+        DataError: if ``x`` is not a state.
     """
     if not isinstance(x, Tensor):
         x = _converted(x, name, dtype)
@@ -105,19 +104,19 @@ def checked_state(x: object, name: str = "x", sides: int = 2, dtype: torch.dtype
 
 
 def checked_states(x: object, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
-    """As :func:`checked_state`, and finite: read once before a solve, not at each call of a score.
+    """As :func:`checked_state`, and finite. It is called once before a solve, not at each call of a score.
 
     Raises:
-        DataError: for what is no state, and for samples that are not finite, with their rows.
+        DataError: if ``x`` is not a state, or if samples are not finite, with their rows.
     """
     return checked_finite(checked_state(x, name, dtype=dtype), name)
 
 
 def checked_point(x: object, name: str = "x", sides: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """As :func:`checked_state`, and not NaN: where a law is asked for its moments, draws, density or score.
+    """As :func:`checked_state`, and not NaN: for the moments, draws, density or score of a law.
 
-    An infinite x is a state of density 0. States on an accelerator are not read, which would make it wait: there NaN
-    gives NaN.
+    An infinite x is a state of density 0. States on an accelerator are not checked, because this would make it wait;
+    NaN gives NaN there.
     """
     x = checked_state(x, name, sides, dtype)
     if x.device.type == "cpu" and bool(x.isnan().any()):
@@ -129,7 +128,7 @@ def checked_images(images: object) -> Tensor:
     """Integer images (batch, *event), a tensor, an array or a list, as an integer tensor.
 
     Raises:
-        DataError: for anything else.
+        DataError: if ``images`` is anything else.
     """
     if not isinstance(images, Tensor):
         array = _as_array(images)
@@ -144,10 +143,10 @@ def checked_images(images: object) -> Tensor:
 
 
 def checked_labels(y: object, batch: int, name: str = "y") -> Tensor:
-    """Labels, or other conditions, one for each sample along the first axis, as a tensor.
+    """Labels or other conditions, one for each sample along the first dim, as a tensor.
 
     Raises:
-        DataError: for what is no tensor, array or list, and for another number of them.
+        DataError: if ``y`` is not a tensor, array or list, or does not have the length ``batch``.
     """
     if not isinstance(y, Tensor):
         array = _as_array(y) if isinstance(y, list | tuple) or hasattr(y, "__array__") else None
@@ -160,10 +159,10 @@ def checked_labels(y: object, batch: int, name: str = "y") -> Tensor:
 
 
 def checked_finite(x: Tensor, name: str = "x", rows: list[int] | None = None) -> Tensor:
-    """``x`` if it is finite.
+    """``x``, if it is finite.
 
     Raises:
-        DataError: otherwise, naming the samples (by ``rows`` where given).
+        DataError: if not. It names the samples (by ``rows``, if given).
     """
     if x.is_meta:
         raise DataError(f'{name} is on the device "meta", which holds no numbers: pass a tensor that does.')
@@ -174,7 +173,7 @@ def checked_finite(x: Tensor, name: str = "x", rows: list[int] | None = None) ->
 
 
 def _in_samples(wrong: Tensor, rows: list[int] | None = None) -> str:
-    """Which samples hold what is wrong, as a clause; empty where there are none to tell apart."""
+    """A clause that names the samples with wrong values; empty if there are no samples."""
     if wrong.ndim < 2:
         return ""
     bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
@@ -188,7 +187,7 @@ def checked_start(x_0: object, x_t: Tensor, name: str = "x_0", beside: str = "x_
     It may be one for all samples, (1, *event) or a number.
 
     Raises:
-        DataError: for any other shape, naming both.
+        DataError: for any other shape; the message names both shapes.
     """
     x_0 = checked_point(x_0, name, 0, torch.float64)  # numbers keep their digits
     if x_0.shape == x_t.shape:
@@ -202,7 +201,7 @@ def checked_start(x_0: object, x_t: Tensor, name: str = "x_0", beside: str = "x_
 
 
 def checked_noise(noise: object, x: Tensor) -> Tensor:
-    """``noise`` for states like ``x``, of its very shape and in its dtype.
+    """``noise`` for states like ``x``, of exactly its shape, in its dtype.
 
     Raises:
         DataError: for any other shape.
@@ -214,7 +213,11 @@ def checked_noise(noise: object, x: Tensor) -> Tensor:
 
 
 def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
-    """What is no tensor as one: floating, or a DataError."""
+    """An array, a list or a number as a floating tensor.
+
+    Raises:
+        DataError: for anything else.
+    """
     if isinstance(x, list | tuple) and any(isinstance(part, Tensor) for part in x):
         try:
             return torch.stack([checked_state(part, name, 0, dtype) for part in x])
@@ -242,7 +245,7 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def _as_array(x: object) -> np.ndarray | None:
-    """``x`` as an array; None for a ragged list, and for a list in which some are bool and others numbers."""
+    """``x`` as an array; None for a ragged list, and for a list that mixes bool with numbers."""
     if _holds_masked(x):
         raise DataError("a masked array has entries without a value: pass array.filled(value), with one for these.")
     try:
@@ -253,28 +256,28 @@ def _as_array(x: object) -> np.ndarray | None:
 
 
 def _holds_masked(x: object) -> bool:
-    """Whether a (nested) list holds a masked array, whose mask NumPy drops in silence."""
+    """Whether a (nested) list holds a masked array, whose mask NumPy would drop silently."""
     if isinstance(x, list | tuple):
         return any(map(_holds_masked, x))
     return isinstance(x, np.ma.MaskedArray)
 
 
 def _require_dense(x: Tensor, name: str) -> None:
-    """Raises a DataError for a tensor that is sparse or nested, of which few operations are defined."""
+    """Raises a DataError for a sparse or nested tensor, for which few operations are defined."""
     if x.layout != torch.strided or x.is_nested:
         to = "torch.nested.to_padded_tensor(..., 0.0)" if x.is_nested else f"{name}.to_dense()"
         raise DataError(f"{name} is a {'nested' if x.is_nested else 'sparse'} tensor: write {to}.")
 
 
 def _holds_bool(x: object) -> bool:
-    """Whether a (nested) list holds True or False, which NumPy reads as 1 and 0 beside numbers."""
+    """Whether a (nested) list holds True or False, which NumPy reads as 1 and 0 among numbers."""
     if isinstance(x, list | tuple):
         return any(map(_holds_bool, x))
     return isinstance(x, bool | np.bool_) or (isinstance(x, Tensor) and x.dtype == torch.bool)
 
 
 def _remedy(dtype: object, name: str) -> str:
-    """What to write for a state of a dtype that is not floating."""
+    """The advice for a state whose dtype is not floating."""
     if "complex" in str(dtype):
         return "states are real; declare real and imaginary part as two components"
     convert = f"convert it ({name}.float() of a tensor, {name}.astype('float32') of an array)"
@@ -282,7 +285,7 @@ def _remedy(dtype: object, name: str) -> str:
 
 
 def _shown(x: object) -> str:
-    """``x`` as messages show it."""
+    """``x`` as text for messages."""
     text = repr(x)
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
@@ -291,17 +294,17 @@ def _shown(x: object) -> str:
 
 
 def checked_time(t: object, batch: int | None, low: float, high: float, what: str) -> Tensor:
-    """``t`` as float64, () or (batch,), within [low, high]; see the module.
+    """``t`` as float64, () or (batch,), within [low, high], by the rules of this module.
 
     Args:
         t: a number, or one for each sample.
-        batch: how many samples there are; None where there is one time for all.
+        batch: the number of samples; None if there is one time for all.
         low, high: the range, up to a relative 1e-6.
-        what: "the kernel is defined for t in [0, T]", say, for the message.
+        what: the statement that the message makes, such as "the kernel is defined for t in [0, T]".
 
     Raises:
-        DataError: for what is no time, or not of that shape.
-        ScheduleError: for times outside of the range, NaN included.
+        DataError: if ``t`` is not a time, or has another shape.
+        ScheduleError: if a time is outside of the range or NaN.
     """
     t = checked_numbers(t, "t")
     if t.ndim and (t.ndim > 1 or len(t) != batch):
@@ -331,7 +334,7 @@ def checked_numbers(values: object, name: str) -> Tensor:
     """Real numbers of any shape as float64: times, moments, weights. Integers are numbers too.
 
     Raises:
-        DataError: for bool, complex, text and whatever else is no number.
+        DataError: for bool, complex, text and anything else that is not a real number.
     """
     if isinstance(values, Tensor):
         _require_dense(values, name)
@@ -347,14 +350,14 @@ def checked_numbers(values: object, name: str) -> Tensor:
         array = _as_array(values)
         if array is not None and array.dtype.kind in "fiuO":
             try:
-                return torch.tensor(array.astype(np.float64))  # SymPy's numbers are objects
+                return torch.tensor(array.astype(np.float64))  # numbers of SymPy are objects
             except (TypeError, ValueError):
                 pass
     elif hasattr(values, "__float__") and not isinstance(values, bool):
         try:
             return torch.tensor(float(values), dtype=torch.float64)
         except TypeError:
-            pass  # an expression that is no number
+            pass  # an expression, not a number
     raise DataError(f"{name} must be a real number or a tensor of them, not {_shown(values)}.")
 
 
@@ -362,11 +365,11 @@ def checked_numbers(values: object, name: str) -> Tensor:
 
 
 def checked_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
-    """A floating dtype of states, or None where it is left open.
+    """A floating dtype of states; None stays None.
 
     Raises:
-        TypeError: for what is no ``torch.dtype``.
-        DataError: for one that states cannot have.
+        TypeError: if ``dtype`` is not a ``torch.dtype``.
+        DataError: if states cannot have this dtype.
     """
     if dtype is None:
         return None
@@ -380,19 +383,19 @@ def checked_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
 
 def checked_shape(shape: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """``shape`` as (batch, *event) of non-negative integers, with at least one event dimension."""
-    sides: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
     with contextlib.suppress(TypeError):
         if not any(isinstance(n, bool) for n in shape):
-            sides = tuple(operator.index(n) for n in shape)
-    if len(sides) < 2 or sides[0] < 0 or min(sides[1:]) < 1:
-        wanted = "(batch, *event) of integers, batch >= 0 and at least one event side"
+            sizes = tuple(operator.index(n) for n in shape)
+    if len(sizes) < 2 or sizes[0] < 0 or min(sizes[1:]) < 1:
+        wanted = "(batch, *event) of integers, batch >= 0 and at least one event dim"
         raise ValueError(f"shape must be {wanted}, not {shape!r}.")
-    require_memory(math.prod(sides), f"states of shape {sides}")
-    return sides
+    require_memory(math.prod(sizes), f"states of shape {sizes}")
+    return sizes
 
 
 def require_memory(numbers: int, what: str, size: int = 4) -> None:
-    """Raises a TooLargeError for ``numbers`` of ``size`` bytes that no machine of this size could hold."""
+    """Raises a TooLargeError if ``numbers`` of ``size`` bytes each do not fit into the memory of this machine."""
     if numbers * size > _memory():
         raise TooLargeError(
             f"{what} need {numbers * size / 2**30:,.0f} GiB, over {_memory() / 2**30:,.0f} GiB of memory."
@@ -401,7 +404,7 @@ def require_memory(numbers: int, what: str, size: int = 4) -> None:
 
 @cache
 def _memory() -> int:
-    """Bytes that a state may have: this machine's memory, and 64 GiB at least, for an accelerator beside it."""
+    """The most bytes of a state: the memory of this machine, and at least 64 GiB for an accelerator."""
     try:
         return max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _LEAST_MEMORY)
     except (AttributeError, ValueError, OSError):  # not POSIX
@@ -409,13 +412,13 @@ def _memory() -> int:
 
 
 def checked_choice(value: object, name: str, choices: Iterable[Choice], other: str = "") -> Choice:
-    """One of the names in ``choices``; ``other`` says what may stand in place of a name.
+    """One of the names in ``choices``; the message adds ``other``, which says what is allowed besides names.
 
     Raises:
         ValueError: for anything else.
     """
     known = tuple(choices)
-    if (value is None or isinstance(value, str)) and value in known:  # an array is compared with nothing
+    if (value is None or isinstance(value, str)) and value in known:  # an array is not compared
         return known[known.index(value)]
     listed = [f'"{choice}"' for choice in known if choice is not None] + ["None"] * (None in known)
     listed += [other] * bool(other)
@@ -432,7 +435,7 @@ def checked_flag(value: object, name: str, optional: Literal[True]) -> bool | No
 
 
 def checked_flag(value: object, name: str, optional: bool = False) -> bool | None:
-    """True or False, NumPy's too; with ``optional`` also None.
+    """True or False, of Python or NumPy; with ``optional`` also None.
 
     Raises:
         TypeError: for anything else.
@@ -445,12 +448,12 @@ def checked_flag(value: object, name: str, optional: bool = False) -> bool | Non
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a real number, which may stand where types say float: NumPy's and fractions too."""
+    """Whether ``value`` is a real number: of Python or NumPy, or a fraction. It then counts as a float."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def checked_real(value: object, name: str, wanted: str, holds: Callable[[float], bool]) -> float:
-    """A real number for which ``holds`` is true; ``wanted`` says so in words. NaN should not hold.
+    """A real number for which ``holds`` is true; ``wanted`` is this condition in words. ``holds`` is false for NaN.
 
     Raises:
         ValueError: for anything else.
@@ -473,10 +476,10 @@ def checked_within(value: object, name: str, low: float, high: float) -> float:
 def checked_methods(
     value: Given, name: str, methods: tuple[str, ...], example: str, enough: Callable[[Iterable], bool] = all
 ) -> Given:
-    """An object that has all of ``methods``, or ``any``, as priors and bases have; None stays None.
+    """An object that has all (or any) of ``methods``, such as a prior or a basis; None stays None.
 
     Raises:
-        TypeError: for anything else, a class in place of its object included.
+        TypeError: for anything else, also for a class instead of an object.
     """
     found = (callable(getattr(value, method, None)) for method in methods)
     if value is None or (not isinstance(value, type) and enough(found)):
@@ -485,10 +488,11 @@ def checked_methods(
 
 
 def checked_count(value: object, name: str, least: int = 1) -> int:
-    """A whole number of at least ``least``; NumPy's count.
+    """An integer of at least ``least``, of Python or NumPy.
 
     Raises:
-        ValueError: for anything else; a TooLargeError for more than 64 bits hold.
+        ValueError: for anything else.
+        TooLargeError: if it does not fit into 64 bits.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {_shown(value)}.")
@@ -501,7 +505,7 @@ def checked_data(x: object, what: str = "data", indices: list[int] | None = None
     """``x`` as a floating, finite tensor (n, *event) with n >= 1.
 
     Raises:
-        DataError: otherwise, naming the samples (by ``indices`` where given).
+        DataError: if not. It names the samples (by ``indices``, if given).
     """
     data = checked_state(x, what, 0)
     if data.ndim < 2 or not len(data):

@@ -1,14 +1,13 @@
-"""SymPy expressions to torch functions, by one walk over the tree that builds closures.
+"""SymPy expressions to torch functions: one walk over the tree builds closures.
 
-Nothing is printed and evaluated: each node becomes a Python closure over the slots of its arguments,
-equal sub-expressions share a slot, and constants are folded in float64. The walk rewrites what would
-cancel near t = 0:
+No text is printed or evaluated. Each node becomes a Python closure over the slots of its arguments, equal
+sub-expressions share a slot, and constants are folded in float64. The walk rewrites terms that would cancel near t = 0:
 
     c - c exp(z)   ->  -c expm1(z)          log(1 + z)  ->  log1p(z)
     c - c cos(z)   ->  2 c sin(z/2)^2       c - c cos(z)^2  ->  c sin(z)^2
 
-Functions that torch lacks (Bessel, incomplete gamma, Lambert W, ...) of time alone are evaluated by
-SciPy at Chebyshev points once, and interpolated.
+Functions of time alone that torch lacks (Bessel, incomplete gamma, Lambert W, ...) are evaluated once by SciPy at
+Chebyshev points and interpolated.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from sdeflow.symbolic.symbols import t as time_symbol
 __all__ = ["Compiled", "compile_expressions"]
 
 Value: TypeAlias = Tensor | float
-# A slot holds a tensor, or a float where it is a constant: which of the two is known when an instruction is made, and
-# neither asked at each call nor told by a type.
+# A slot holds a tensor, or a float if it is a constant. This is known when an instruction is made, so calls do not
+# check it, and types do not express it.
 Slots: TypeAlias = list[Any]
 Instruction: TypeAlias = Callable[[Slots], Value]
 Result = TypeVar("Result")
@@ -90,15 +89,16 @@ def compile_expressions(
     """A torch function of ``arguments`` that returns the value of each expression.
 
     Args:
-        expressions: one expression, or several that share their common parts.
+        expressions: one expression, or several; common parts are computed once.
         arguments: the symbols (or applied functions, such as s(x, t)) that become arguments, in order.
-        values: numbers or tensors for the other symbols. Numbers become constants; tensors are read at each call,
-            in the last argument's dtype and device, so that gradients flow to them. They broadcast with the arguments.
-        horizon: the end of time's range [0, horizon]; needed only for functions that go through an interpolant.
+        values: numbers or tensors for the other symbols. Numbers become constants. Tensors are read at each call, in
+            the dtype and on the device of the last argument, so gradients flow to them. They broadcast with the
+            arguments.
+        horizon: the end of the range [0, horizon] of time, needed only for functions that are interpolated.
 
     Raises:
-        DeclarationError: for a function that neither torch nor an interpolant can give.
-        ScheduleError: for a constant that is not a finite real number.
+        DeclarationError: if neither torch nor an interpolant can evaluate a function.
+        ScheduleError: if a constant is not a finite real number.
     """
     return Compiled(expressions, tuple(arguments), dict(values or {}), horizon)
 
@@ -107,8 +107,8 @@ class Compiled(Generic[Result]):
     """A compiled SymPy expression: pure, differentiable, on any device.
 
     Attributes:
-        expr: the expression, or the tuple of them, that it computes.
-        source: a rendering of its instructions, for reading; it is never executed.
+        expr: the expression that it computes, or the tuple of expressions.
+        source: its instructions as text, for reading; this text is never executed.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class Compiled(Generic[Result]):
         self._lines: list[str] = []
         self._count = len(self._slots)
         self._outputs = [self._emit(e) for e in ((expressions,) if self.single else expressions)]
-        # What the slots behind the arguments hold before a call.
+        # The slots after those of the arguments, before a call.
         first = len(arguments) + len(self._tensors)
         self._template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
         del self._slots
 
     def __call__(self, *arguments: Tensor) -> Result:
-        """The values, broadcast from the arguments' shapes; a constant takes the shape of the last one."""
+        """The values, broadcast from the shapes of the arguments; a constant takes the shape of the last argument."""
         like = arguments[-1]
         tensors = (value.to(dtype=like.dtype, device=like.device) for value in self._tensors.values())
         slots: Slots = [*arguments, *tensors, *self._template]
@@ -169,7 +169,7 @@ class Compiled(Generic[Result]):
         return repr(self._constants[slot]) if slot in self._constants else f"v{slot}"
 
     def _emit(self, expr: sp.Basic) -> int:
-        """The slot that holds ``expr``, with the instructions that fill it added where they are missing."""
+        """The slot that holds ``expr``; adds the instructions that fill it, if they do not exist yet."""
         if expr not in self._slots:
             self._slots[expr] = self._constant(expr) if self._is_constant(expr) else self._operation(expr)
         return self._slots[expr]
@@ -294,7 +294,7 @@ class Compiled(Generic[Result]):
 
     def _extremum(self, expr: sp.Max | sp.Min) -> int:
         function, name = (torch.maximum, "maximum") if isinstance(expr, sp.Max) else (torch.minimum, "minimum")
-        first, *rest = sorted(expr.args, key=self._is_constant)  # a tensor first, with which numbers are compared
+        first, *rest = sorted(expr.args, key=self._is_constant)  # a tensor first, to compare numbers with
         slot = self._emit(first)
         for argument in rest:
             i, j = slot, self._emit(argument)
@@ -308,12 +308,12 @@ class Compiled(Generic[Result]):
 
     def _relation(self, expr: Relational) -> int:
         function = _RELATIONS[type(expr)]
-        i, j = (self._emit(side) for side in expr.args)
+        i, j = (self._emit(argument) for argument in expr.args)
 
         def instruction(v: Slots) -> Value:
             if isinstance(v[i], Tensor):
                 return function(v[i], v[j])
-            # In the other side's precision: a number alone would become float32.
+            # In the precision of the other operand: a number alone would become float32.
             dtype = v[j].dtype if isinstance(v[j], Tensor) else torch.float64
             return function(torch.as_tensor(v[i], dtype=dtype), v[j])
 
@@ -342,10 +342,10 @@ class Compiled(Generic[Result]):
         )
 
     def _piecewise(self, expr: sp.Piecewise) -> int:
-        """torch.where, each branch computed at safe arguments where its condition fails.
+        """torch.where, with each branch computed at safe arguments where its condition is false.
 
-        Otherwise a branch that is singular where it is not taken, such as sqrt(t) at 0, would turn
-        the gradient of the branch that is taken into NaN.
+        Otherwise a branch that is singular where it is not used, such as sqrt(t) at 0, would turn the gradient of the
+        other branch into NaN.
         """
         conditions = [self._emit(condition) for _, condition in expr.args]
         branches = [compile_expressions(e, self.arguments, self._given, self._horizon) for e, _ in expr.args]
@@ -367,13 +367,13 @@ class Compiled(Generic[Result]):
         return self._add(instruction, f"where({text})")
 
     def _interpolated(self, expr: sp.Function) -> int:
-        """A function that torch lacks, of time alone, as an interpolant over [0, horizon]."""
+        """A function of time alone that torch lacks, as an interpolant over [0, horizon]."""
         function = special_functions()[type(expr)]
         return self._table(expr, lambda *arguments: function(*arguments))
 
     def _schedule(self, expr: Schedule) -> int:
-        """A schedule that is no formula, or a derivative of one, as an interpolant over [0, horizon]."""
-        # A table's derivatives are known; others are those of an interpolant.
+        """A schedule without a formula, or a derivative of one, as an interpolant over [0, horizon]."""
+        # The derivatives of a table are known; others are those of an interpolant.
         return self._table(expr, expr.values, 0 if expr.known else expr.order)
 
     def _table(self, expr: sp.Function, function: Callable[..., np.ndarray], order: int = 0) -> int:
@@ -387,7 +387,7 @@ class Compiled(Generic[Result]):
         def values(points: np.ndarray) -> np.ndarray:
             return np.asarray(function(*(a.numpy() for a in inner(torch.as_tensor(points)))))[None]
 
-        # A derivative amplifies rounding by 1 / width: its panels are no smaller than they must be.
+        # A derivative amplifies rounding by 1 / width, so its panels are as wide as possible.
         start = np.linspace(0.0, self._horizon, 65) if order else geometric_edges(0.0, self._horizon)
         try:
             bound = Enclosure([expr], self._values, self._horizon)
@@ -402,13 +402,13 @@ class Compiled(Generic[Result]):
 
 
 class _Expm1(sp.Function):
-    """e^z - 1, a node that only the compiler makes."""
+    """e^z - 1; only the compiler makes this node."""
 
     nargs = 1
 
 
 def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
-    """The terms of ``expr`` rewritten so that nothing cancels near 0, or None where no rewriting applies."""
+    """The terms of ``expr`` rewritten without cancellation near 0, or None if no rewriting applies."""
     exponentials, others = [], []
     for term in expr.args:
         found = [f for f in sp.Mul.make_args(term) if isinstance(f, sp.exp) or (f.is_Pow and f.exp.free_symbols)]
@@ -435,12 +435,12 @@ def _without_cancellation(expr: sp.Add) -> list[sp.Expr] | None:
 
 
 def _vanishes(expr: sp.Expr) -> bool:
-    """Whether ``expr`` is 0 once multiplied out; one too large for that counts as not 0."""
+    """Whether ``expr`` is 0 after expansion; an expression too large to expand counts as not 0."""
     return expr == 0 or (small(expr) and sp.expand(expr) == 0)
 
 
 def _with_tensors(function: Callable, points: np.ndarray) -> np.ndarray:
-    """A schedule's function that takes tensors alone, at times (n,)."""
+    """The values at times (n,) of a schedule's function that takes only tensors."""
     with torch.no_grad():
         return torch.as_tensor(function(torch.tensor(points))).detach().double().cpu().numpy()
 
@@ -453,12 +453,12 @@ def _times(i: int, j: int) -> Instruction:
 
 
 def _constant_like(tensor: Tensor, value: float) -> Tensor:
-    """``value`` in the shape of ``tensor``, without the memory of it."""
+    """``value`` in the shape of ``tensor``, without its memory."""
     return tensor.new_full((), value).expand(tensor.shape)
 
 
 def _safe_arguments(branch: Compiled[Tensor]) -> float:
-    """A number at which ``branch`` is finite, whichever argument takes it."""
+    """A number at which ``branch`` is finite when all arguments take it."""
     for candidate in (1.0, 0.5, -0.5, 2.0, -2.0, 0.1, 0.0):
         point = [torch.tensor(candidate, dtype=torch.float64)] * len(branch.arguments)
         if bool(torch.isfinite(branch(*point)).all()):

@@ -1,8 +1,8 @@
-r"""Linear maps of states, in which every formula of a Gaussian kernel is written once.
+r"""Linear maps of states, with which each formula of a Gaussian kernel is written once.
 
-A state is (batch, *event). Elementwise maps multiply each coordinate by a number, perhaps one per sample
-or coordinate; coupled maps mix the k components of states (batch, k, *event) by k x k matrices. Both have
-the same algebra, in which "the square root of I + A Aᵀ" is √(1 + a²) or a Cholesky factor.
+A state is (batch, *event). Elementwise maps multiply each coordinate by a number, which may differ between samples and
+coordinates. Coupled maps mix the k components of states (batch, k, *event) by k x k matrices. Both have the same
+algebra: the square root of I + A Aᵀ, for example, is √(1 + a²) or a Cholesky factor.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Linear:
     """A linear map of states.
 
     Args:
-        values: elementwise, what broadcasts to the state; coupled, matrices (*leading, k, k) whose leading sides
-            broadcast to the state without its component axis.
-        coupled: which of the two.
+        values: of an elementwise map, a tensor that broadcasts to the state; of a coupled map, matrices
+            (*leading, k, k), whose leading dims broadcast to the state without its component dim.
+        coupled: whether the map is coupled.
     """
 
     __slots__ = ("coupled", "values")
@@ -42,7 +42,7 @@ class Linear:
         values = self.values.to(x.dtype)
         if not self.coupled:
             return values * x
-        if values.ndim == 2 or all(side == 1 for side in values.shape[1:-2]):
+        if values.ndim == 2 or all(size == 1 for size in values.shape[1:-2]):
             k = values.shape[-1]
             return torch.matmul(values.reshape(-1, k, k), x.reshape(len(x), k, -1)).reshape(-1, *x.shape[1:])
         return torch.matmul(values, x.movedim(1, -1)[..., None])[..., 0].movedim(-1, 1)
@@ -75,19 +75,19 @@ class Linear:
         return Linear(self.values * factor, self.coupled)
 
     def log_det(self, event: tuple[int, ...]) -> Tensor:
-        """log|det| over an event, shaped as the leading (batch) side."""
+        """log|det| over an event, in the shape of the leading (batch) dim."""
         return self._summed(torch.linalg.slogdet(self.values)[1] if self.coupled else self.values.abs().log(), event)
 
     def trace(self, event: tuple[int, ...]) -> Tensor:
-        """The trace over an event, shaped as the leading (batch) side."""
+        """The trace over an event, in the shape of the leading (batch) dim."""
         return self._summed(self.values.diagonal(dim1=-2, dim2=-1).sum(-1) if self.coupled else self.values, event)
 
     def _summed(self, entries: Tensor, event: tuple[int, ...]) -> Tensor:
-        """Sums what is given per coordinate, each entry counted as often as it stands for a coordinate."""
-        sides = event[1:] if self.coupled else event
-        lead = entries.shape[: max(0, entries.ndim - len(sides))]
-        full = entries.expand(*lead, *sides) if sides else entries
-        return full.flatten(len(lead)).sum(-1) if sides else full
+        """The sum of ``entries`` over coordinates; an entry that broadcasts counts once for each coordinate."""
+        sizes = event[1:] if self.coupled else event
+        lead = entries.shape[: max(0, entries.ndim - len(sizes))]
+        full = entries.expand(*lead, *sizes) if sizes else entries
+        return full.flatten(len(lead)).sum(-1) if sizes else full
 
 
 Factor = float | Tensor | Linear
@@ -95,7 +95,7 @@ Factor = float | Tensor | Linear
 
 
 def rows(of_times: Linear, like: Tensor) -> list[Factor]:
-    """The maps at each of n times, ready for states like ``like`` (batch, *event), from ``values`` (n, ...)."""
+    """The maps at each of n times, from ``values`` (n, ...), prepared for states like ``like`` (batch, *event)."""
     if not of_times.coupled:
         return [*levels(of_times.values, like)]
     values = of_times.values.detach().to(dtype=like.dtype, device=like.device)
@@ -104,7 +104,7 @@ def rows(of_times: Linear, like: Tensor) -> list[Factor]:
 
 
 def levels(values: Tensor, like: Tensor) -> list[float | Tensor]:
-    """What is added to states like ``like`` (batch, *event) at each of n times, from ``values`` (n, ...)."""
+    """Numbers or tensors that are added to states like ``like`` at each of n times, from ``values`` (n, ...)."""
     values = values.detach()
     if values.numel() == len(values):
         return values.reshape(-1).tolist()

@@ -1,21 +1,21 @@
-"""Reproducible random numbers that no global state, batch size, chunk or device can change.
+"""Reproducible random numbers that do not depend on global state, batch size, chunk or device.
 
 Samples are grouped in blocks of 1,024 rows. The numbers of block ``b`` in draw ``k`` depend on
-``(seed, purpose, b, k)`` alone, and the first rows of a block do not depend on how many rows are asked for. So sample
-``i`` of a solve is the same for 10 samples as for 10,000.
+``(seed, purpose, b, k)`` alone, and the first rows of a block do not depend on the number of rows drawn. So sample
+``i`` of a solve is the same among 10 samples and among 10,000.
 
-The generator is Philox4x64-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): a bijection of a 256-bit counter under
-a 128-bit key. The key is a hash of the seed and the purpose; ``b`` and ``k`` are two of the counter's four words, so
-that no two draws of a stream share a number, and two streams do so with a chance of 2^-128.
+The generator is Philox4x64-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405): a bijection of a 256-bit counter,
+given a 128-bit key. The key is a hash of the seed and the purpose. ``b`` and ``k`` are two of the four words of the
+counter, so two draws of one stream never share a number, and two streams share one with probability 2^-128.
 
-**Normal numbers** are made by Box and Muller's method, a pair from each 64-bit word: u and θ from its halves,
+**Normal numbers** come from Box and Muller's method, a pair from each 64-bit word, with u and θ from its halves:
 
     z = sqrt(-2 log u) (cos θ, sin θ),      u = (i + 1/2) 2^-32,     |z| <= 6.77.
 
-They are formed on the CPU and moved, so they are equal on every device. In float32 they are the numbers of float64 up
-to the rounding of u: some 1e-6, and at most 7e-4 where the radius is nearly zero. Another machine's log, cos and sin
-may differ in the last place. **Uniform numbers** are the middles of 2^52 cells (2^23 in float32), never 0 or 1; signs
-are the bits themselves.
+They are computed on the CPU and then moved, so they are equal on every device. In float32 they equal the numbers of
+float64 up to the rounding of u: about 1e-6, and at most 7e-4 where the radius is nearly zero. The log, cos and sin of
+another machine may differ in the last digit. **Uniform numbers** are the midpoints of 2^52 cells (2^23 in float32),
+never 0 or 1. Random signs are the bits themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PIECE = 256  # groups formed at once, in the processor's cache
 
 
 def resolve_seed(seed: int | torch.Generator | None) -> int:
-    """The integer behind ``seed``; None and a Generator each give one draw of theirs.
+    """``seed`` as an integer; a Generator gives one draw, and None one draw of the global generator.
 
     Raises:
         TypeError: if ``seed`` is not an int, a ``torch.Generator`` or None.
@@ -59,9 +59,9 @@ class NoiseStream:
     """Standard normal (or uniform, or Rademacher) draws for ``(seed, purpose)``.
 
     Args:
-        seed: an int, a generator (one draw seeds the stream), or None (the global generator does).
-        purpose: a word that separates streams with one seed, such as "prior" and "path".
-        first: the number of the first row, for rows from the middle of a larger batch.
+        seed: an int, a generator (one draw of it seeds the stream), or None (one draw of the global generator).
+        purpose: a word that separates streams with the same seed, such as "prior" and "path".
+        first: the number of the first row, for rows of a larger batch.
     """
 
     def __init__(self, seed: int | torch.Generator | None, purpose: str, first: int = 0) -> None:
@@ -90,7 +90,7 @@ class NoiseStream:
         return self._draw(_signs, 64, 64, shape, dtype, device)
 
     def skip(self, draws: int) -> None:
-        """Leaves out the next draws."""
+        """Skips the next ``draws`` draws."""
         self._draws += draws
 
     def _draw(
@@ -102,7 +102,7 @@ class NoiseStream:
         dtype: torch.dtype | None,
         device: torch.device | str,
     ) -> Tensor:
-        """Numbers that ``form`` makes of words, ``density`` from each, in whole groups for each block."""
+        """Numbers that ``form`` makes from words, ``density`` from each word, in whole groups for each block."""
         dtype = dtype or torch.get_default_dtype()
         row, count = math.prod(shape[1:]), self._skipped + shape[0] if shape[0] else 0
         drawn = [
@@ -115,7 +115,7 @@ class NoiseStream:
 
 
 class _Philox(threading.local):
-    """One generator for each thread; nothing of it outlives a call of :func:`words`."""
+    """A generator for each thread. It keeps no state between calls of :func:`words`."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(0)
@@ -125,13 +125,13 @@ _philox = _Philox()
 
 
 def key_of(name: str) -> tuple[int, int]:
-    """A key of Philox: 128 bits of BLAKE2b."""
+    """A key of Philox: 128 bits of the BLAKE2b hash of ``name``."""
     digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def words(key: tuple[int, int], counter: tuple[int, int, int, int], n: int) -> np.ndarray:
-    """``n`` words of 64 bits, four for each value of the counter after the one given; its first word counts. (n,)"""
+    """``n`` words of 64 bits, (n,): four for each value of the counter after ``counter``, whose first word counts."""
     _philox.bits.state = {
         "bit_generator": "Philox", "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
         # NumPy's types ask for arrays; it takes tuples, four times as fast.
@@ -141,14 +141,14 @@ def words(key: tuple[int, int], counter: tuple[int, int, int, int], n: int) -> n
 
 
 def kernel_noise(like: Tensor, seed: int | torch.Generator | None) -> Tensor:
-    """The standard normal numbers of a kernel's draw, shaped as ``like``; without a seed the global generator's."""
+    """Standard normal numbers for a draw of a kernel, like ``like``; for None, from the global generator."""
     if seed is None:
         return torch.randn_like(like)
     return NoiseStream(seed, "kernel").normal(tuple(like.shape), like.dtype, like.device)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The words of all blocks; their bytes in the same order on every machine."""
+    """The words of all blocks, with the same byte order on every machine."""
     whole = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint64), *parts])
     return whole.astype("<u8", copy=False)
 
@@ -171,7 +171,7 @@ def _normals(words: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
 
 
 def _uniforms(words: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
-    digits = np.finfo(dtype).nmant  # with the half, one more than are stored
+    digits = np.finfo(dtype).nmant  # one digit more than is stored, for the half
     whole = words if dtype is np.float64 else words.view("<u4")[1::2]
     out = (whole >> (8 * whole.itemsize - digits)).astype(dtype)
     out += dtype(0.5)

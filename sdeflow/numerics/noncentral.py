@@ -8,15 +8,15 @@ With nu = delta / 2 - 1 > -1 and r = sqrt(c l), the density of c ~ noncentral ch
 
     log p = φ - ½ log(8 π z) + log Σ_k U_k(nu / z) / nu^k,     φ = nu log(c / (nu + z)) + z - ½ (c + l).
 
-φ is 0 at its peak c = l + 2 nu, and its terms are of the size of l. With q = (nu + z) / c and
+φ is 0 at its peak c = l + 2 nu, but its terms are as large as l, so they would cancel. With q = (nu + z) / c and
 
     q - 1 = ε = (l + 2 nu - c) / (c (1 + l / (nu + z))),     φ = ½ ε (c - l / q) - nu log(q),
     ∂φ/∂c = ½ ε,     ∂φ/∂l = -½ ε / q,     ∂φ/∂nu = -log(q),
 
-nothing of that size is left: ε is formed from the one difference that means something. U_k(nu / z) / nu^k is z^{-k}
-times a polynomial in (nu / z)², so that nu = 0 and small or negative orders are no exception (Hankel's expansion).
+no term of that size is left: ε contains the only difference. U_k(nu / z) / nu^k is z^{-k} times a polynomial in
+(nu / z)², so the expansion also holds for nu = 0 and for small or negative orders (Hankel's expansion).
 
-**Small arguments.** The power series of I_nu, whose terms are all positive:
+**Small arguments.** The power series of I_nu has only positive terms:
 
     log p = -log 2 + nu log(c / 2) - ½ (c + l) - log Γ(nu + 1) + log S_nu,     S_nu = Σ_k (r² / 4)^k / (k! (nu + 1)_k).
 """
@@ -33,16 +33,16 @@ from torch import Tensor
 
 __all__ = ["bessel_counts", "log_bessel", "log_density", "slope"]
 
-_LARGE = 40.0  # z from which Debye's expansion is used: its first term left out is 1e-15 there
+_LARGE = 40.0  # Debye's expansion is used for z >= 40, where the first term left out is 1e-15
 _ORDER = 13  # terms of that expansion
-_TERMS = 72  # of the power series, for r up to _LARGE
+_TERMS = 72  # terms of the power series, for r up to _LARGE
 
 
 def log_density(c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:
-    """log p(c) of the noncentral chi² law of dimension 2 nu + 2, in nats, elementwise, differentiable in all three.
+    """log p(c) of the noncentral chi² law of dimension 2 nu + 2, in nats, elementwise, differentiable in all arguments.
 
     Args:
-        c: where, c >= 0, in float64.
+        c: the points, c >= 0, in float64.
         noncentrality: l >= 0, of the shape of c.
         nu: the order, nu > -1, of the shape of c.
     """
@@ -50,7 +50,7 @@ def log_density(c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:
 
 
 def slope(c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:
-    """∂ log p / ∂c of :func:`log_density`, which takes the same arguments, and as differentiable."""
+    """∂ log p / ∂c of :func:`log_density`, with the same arguments; differentiable too."""
     return _by_size(_debye_slope, _series_slope, c, noncentrality, nu)
 
 
@@ -71,8 +71,8 @@ def log_bessel(nu: Tensor, r: Tensor) -> Tensor:
 def bessel_counts(z_squared: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of Bessel's distribution P(n) = (z / 2)^{2n + nu} / (I_nu(z) n! Γ(n + nu + 1)), differentiable.
 
-    2 E[N] + nu = z I_nu'(z) / I_nu(z) and E[N (N + nu)] = z² / 4. With ζ = sqrt(nu² + z²) the mean is (ζ - nu) / 2 + ε,
-    ε from Debye's expansion, and the variance -ε (ζ + ε), in which nothing cancels.
+    2 E[N] + nu = z I_nu'(z) / I_nu(z) and E[N (N + nu)] = z² / 4. With ζ = sqrt(nu² + z²) and ε from Debye's expansion,
+    the mean is (ζ - nu) / 2 + ε and the variance -ε (ζ + ε), without cancellation.
 
     Args:
         z_squared: z², >= 0, in float64.
@@ -127,7 +127,7 @@ def _tilt(c: Tensor, noncentrality: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]
 
 
 class _Context(Protocol):
-    """What autograd hands from ``forward`` to ``backward``."""
+    """The object that autograd passes from ``forward`` to ``backward``."""
 
     saved_tensors: tuple[Tensor, ...]
 
@@ -135,7 +135,7 @@ class _Context(Protocol):
 
 
 class _Exponent(torch.autograd.Function):
-    """φ(c, l, nu), with the derivatives of the module's docstring, in which nothing cancels."""
+    """φ(c, l, nu) with the derivatives of the module's docstring, which do not cancel."""
 
     @staticmethod
     def forward(ctx: _Context, c: Tensor, noncentrality: Tensor, nu: Tensor) -> Tensor:

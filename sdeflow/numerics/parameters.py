@@ -1,7 +1,7 @@
 """Values of a declaration's parameters: numbers, tensors that broadcast over an event, and nn.Parameters.
 
-A number is a constant of what is compiled. A tensor stays what it is: compiled functions read it at each
-call, so that a changed value needs no new derivation and gradients flow to it.
+A number becomes a constant of the compiled functions. A tensor is read at each call, so a changed value needs
+no new derivation, and gradients flow to the tensor.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sdeflow.symbolic.declaration import Declaration
 __all__ = ["Declared", "Values"]
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_NUMBERS = 10_000  # that the kernel's table of one coordinate holds, at least
+_NUMBERS = 10_000  # the least number of values in the kernel's table of one coordinate
 
 
 class Values(Mapping[sp.Symbol, "float | Tensor"]):
     """Parameter values by symbol, read-only; tensors may change in place.
 
     Raises:
-        DeclarationError: for what is neither a finite real number nor a finite floating tensor, and for
-            tensors whose shapes do not broadcast.
+        DeclarationError: if a value is neither a finite real number nor a finite floating tensor, or if the
+            shapes of the tensors do not broadcast.
     """
 
     def __init__(self, values: Mapping[sp.Symbol, object]) -> None:
@@ -65,24 +65,24 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
         return ", ".join(f"{symbol} = {_shown(value)}" for symbol, value in self.items())
 
     def __deepcopy__(self, memo: dict) -> Values:
-        """The same object, unless it holds learned parameters: those are copied."""
+        """The same object, or a copy if it holds learned parameters."""
         if not self.learned:
             return self
         return Values({symbol: copy.deepcopy(value, memo) for symbol, value in self.items()})
 
     @property
     def tensors(self) -> dict[sp.Symbol, Tensor]:
-        """Those that are tensors."""
+        """The values that are tensors, by symbol."""
         return {symbol: value for symbol, value in self._values.items() if isinstance(value, Tensor)}
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """Those that training may change, by name."""
+        """The values that training may change, by name."""
         return {symbol.name: value for symbol, value in self._values.items() if isinstance(value, nn.Parameter)}
 
     @property
     def fixed(self) -> dict[str, float | list | str]:
-        """What training does not change, as JSON holds it; a learned parameter is only named."""
+        """The values that training does not change, as JSON; a learned parameter appears by name only."""
         return {
             symbol.name: "learned" if isinstance(v, nn.Parameter) else v.tolist() if isinstance(v, Tensor) else v
             for symbol, v in self._values.items()
@@ -90,24 +90,24 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether a gradient may be asked of some value now."""
+        """Whether some value requires a gradient now."""
         return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors.values())
 
     @property
     def version(self) -> tuple:
-        """Changes whenever a tensor is written to."""
+        """A tuple that changes when a tensor is written to."""
         return tuple((value.data_ptr(), value._version) for value in self.tensors.values())
 
     @property
     def numbers(self) -> dict[sp.Symbol, float]:
-        """One number for each: of a tensor the entry in the middle. For signs, display and error messages."""
+        """One number for each value, for signs, display and error messages: the median of a tensor."""
         return {
             symbol: value if isinstance(value, float) else float(value.detach().double().flatten().median())
             for symbol, value in self._values.items()
         }
 
     def replaced(self, changes: Mapping[sp.Symbol, object]) -> Values:
-        """The same with some values changed."""
+        """A copy with some values changed."""
         return Values({**self._values, **changes})
 
 

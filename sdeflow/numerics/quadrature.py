@@ -1,18 +1,18 @@
-r"""The moments of an affine SDE by quadrature: every schedule, a few milliseconds, 1e-12 relative.
+r"""The moments of an affine SDE by quadrature, for every schedule: a few milliseconds, 1e-12 relative.
 
-On panels small enough that the solution changes by no more than a factor of a few, each moment is
-carried from the start of the panel by the exact recursions
+The panels are so small that the solution changes by a small factor on each. The exact recursions carry each moment from
+the start s of a panel:
 
     sigma²(t) = e^{2 (A(t) - A(s))} sigma²(s) + ∫_s^t g(u)² e^{2 (A(t) - A(u))} du,     A = ∫ a,
     N(t)      = Φ(t,s) N(s) Φ(t,s)ᵀ + Φ(t,s) [∫_s^t Φ(u,s)⁻¹ g gᵀ Φ(u,s)⁻ᵀ du] Φ(t,s)ᵀ,
 
-whose terms are all positive, so that nothing cancels however small the noise is. Where the drift contracts so
-strongly that no panel could resolve it, the moments follow the coefficients once they have forgotten their start:
-they are the one polynomial that satisfies their equation on the panel. Φ and its inverse come
-from Picard's iteration Φ = 1 + ∫ F Φ at Chebyshev points, which converges to rounding in every entry,
-whether F(t) commutes with itself or not. Panels are composed in a logarithmic number of passes.
+All terms are positive, so there is no cancellation even for very small noise. If the drift contracts too strongly to be
+resolved by any panel, the moments no longer depend on their start and follow the coefficients: they are the only
+polynomial that satisfies their equation on the panel. Φ and its inverse come from Picard's iteration Φ = 1 + ∫ F Φ at
+Chebyshev points. It converges to rounding in every entry, also if F(t) does not commute with itself. Panels are
+composed in a logarithmic number of passes.
 
-All is float64 and differentiable in the coefficients.
+All numbers are float64 and differentiable in the coefficients.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ __all__ = ["MomentTable", "integrate_coupled", "integrate_elementwise", "panel_e
 
 _LARGEST_ALPHA = 1e4
 _LARGEST_CHANGE = 1.5  # of log alpha over one panel
-_SLOW = 50.0  # the least decay of log alpha over a panel that is crossed without its transient
+_SLOW = 50.0  # the least decay of log alpha over a panel whose transient is left out
 _FADED = 1e-12
 _LARGEST_GROWTH = 1e3  # of the variance over a panel
-_NOTHING = 1e-290  # a variance
+_NOTHING = 1e-290  # a variance that counts as 0
 _ROOT_TOLERANCE = 1e-11
-_LARGEST_TURN = 0.75  # of the norm of ∫ F over one panel, for Picard's iteration
-_AT_ONCE = 2**15  # values of series
+_LARGEST_TURN = 0.75  # the largest norm of ∫ F over one panel, for Picard's iteration
+_AT_ONCE = 2**15  # values of series computed at once
 _ITERATIONS = (18, 8, 3)  # of Picard: 0.75^18 / 18! is 1e-18,
 _LARGEST_SIZES = np.array([0.02, 1e-6])  # and so are 0.02^8 / 8! and 1e-6^3 / 3!
 
@@ -64,11 +64,11 @@ class MomentTable:
 
     Args:
         edges: (panels + 1,).
-        rows: values at the panels' nodes, (*shape, panels, nodes) each: of log alpha, the variance and the offset, or
-            of Φ, the covariance's Cholesky factor and the offset of a coupled state.
+        rows: the values of each moment at the panels' nodes, (*shape, panels, nodes): log alpha, the variance and the
+            offset; of a coupled state Φ, the Cholesky factor of the covariance and the offset.
 
     Attributes:
-        series: their Chebyshev coefficients, shaped alike.
+        series: their Chebyshev coefficients, in the same shapes.
     """
 
     def __init__(self, edges: np.ndarray, rows: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -78,12 +78,12 @@ class MomentTable:
         self.series = tuple(fit_values(row) for row in rows)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row at times of any shape, (*t.shape, *shape)."""
+        """Each moment at times of any shape, (*t.shape, *shape)."""
         alpha, spread, offset = self._at(self.series, t)
         return alpha, spread, offset
 
     def of_component(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a coupled state Φ_ii (*t.shape) and row i of the Cholesky factor (*t.shape, k): a few series of many."""
+        """For a coupled state, Φ_ii (*t.shape) and row i of the Cholesky factor (*t.shape, k)."""
         phi, root, _ = self.series
         diagonal, row = self._at((phi[i, i], root[i]), t)
         return diagonal, row
@@ -99,14 +99,14 @@ def _sums(series: Tensor, panel: Tensor, basis: Tensor) -> Tensor:
     many = max(1, _AT_ONCE // max(1, math.prod(series.shape[:-2])))
     if panel.ndim != 1 or len(panel) <= many:
         return (series[..., panel, :] * basis).sum(-1)
-    # Of hundreds of series the products of a thousand times would be a hundred megabytes.
+    # For hundreds of series and a thousand times, the products would take a hundred megabytes.
     parts = zip(panel.split(many), basis.split(many), strict=True)
     return torch.cat([(series[..., own, :] * part).sum(-1) for own, part in parts], dim=-1)
 
 
-def _times_first(values: Tensor, sides: int) -> Tensor:
+def _times_first(values: Tensor, dims: int) -> Tensor:
     """(*shape, *t.shape) as (*t.shape, *shape)."""
-    own = values.ndim - sides
+    own = values.ndim - dims
     return values.permute((*range(own, values.ndim), *range(own)))
 
 
@@ -118,23 +118,23 @@ def panel_edges(
     breaks: np.ndarray | None = None,
     bound: Bound | None = None,
 ) -> np.ndarray:
-    """Panels of [0, T] on which the coefficients are resolved and the solution changes little, or is slow.
+    """Panels of [0, T] on which the coefficients are resolved, and on which the solution changes little or is slow.
 
     Args:
-        coefficients: maps times (n,) to rows (rows, n): a, b, g² elementwise (perhaps of several schedules, all the
-            a first), or the entries of F before the others.
+        coefficients: maps times (n,) to values (m, n): a, b and g² of an elementwise SDE (for several schedules, first
+            all a, then all b, then all g²), or the entries of F before the others.
         T: the horizon.
         components: k of a coupled state, or None.
-        P0: the variance at t = 0, elementwise.
-        breaks: times in (0, T) at which the coefficients are not smooth.
+        P0: the variance at t = 0 of an elementwise SDE.
+        breaks: the times in (0, T) at which the coefficients are not smooth.
         bound: bounds of the coefficients.
 
     Raises:
-        ScheduleError: for a coefficient that is not finite or not integrable, or needs too many panels.
+        ScheduleError: if a coefficient is not finite or not integrable, or needs too many panels.
     """
     edges = geometric_edges(0.0, T)
     if breaks is not None and len(breaks):
-        # No sliver between a break point and an edge that is there for its width alone.
+        # No very narrow panel between a break point and an edge that only limits the width.
         near = np.abs(edges - breaks[np.abs(breaks - edges[:, None]).argmin(1)]) if len(breaks) < 64 else np.inf
         edges = np.union1d(edges[(near > 1e-6 * edges) | (edges == 0.0) | (edges == T)], breaks)
     edges = PiecewiseChebyshev.fit(coefficients, edges, bound=bound, name="a coefficient of the SDE").edges
@@ -156,9 +156,10 @@ def panel_edges(
 def _changes_too_much(
     edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Panels (panels,) on which a solution (rows, panels) changes too much, and is not slow from its start on.
+    """Panels (panels,) on which a solution changes too much, and is not slow from its start on.
 
-    With them the factor by which the variance grows on each; None where that was not the question.
+    Returns:
+        The mask, and the factor by which the variance grows on each panel, or None if it was not computed.
     """
     width = torch.as_tensor(np.diff(edges))
     slow = _is_slow(a, q, width)
@@ -167,14 +168,14 @@ def _changes_too_much(
         return too_wide.numpy(), None
     (_, _, own_v, carried), totals = _panel_maps(a, b, q, width)
     _, m, v = (start[..., :-1] for start in _at_edges(totals, P0))
-    # Of a variance that grows by much from its start the first part keeps few digits.
+    # If a variance grows much from its start, its first part keeps few digits.
     grown = (carried.square() * v[..., None] + own_v).amax(-1)
-    # What is nearly below the range of float64 has no digits to keep: it counts as _NOTHING.
+    # A variance near the lower end of float64 has no digits to keep: it counts as 0.
     too_wide = ((grown > _LARGEST_GROWTH * v.clamp_min(_NOTHING)) & ~slow).any(0) & torch.as_tensor(
         _is_divisible(edges)
     )
     if bool(slow.any()):
-        # What enters a slow panel must have forgotten how it began.
+        # The moments that enter a slow panel must no longer depend on their start.
         steady_m, steady_v = (_steady(power * a, rate, width, slow) @ _to_left for power, rate in ((1.0, b), (2.0, q)))
         faded = (m - steady_m).abs() <= _FADED * m.abs().cummax(-1).values
         faded &= (v - steady_v).abs() <= _FADED * v
@@ -184,7 +185,7 @@ def _changes_too_much(
 
 
 def _is_divisible(edges: np.ndarray) -> np.ndarray:
-    """Panels (panels,) that do not begin at 0 and are wider than rounding."""
+    """Panels (panels,) that may be halved: they do not begin at 0, and are wider than rounding."""
     return (edges[:-1] > 0) & (np.diff(edges) > 1e-14 * edges[1:])
 
 
@@ -193,9 +194,9 @@ def with_resolved_roots(
 ) -> tuple[np.ndarray, MomentTable]:
     """Panels on which the Cholesky factor of a coupled state is a polynomial, and its table.
 
-    Where the noise jumps up, the factor grows like a square root, as it does from t = 0 on: panels are halved until
-    they resolve it, but for the first. Of a panel with two halves that fail, the factor is rounding, and no further
-    halving helps.
+    At t = 0, and where the noise jumps up, the factor grows like a square root. All panels but the first are halved
+    until they resolve it. If both halves of a panel fail too, its factor is only rounding, and further halving does not
+    help.
     """
     table = integrate(edges)
     candidates = edges[:-1] > 0.0
@@ -204,7 +205,7 @@ def with_resolved_roots(
         unresolved = candidates & _has_unresolved_root(table)
         if not unresolved.any():
             return edges, table
-        # Ends of the panels, nearly: enough to see by how much the noise grows.
+        # Values near the ends of the panels show by how much the noise grows.
         sizes = table.rows[1].diagonal(dim1=0, dim2=1).square()
         growth = (sizes[:, -1] / sizes[:, 0].clamp_min(1e-300)).amax(-1).numpy()
         finer = _halved(edges, unresolved, growth)
@@ -218,16 +219,18 @@ def with_resolved_roots(
 def _has_unresolved_root(table: MomentTable) -> np.ndarray:
     """Panels (panels,) on which the last coefficients of the Cholesky factor have not decayed."""
     root, series = table.rows[1].detach(), table.series[1].detach()
-    size = root.square().sum(1).sqrt().amax(-1)  # of each component
+    size = root.square().sum(1).sqrt().amax(-1)  # the size of each component
     tail = series[..., -3:].abs().amax(-1).amax(1)
     return (tail > _ROOT_TOLERANCE * size).any(0).numpy() & _is_divisible(table.edges.numpy())
 
 
 def _halved(edges: np.ndarray, too_wide: np.ndarray, growth: np.ndarray | None = None) -> np.ndarray:
-    """Edges with the middles of the panels ``too_wide`` added; where something grows by ``growth``, graded to the left.
+    """Edges with the middles of the panels ``too_wide`` added.
+
+    Panels on which the variance grows by a large factor ``growth`` are divided in geometric steps towards their start.
 
     Raises:
-        ScheduleError: for too many panels.
+        ScheduleError: if there are too many panels.
     """
     left, width = edges[:-1][too_wide], np.diff(edges)[too_wide]
     added = [left + 0.5 * width]
@@ -260,16 +263,16 @@ def integrate_elementwise(edges: np.ndarray, a: Tensor, b: Tensor, q: Tensor, P0
     A, m, v = _at_edges(totals, P0)
     _require_no_explosion(A, edges)
     A, m, v = (start[..., :-1, None] for start in (A, m, v))
-    var = (carried.square() * v + own_v).clamp_min(0.0)  # where it is _NOTHING, rounding has signs
+    var = (carried.square() * v + own_v).clamp_min(0.0)  # rounding may make a variance of 0 negative
     return MomentTable(edges, (A + change, var, carried * m + own_m))
 
 
 def _panel_maps(a: Tensor, b: Tensor, q: Tensor, width: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """What each panel does to the moments at its start, for coefficients (..., panels, nodes).
+    """The maps from the moments at the start of each panel, for coefficients (..., panels, nodes).
 
     Returns:
-        At the nodes: the change of log alpha, the offset and the variance that a start at 0 has there, and the
-        factor of an offset at the start; and over the whole panel: the change, the offset and the variance.
+        At the nodes: the change of log alpha; the offset and the variance of a start with both 0; and the factor of an
+        offset at the start. Over the whole panel: the change of log alpha, the offset and the variance.
     """
     change, change_total = running_integral(a, width)
     slow = _is_slow(a, q, width)
@@ -302,9 +305,10 @@ def _at_edges(totals: list[Tensor], P0: float) -> list[Tensor]:
 
 
 def _is_slow(a: Tensor, q: Tensor, width: Tensor) -> Tensor:
-    """Panels (..., panels) that contract by e^-50 at least, evenly, under noise that is even too.
+    """Panels (..., panels) on which the drift contracts by at least e^-50 at an even rate, with even noise.
 
-    There the moments are those that follow the coefficients, whatever the start: the one solution without a transient.
+    There the moments follow the coefficients and do not depend on the start: they are the only solution without a
+    transient.
     """
     weakest, strongest = -a.amax(-1), -a.amin(-1)
     even = (strongest <= 2.0 * weakest) & (q.amax(-1) <= 4.0 * q.amin(-1)) & (q.amin(-1) > 0)
@@ -312,7 +316,7 @@ def _is_slow(a: Tensor, q: Tensor, width: Tensor) -> Tensor:
 
 
 def _steady(rate: Tensor, source: Tensor, width: Tensor, slow: Tensor) -> Tensor:
-    """The polynomial y with y' = rate y + source at the nodes of slow panels, (..., panels, nodes); 0 on others."""
+    """The polynomial y with y' = rate y + source at the nodes of slow panels, (..., panels, nodes); else 0."""
     at = slow.nonzero(as_tuple=True)
     rates, step = rate[at], (2.0 / width)[at[-1]]
     matrix = torch.eye(rates.shape[-1], dtype=rates.dtype) - (step[:, None] / rates)[..., None] * _derivative
@@ -365,7 +369,7 @@ def _integral(values: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 def _picard(F: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Φ and its inverse at the nodes (..., panels, nodes, k, k) of each panel, from 1 at its left end.
 
-    After n of Picard's iterations the error is below (∫ |F|)^n / n!: most panels, near t = 0, need but a few.
+    After n of Picard's iterations the error is below (∫ |F|)^n / n!. Most panels are near t = 0 and need only a few.
     """
     one = torch.eye(F.shape[-1], dtype=F.dtype)
     size = F.detach().abs().sum(-1).amax(-1).amax(-1).reshape(-1, len(width)).amax(0) * width
@@ -390,7 +394,7 @@ def _scan(
     compose: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     dim: int = -1,
 ) -> list[Tensor]:
-    """The state at every edge: ``initial``, then the panels' maps composed one after the other, in log2 passes."""
+    """The state at every edge: ``initial``, then the maps of the panels composed in order, in log2(panels) passes."""
     states = [torch.cat([start, total], dim=dim) for start, total in zip(initial, totals, strict=True)]
     count, shift = states[0].shape[dim], 1
     while shift < count:
@@ -403,12 +407,12 @@ def _scan(
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A square root of covariances, by scaling to unit diagonal: accurate however different the scales are."""
+    """A square root of covariances, by scaling to unit diagonal: accurate even for very different scales."""
     scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     safe = torch.where(scale > 0, scale, 1.0)
     correlation = covariance / (safe[..., :, None] * safe[..., None, :])
     factor, failed = torch.linalg.cholesky_ex(correlation)
-    if bool((failed != 0).any()):  # rank deficient, as noise that never reaches some component
+    if bool((failed != 0).any()):  # rank deficient: the noise does not reach every component
         values, vectors = torch.linalg.eigh(correlation)
         factor = torch.where(
             (failed != 0)[..., None, None], vectors * values.clamp_min(0.0).sqrt()[..., None, :], factor
@@ -417,7 +421,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def _root_of_sum(first: Tensor, second: Tensor) -> Tensor:
-    """The lower Cholesky factor of A Aᵀ + B Bᵀ by a QR factorisation, which squares nothing."""
+    """The lower Cholesky factor of A Aᵀ + B Bᵀ, by a QR factorisation and so without squares."""
     both = torch.cat([first, second.expand(*first.shape[:-1], second.shape[-1])], dim=-1)
     lower = torch.linalg.qr(both.mT).R.mT
     return lower * torch.where(lower.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]

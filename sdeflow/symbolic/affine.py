@@ -1,9 +1,9 @@
-"""Tells an affine drift f = a(t) x + b(t) from any other.
+"""Finds a and b of an affine drift f = a(t) x + b(t), or that f is not affine.
 
-The second derivative alone is not a test: it vanishes almost everywhere for ``Abs(x)``, ``Max(x, 0)``
-or a ``Piecewise`` whose conditions hold x. So functions with a kink in x are named first. Then a and b are
-read off the sums and products as they stand; where that does not do, as for (x + 1)² - x², by derivatives,
-whose slope must be free of x, exactly.
+The second derivative alone is not a test: it is zero almost everywhere for ``Abs(x)``, ``Max(x, 0)`` or a
+``Piecewise`` with x in its conditions. So functions with a kink in x are found first. Then a and b are read from
+the sums and products as they are written. If this is not possible, as for (x + 1)² - x², they come from
+derivatives, whose slope must not depend on x, exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Split = tuple[tuple[sp.Expr, ...], sp.Expr]
 def kink_in_state(f: sp.Expr, state: Sequence[sp.Symbol]) -> sp.Basic | None:
     """The first sub-expression of ``f`` that is not smooth in the state, or None.
 
-    A Piecewise counts through its conditions: if they hold t alone, its branches decide.
+    A Piecewise counts if the state is in its conditions; if they contain only t, its branches decide.
     """
     for node in sp.preorder_traversal(f):
         if isinstance(node, _KINKED) and node.has(*state):
@@ -39,9 +39,9 @@ def kink_in_state(f: sp.Expr, state: Sequence[sp.Symbol]) -> sp.Basic | None:
 
 
 def affine_split(f: sp.Expr, state: Sequence[sp.Symbol]) -> Split | None:
-    """``(slopes, b)`` with f = Σ slope_i(t) state_i + b(t) identically, or None where f is not affine in the state.
+    """``(slopes, b)`` with f = Σ slope_i(t) state_i + b(t) identically, or None if f is not affine in the state.
 
-    None also where f is not written as sums and products of affine terms, and SymPy needs too long to tell.
+    None also if f is not written as sums and products of affine terms, and SymPy needs too long to decide.
     """
     if not f.has(*state):
         return _constant(f, state)
@@ -55,7 +55,7 @@ def _constant(f: sp.Expr, state: Sequence[sp.Symbol]) -> Split:
 
 
 def _read(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
-    """The split as f is written: sums of affine terms, multiples of one, Piecewise of them; None for anything else."""
+    """The split of f as it is written: sums, multiples and Piecewise of affine terms; None for anything else."""
     if not f.has(*state):
         return _constant(f, state)
     if f in state:
@@ -84,7 +84,7 @@ def _read(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
 
 
 def _read_all(parts: Sequence[sp.Expr], state: tuple[sp.Symbol, ...]) -> list[Split] | None:
-    """The split of each, or None where one has none."""
+    """The splits of all parts, or None if one has none."""
     found = []
     for part in parts:
         split = _read(part, state)
@@ -95,7 +95,7 @@ def _read_all(parts: Sequence[sp.Expr], state: tuple[sp.Symbol, ...]) -> list[Sp
 
 
 def _piecewise(values: Sequence[sp.Expr], conditions: Sequence[sp.Basic]) -> sp.Expr:
-    """The values under their conditions; SymPy solves compound ones for their symbol if it may, which can take long."""
+    """A Piecewise, unevaluated for compound conditions, which SymPy would solve for their symbol; this may be slow."""
     simple = all(isinstance(condition, Relational | BooleanAtom) for condition in conditions)
     pairs = zip(values, conditions, strict=True)
     return sp.Piecewise(*pairs) if simple else sp.Piecewise(*pairs, evaluate=False)
@@ -115,14 +115,14 @@ def _differentiated(f: sp.Expr, state: tuple[sp.Symbol, ...]) -> Split | None:
         slopes.append(slope)
     rest = f - sum(slope * component for slope, component in zip(slopes, state, strict=True))
     if not f.is_polynomial(*state) and not _is_constant_at_probes(rest, state):
-        return None  # such as atan(tan(x)): slope 1, with jumps
+        return None  # such as atan(tan(x)), with slope 1 and jumps
     offset = f.subs(dict.fromkeys(state, 0))
     finite = offset.is_finite is not False and not offset.has(sp.nan, sp.zoo, sp.oo, -sp.oo)
     return tuple(slopes), offset if finite else sp.simplify(rest)
 
 
 def _is_constant_at_probes(expr: sp.Expr, state: Sequence[sp.Symbol]) -> bool:
-    """Whether ``expr`` takes one value at a few states: most nonlinear drifts end here, before any ``simplify``."""
+    """Whether ``expr`` is equal at a few states; for most nonlinear drifts it is not, and no ``simplify`` is needed."""
     others = sorted(expr.free_symbols - {*state, t}, key=str)
     fixed = {symbol: sp.Float(0.7) + sp.Float(0.1) * i for i, symbol in enumerate(others)}
     fixed[t] = sp.Rational(37, 100)

@@ -1,7 +1,7 @@
-"""Antiderivatives in t by a short table of rules: instant, real, and None where no rule applies.
+"""Antiderivatives in t by a short table of rules: fast, real, and None if no rule applies.
 
 ``sympy.integrate`` is not used for numbers: on common schedules it hangs for minutes, crashes or
-returns a complex branch. A schedule without a rule here goes to quadrature, which always works.
+returns a complex branch. A schedule without a rule is integrated by quadrature, which always works.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ __all__ = ["antiderivative", "definite"]
 
 
 def definite(integrand: sp.Expr, t: sp.Symbol, midpoint: dict[sp.Symbol, float]) -> sp.Expr | None:
-    """The integral of ``integrand`` from 0 to t, or None where no rule gives it as a real, finite expression.
+    """The integral of ``integrand`` from 0 to t, or None if no rule gives a real, finite expression.
 
     Args:
-        midpoint: values of t and of every parameter at which the sign of each logarithm's argument
-            is read off, so that 1/(t - 1) on [0, 1) gives log(1 - t) and not a complex branch.
+        midpoint: values of t and of every parameter, at which the sign of each logarithm's argument is
+            evaluated, so that 1/(t - 1) on [0, 1) gives log(1 - t) and not a complex branch.
     """
     primitive = antiderivative(integrand, t)
     if primitive is None:
@@ -30,7 +30,7 @@ def definite(integrand: sp.Expr, t: sp.Symbol, midpoint: dict[sp.Symbol, float])
 
 
 def antiderivative(integrand: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
-    """An antiderivative of ``integrand`` in t, up to a constant, or None where no rule applies."""
+    """An antiderivative of ``integrand`` in t, up to a constant, or None if no rule applies."""
     integrand = sp.powsimp(sp.expand(integrand))
     if integrand.is_rational_function(t) and not integrand.is_polynomial(t):
         integrand = sp.apart(sp.together(integrand), t)
@@ -65,7 +65,7 @@ def _of_factor(factor: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
     rate = _rate(rest, t)
     if rate is None or not polynomial.is_polynomial(t):
         return None
-    # Integration by parts, until the polynomial's derivatives vanish: sum (-1)^j p^(j) e^{kt} / k^{j+1}.
+    # Integration by parts, until the derivatives of the polynomial are 0: sum (-1)^j p^(j) e^{kt} / k^{j+1}.
     total, sign, derivative = sp.Integer(0), 1, polynomial
     for j in range(sp.degree(polynomial, t) + 1 if polynomial.has(t) else 1):
         total += sign * derivative * rest / rate ** (j + 1)
@@ -85,13 +85,13 @@ _PRIMITIVES = {
 
 
 def _slope(u: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
-    """du/dt where u is linear in t, else None."""
+    """du/dt if u is linear in t, else None."""
     slope = sp.expand(sp.diff(u, t))
     return None if slope.has(t) or slope == 0 else slope
 
 
 def _rate(factor: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
-    """k where factor = c e^{kt}, that is exp or a power of a constant with a linear exponent, else None."""
+    """k if factor = c e^{kt}, an exponential or a power of a constant with a linear exponent; else None."""
     if isinstance(factor, sp.exp):
         return _slope(factor.args[0], t)
     if factor.is_Pow and not factor.base.has(t):

@@ -1,11 +1,11 @@
-"""Functions that declare a coefficient: called once, with symbols, in the order that the names of their arguments tell.
+"""Functions that declare a coefficient: called once, with symbols, in the order of the names of their arguments.
 
     lambda x, t: -x / 2        as documented
-    lambda t, x: -x / 2        as torchsde and torchdiffeq have it: read by its names
+    lambda t, x: -x / 2        as in torchsde and torchdiffeq: read by its names
 
-An argument named t (or time) is the time, and one named as a component is that component, wherever they stand; of one
-component, y, z or state is the state too. The others take what is left, in the order (x, t) or (x, v, ..., t). Names
-that contradict each other are refused.
+An argument named t (or time) is the time, and an argument with the name of a component is that component, at any place.
+If there is one component, y, z or state mean the state too. All other arguments take the remaining symbols, in the
+order (x, t) or (x, v, ..., t). Names that contradict each other are refused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sdeflow.symbolic.symbols import t
 __all__ = ["applied", "takes_one"]
 
 _TIMES = ("t", "time")
-_STATES = ("x", "y", "z", "state")  # what a state is called elsewhere
+_STATES = ("x", "y", "z", "state")  # names of a state in other libraries
 
-# What NumPy, PyTorch, math and SymPy say where a function of numbers meets a symbol, with the function's name.
+# Messages of NumPy, PyTorch, math and SymPy if a function of numbers gets a symbol, with the name of the function.
 _NUMERIC = tuple(
     map(
         re.compile,
@@ -49,16 +49,16 @@ _OURS = {
 
 
 def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> object:
-    """What ``function`` returns for the components of the state and t.
+    """The result of ``function`` for the components of the state and t.
 
     Args:
-        function: of the components and t, in the order that its arguments' names tell.
-        name: of the coefficient, for messages.
-        components: of the state.
+        function: a function of the components and t, in the order of the names of its arguments.
+        name: the name of the coefficient, for messages.
+        components: the components of the state.
 
     Raises:
-        DeclarationError: for a function that does not take them, whose names contradict each other, or that calls what
-            is no SymPy function.
+        DeclarationError: if the function does not take them, its names contradict each other, or it calls a function
+            that is not SymPy's.
     """
     symbols = (*components, t)
     wanted = ", ".join(symbol.name for symbol in symbols)
@@ -73,7 +73,7 @@ def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> o
 
 
 def takes_one(function: Callable) -> bool:
-    """Whether a function takes a single argument; False where that cannot be told."""
+    """Whether a function takes a single argument; False if unknown."""
     try:
         inspect.signature(function).bind(t)
         return len(_argument_names(function) or ()) == 1
@@ -82,7 +82,7 @@ def takes_one(function: Callable) -> bool:
 
 
 def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> tuple[sp.Symbol, ...]:
-    """The symbols in the order of the function's arguments."""
+    """The symbols in the order of the arguments of the function."""
     names = _argument_names(function)
     if names is None or len(names) < len(symbols):
         return symbols
@@ -93,12 +93,12 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
     known = [symbol for symbol in found if symbol is not None]
     left = [symbol for symbol in symbols if symbol not in known]
     clash = len(set(known)) < len(known) or any(argument in told for argument in further)
-    if left == [t]:  # what is left stands for the time: it must not be called as a state is
+    if left == [t]:  # the last argument is the time, so it must not have the name of a state
         clash = clash or next(n for n, symbol in zip(names, found, strict=True) if symbol is None) in _STATES
     elif len(symbols) == 2 and not known:
         named = [argument in _STATES for argument in names]
         clash = all(named)
-        if named == [False, True]:  # as (s, y): the state is named, and stands second
+        if named == [False, True]:  # as in (s, y): the second argument is named as the state
             left = left[::-1]
     if clash:
         raise DeclarationError(
@@ -110,7 +110,7 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
 
 
 def _argument_names(function: Callable) -> list[str] | None:
-    """The names of the arguments that can be given by position; None where they cannot be told."""
+    """The names of the positional arguments; None if unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -120,7 +120,7 @@ def _argument_names(function: Callable) -> list[str] | None:
 
 
 def _hint(message: str) -> str:
-    """What to write in place of a function of numbers."""
+    """The advice for a function that takes only numbers."""
     once = ". It is called once, with SymPy symbols: write"
     if "truth value" in message:
         return f"{once} a condition as sp.Piecewise((value, condition), ...), sp.Max or sp.Min."

@@ -1,10 +1,10 @@
-r"""The drift of an SDE conditioned on its end x_T = y (Doob's h-transform), as SymPy writes it.
+r"""The drift of an SDE conditioned on its end x_T = y (Doob's h-transform), as a SymPy expression.
 
     f + g gᵀ h,      h = ∇_x log p(x_T = y | x_t = x).
 
-Where SymPy would take too long over it, h stands as a function h(x, t), one for each component. Where the moments are
-integrals, the horizon is the symbol T (T_end beside a parameter or component T): an integral up to a number is a
-number, which SymPy computes to print a sum.
+If SymPy would need too long, h is an undefined function h(x, t), one for each component. If the moments are integrals,
+the horizon is the symbol T (T_end if a parameter or component is called T), because SymPy would evaluate an integral up
+to a number in order to print a sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS = 2.0
 
 
 def horizon(declaration: Declaration) -> sp.Symbol:
-    """The symbol of the horizon in a drift: T, or T_end, T_end_end, ... where the declaration has that name."""
+    """The symbol of the horizon in a drift: T, or T_end, T_end_end, ... if the declaration uses that name."""
     taken, name = {symbol.name for symbol in (*declaration.parameters, *declaration.state)}, "T"
     while name in taken:
         name += "_end"
@@ -34,7 +34,7 @@ def horizon(declaration: Declaration) -> sp.Symbol:
 
 
 def end_symbols(declaration: Declaration) -> tuple[sp.Symbol, ...]:
-    """The components at t = T, where a bridge ends: x_T, or x_T_1, ... where the declaration has that name."""
+    """The components at t = T, where a bridge ends: x_T, or x_T_1, ... if the declaration uses that name."""
     taken = (*declaration.parameters, *declaration.state)
     return tuple(sp.Symbol(unused(f"{component.name}_T", taken), real=True) for component in declaration.state)
 
@@ -43,37 +43,37 @@ def bridge_drift(declaration: Declaration, moments: Moments) -> sp.Expr | sp.Imm
     """f + g gᵀ Φ_Ttᵀ P_T|t⁻¹ (y - m_Tt - Φ_Tt x), with y the symbols x_T (v_T, ...).
 
     Args:
-        declaration: an affine one.
-        moments: those of its kernel.
+        declaration: an affine declaration.
+        moments: the moments of its kernel.
     """
     parts = declaration, moments.alpha, moments.offset, moments.var
     return patiently(_linear, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
 
 
 def reducible_bridge_drift(declaration: Declaration, change: Map, moments: Moments) -> sp.Expr:
-    """The same of an SDE that the map ``change`` makes affine, with these moments of the new state."""
+    """The drift of a bridge of an SDE that the map ``change`` makes affine; ``moments`` are those of the new state."""
     parts = declaration, change, moments.alpha, moments.offset, moments.var
     return patiently(_reducible, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
 
 
 def square_root_bridge_drift(declaration: Declaration, form: Pearson, moments: Moments) -> sp.Expr:
-    """f + g² ∂/∂x log p(x_T | x_t = x) of a square-root process in this standard form.
+    """f + g² ∂/∂x log p(x_T | x_t = x) of a square-root process.
 
     With u = (x - origin) / scale, a = alpha_T / alpha_t, v = sigma_T² - a² sigma_t² and r = a sqrt(u u_T) / v,
 
         ∂/∂u log p = a / (2 v) (sqrt(u_T / u) I_{nu+1}(r) / I_nu(r) - a),     nu = delta / 2 - 1.
 
     Args:
-        declaration: that process.
+        declaration: the process.
         form: its standard form.
-        moments: those of the affine SDE behind it.
+        moments: the moments of the affine SDE behind it.
     """
     parts = declaration, form, moments.alpha, moments.var
     return patiently(_square_root, *parts, otherwise=named_drift(declaration), seconds=_SECONDS)
 
 
 def named_drift(declaration: Declaration) -> sp.Expr | sp.ImmutableMatrix:
-    """f + g gᵀ h, where h stands for what is not written."""
+    """f + g gᵀ h with h as an undefined function."""
     state = declaration.state
     names = [f"h_{component.name}" for component in state] if declaration.coupled else ["h"]
     h = sp.Matrix([sp.Function(name, real=True)(*state, t) for name in names])
@@ -82,7 +82,7 @@ def named_drift(declaration: Declaration) -> sp.Expr | sp.ImmutableMatrix:
 
 
 def _end(declaration: Declaration, moments: tuple) -> sp.Expr:
-    """The horizon as it stands in a formula."""
+    """The horizon as it appears in a formula."""
     return (
         horizon(declaration) if any(e.has(sp.Integral) for e in moments) else sp.nsimplify(declaration.T, rational=True)
     )

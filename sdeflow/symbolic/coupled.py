@@ -1,12 +1,12 @@
-r"""The moments of a coupled linear SDE du = (F(t) u + b(t)) dt + G(t) dw, in closed form where a rule gives one.
+r"""The moments of a coupled linear SDE du = (F(t) u + b(t)) dt + G(t) dw, in closed form if a rule gives one.
 
 With Φ' = F Φ, Φ(0) = 1, the kernel is N(Φ u_0 + m, P),
 
     m = Φ ∫_0^t Φ(s)⁻¹ b ds,      P' = F P + P Fᵀ + G Gᵀ,  P(0) = P0.
 
-Where F(t) = beta(t) F0 (so that F commutes with itself) Φ = exp(F0 B), B = ∫ beta. If also G Gᵀ = beta Q0,
-and F0 S + S F0ᵀ + Q0 = 0 has a solution, then P = S - Φ (S - P0) Φᵀ. These formulas are for reading and for
-the derivation: numbers always come by quadrature, in which nothing cancels near t = 0.
+If F(t) = beta(t) F0, which commutes with itself, then Φ = exp(F0 B) with B = ∫ beta. If also G Gᵀ = beta Q0, and
+F0 S + S F0ᵀ + Q0 = 0 has a solution, then P = S - Φ (S - P0) Φᵀ. These formulas are for reading and for the derivation.
+Numbers always come from quadrature, which has no cancellation near t = 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from sdeflow.symbolic.symbols import t, unused
 
 __all__ = ["derive_coupled", "information", "rank", "stationary_covariance", "symbolic_cholesky"]
 
-_SECONDS = 2.0  # a coupled state's formulas are for display
+_SECONDS = 2.0  # the formulas of a coupled state are for display
 
 
 def derive_coupled(declaration: Declaration, rules: bool = True) -> Moments:
-    """Φ, the covariance and the offset; undefined functions and integrals stand where no rule applies."""
+    """Φ, the covariance and the offset; undefined functions and integrals if no rule applies."""
     given: tuple[sp.ImmutableMatrix, ...] = (*declaration.require_affine("moments"), declaration.gram, declaration.P0)
     F, b, Q, P0 = (matrix.applyfunc(rationalised) for matrix in given)
     fallback = _unsolved(F, b, Q, P0)
@@ -55,7 +55,7 @@ def _by_rules(
 
 
 def stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp.ImmutableMatrix | None:
-    """The symmetric S with F0 S + S F0ᵀ + Q0 = 0, or None where there is not exactly one, or it takes too long."""
+    """The symmetric S with F0 S + S F0ᵀ + Q0 = 0; None if there is not exactly one, or it takes too long."""
     return patiently(_stationary_covariance, F0, Q0)
 
 
@@ -74,7 +74,7 @@ def _stationary_covariance(F0: sp.ImmutableMatrix, Q0: sp.ImmutableMatrix) -> sp
 
 
 def rank(matrix: sp.ImmutableMatrix) -> int:
-    """The rank of a matrix; the full one where SymPy takes too long to tell."""
+    """The rank of a matrix; full rank is assumed if SymPy needs too long."""
     return patiently(_rank, matrix, otherwise=min(matrix.shape))
 
 
@@ -83,17 +83,17 @@ def _rank(matrix: sp.ImmutableMatrix) -> int:
 
 
 def symbolic_cholesky(covariance: sp.ImmutableMatrix) -> sp.ImmutableMatrix:
-    """The lower triangular L with L Lᵀ = covariance, entry by entry; functions L_ij(t) where that is too long."""
+    """The lower triangular L with L Lᵀ = covariance, entry by entry; functions L_ij(t) if that is too long."""
     k = covariance.shape[0]
     named = sp.Matrix(k, k, lambda i, j: sp.Function(f"L_{i + 1}{j + 1}", real=True)(t) if j <= i else 0)
     return patiently(_cholesky, covariance, otherwise=sp.ImmutableMatrix(named))
 
 
 def information(phi: sp.ImmutableMatrix, covariance: sp.ImmutableMatrix, i: int) -> sp.Expr:
-    """(Φᵀ P⁻¹ Φ)_ii, what the state knows of component i of its start; a function J(t) where that is too long.
+    """(Φᵀ P⁻¹ Φ)_ii, the information that the state has on component i of its start; a function J(t) if too long.
 
-    Symbols stand for the entries until the end. SymPy's determinant multiplies out what it finds there, and in
-    exponents: of exp(-(10⁶ t - 10⁵)²), a narrow feature, doubles would keep no digit.
+    Symbols replace the entries until the end, because SymPy's determinant expands its entries, exponents included. In
+    doubles, an expanded exp(-(10⁶ t - 10⁵)²), a narrow feature, would have no correct digit.
     """
     names: dict[sp.Expr, sp.Dummy] = {}
 
@@ -133,7 +133,7 @@ def _time_change(F: sp.ImmutableMatrix) -> tuple[sp.Expr, sp.ImmutableMatrix] | 
 
 
 def _exponential(F0: sp.ImmutableMatrix, B: sp.Expr) -> sp.ImmutableMatrix | None:
-    """exp(F0 B): in two dimensions by Cayley and Hamilton, for diagonal and nilpotent F0 at once, else by SymPy."""
+    """exp(F0 B): for k = 2 by Cayley and Hamilton, for diagonal and nilpotent F0 directly, else by SymPy."""
     k = F0.shape[0]
     one = sp.eye(k)
     if F0.is_diagonal():
@@ -154,7 +154,7 @@ def _exponential(F0: sp.ImmutableMatrix, B: sp.Expr) -> sp.ImmutableMatrix | Non
         grow, decay = sp.exp((middle + root) * B), sp.exp((middle - root) * B)
         return sp.ImmutableMatrix((grow + decay) / 2 * one + (grow - decay) / (2 * root) * rest)
     else:
-        return None  # the sign decides between cosh and cos, and depends on parameters
+        return None  # its sign decides between cosh and cos, and depends on parameters
     return sp.ImmutableMatrix((sp.exp(middle * B) * (c * one + s * rest)).applyfunc(sp.expand_mul))
 
 
@@ -199,7 +199,7 @@ def _covariance(
 
 
 def _unsolved(F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, Q: sp.ImmutableMatrix, P0: sp.ImmutableMatrix) -> Moments:
-    """The moments with Φ as functions that stand for the solution of Φ' = F Φ."""
+    """The moments with undefined functions for Φ, the solution of Φ' = F Φ."""
     k = F.shape[0]
     u = sp.Symbol(unused("u", (F, b, Q)), nonnegative=True)
 
@@ -218,7 +218,7 @@ def _unsolved(F: sp.ImmutableMatrix, b: sp.ImmutableMatrix, Q: sp.ImmutableMatri
 
 
 def tidy(expr: sp.Expr) -> sp.Expr:
-    """``expr`` expanded, its exponentials merged and collected."""
+    """``expr`` expanded, with its exponentials merged and collected."""
     merged = sp.powsimp(sp.expand(expr))
     powers = sorted(merged.atoms(sp.exp), key=sp.default_sort_key)
     return sp.collect(merged, powers) if powers else sp.factor_terms(merged)

@@ -1,9 +1,8 @@
-r"""What the user declares: dx = f(x, t) dt + g(x, t) dw on [0, T], and nothing derived but the affine split.
+r"""The declaration of an SDE by the user: dx = f(x, t) dt + g(x, t) dw on [0, T], with its affine split.
 
-A :class:`Declaration` is frozen, hashable and free of numbers of any schedule: parameters stay symbols,
-so that changing a value derives nothing anew. The state is one symbol x, which stands for every
-coordinate alike, or several components that influence each other (:func:`~sdeflow.symbolic.symbols.state`);
-then f is a column and g a matrix, components by Brownian motions.
+A :class:`Declaration` is frozen and hashable. Parameters stay symbols in it, so a new value of a parameter needs no new
+derivation. The state is one symbol x, which stands for each coordinate, or several components that influence each other
+(:func:`~sdeflow.symbolic.symbols.state`); then f is a column, and g a matrix, components by Brownian motions.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ Coefficient: TypeAlias = sp.Expr | float | str | Callable[..., sp.Expr] | Sequen
 AffineDrift: TypeAlias = tuple[sp.Expr, sp.Expr] | tuple[sp.ImmutableMatrix, sp.ImmutableMatrix]
 
 _ELEMENTWISE = (x,)
-_LONGEST_NUMBER = 2**13  # bits of the numerator and the denominator of a number: some 2,500 digits
+_LONGEST_NUMBER = 2**13  # bits of the numerator or the denominator of a number: about 2,500 digits
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """dx = f dt + g dw on [0, T], read in the sense of Itô.
+    """dx = f dt + g dw on [0, T], in the sense of Itô.
 
     Attributes:
         f: the drift, a SymPy expression in the state, t and the parameters; a column for a coupled state.
-        g: the diffusion, likewise; for a coupled state a matrix, components by Brownian motions.
+        g: the diffusion, in the same symbols; for a coupled state a matrix, components by Brownian motions.
         T: the horizon, the last time at which f and g are finite.
-        cutoff: the first time that solvers and training visit; None lets the kernel choose it.
+        cutoff: the first time of solvers and of training; None lets the kernel choose it.
         P0: the kernel's covariance at t = 0: a variance, or a matrix for a coupled state.
         parameters: the other symbols in f and g.
-        state: the components; (x,) where x stands for every coordinate alike.
-        path: (alpha, sigma) of the Gaussian path that f and g were derived from, if they were.
+        state: the components; (x,) if x stands for each coordinate.
+        path: (alpha, sigma) if f and g were derived from a Gaussian path, else None.
     """
 
     f: sp.Expr | sp.ImmutableMatrix
@@ -81,17 +80,17 @@ class Declaration:
 
     @property
     def diffusions(self) -> tuple[sp.Expr, ...]:
-        """The entries of g, row by row."""
+        """The entries of g, one row of the matrix after the other."""
         return tuple(self.g) if self.coupled else (self.g,)
 
     @cached_property
     def gram(self) -> sp.ImmutableMatrix:
-        """g gᵀ, components by components; 1 by 1 elementwise."""
+        """g gᵀ, components by components; 1 by 1 for an elementwise SDE."""
         return sp.ImmutableMatrix(self.g * self.g.T) if self.coupled else sp.ImmutableMatrix([[self.g**2]])
 
     @property
     def diagonal(self) -> bool:
-        """Whether each component has a Brownian motion of its own."""
+        """Whether each component has its own Brownian motion."""
         return not self.coupled or (self.g.is_square and self.g.is_diagonal())
 
     @property
@@ -114,7 +113,7 @@ class Declaration:
 
     @property
     def domain_hint(self) -> str:
-        """What to say where a state has left the domain of coefficients such as √x; empty where that cannot be."""
+        """The advice if a state has left the domain of coefficients such as √x; empty if no state can."""
         if not self.state_dependent_noise:
             return ""
         return (
@@ -124,13 +123,13 @@ class Declaration:
 
     @property
     def auxiliary(self) -> tuple[int, ...]:
-        """Components that are no data but start as noise: those with P0 > 0 beside others without."""
+        """Auxiliary components, which hold no data and start as noise: those with P0 > 0 if others have P0 = 0."""
         noisy = tuple(i for i, variance in enumerate(self.initial_variances) if variance > 0)
         return noisy if len(noisy) < len(self.state) else ()
 
     @cached_property
     def affine(self) -> AffineDrift | None:
-        """``(a, b)`` where f = a(t) x + b(t) and g does not hold the state; otherwise None.
+        """``(a, b)`` if f = a(t) x + b(t) and g does not depend on the state; otherwise None.
 
         For a coupled state a is the matrix F(t) and b a column.
         """
@@ -143,7 +142,7 @@ class Declaration:
         return sp.ImmutableMatrix([slopes for slopes, _ in splits]), sp.ImmutableMatrix([b for _, b in splits])
 
     def with_cutoff(self, cutoff: float | None) -> Declaration:
-        """The same with another first time; what has been derived of it is kept."""
+        """A copy with another cutoff; it keeps the derived results."""
         other = replace(self, cutoff=_first_time(cutoff, self.T))
         for derived in ("affine", "gram", "_splits"):
             if derived in vars(self):
@@ -156,13 +155,13 @@ class Declaration:
         return [affine_split(f, self.state) for f in self.drifts]
 
     def require_affine(self, purpose: str, also: str = "") -> AffineDrift:
-        """``(a, b)``, or a :class:`NotAffineError` that says which sub-expression stands in the way, and what else."""
+        """``(a, b)``; if f is not affine, a :class:`NotAffineError` that names the sub-expression at fault."""
         if self.affine is None:
             raise self.not_affine(purpose, also)
         return self.affine
 
     def not_affine(self, purpose: str, also: str = "") -> NotAffineError:
-        """The error that says why an SDE which is not affine has no Gaussian kernel, and what is left."""
+        """The error that says why this SDE has no Gaussian kernel, and what can be done instead."""
         why = f"{self.obstacle}; {also}" if also else self.obstacle
         return NotAffineError(
             f"{purpose}: this SDE has no Gaussian perturbation kernel, for {why}. Still available: "
@@ -172,7 +171,7 @@ class Declaration:
 
     @property
     def obstacle(self) -> str:
-        """What keeps this SDE from a Gaussian kernel, as a clause; empty where it has one."""
+        """A clause that says why this SDE has no Gaussian kernel; empty if it has one."""
         for g in self.diffusions:
             if g.has(*self.state):
                 return f"the diffusion g = {g} depends on the state (read in the sense of Itô)"
@@ -201,14 +200,15 @@ def declare(
     Args:
         f, g: one coefficient; for a coupled state a list, and for g also a matrix, components by Brownian motions.
         T, cutoff, P0: see :class:`Declaration`; P0 may be a list of variances.
-        parameters: symbols beside the state and t.
+        parameters: the symbols other than the state and t.
         calculus: "ito" or "stratonovich".
-        names: the components' names, needed where f and g are text or functions of several components.
+        names: the names of the components, needed if f and g are text or functions of several components.
 
     Raises:
-        DeclarationError: naming what was given and what is expected; for a parameter named x_0, too.
-        UnsafeExpressionError: for text outside the grammar, and names that are not plain identifiers.
-        ScheduleError: for a diffusion that is identically zero.
+        DeclarationError: if an argument does not fit, or a parameter is named x_0. The message names the argument and
+            what is expected.
+        UnsafeExpressionError: if text is outside the grammar, or a name is not a plain identifier.
+        ScheduleError: if the diffusion is identically zero.
     """
     parameters = tuple(parameters)
     components = _components(f, g, names)
@@ -239,7 +239,7 @@ def declare(
 
 
 def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbol]) -> sp.ImmutableMatrix:
-    """½ Σ_jl g_jl ∂g_il/∂x_j, by which the Itô drift exceeds that of Stratonovich, a column."""
+    """½ Σ_jl g_jl ∂g_il/∂x_j, a column: the Itô drift minus the Stratonovich drift."""
     k, m = g.shape
     return sp.ImmutableMatrix(
         [
@@ -252,11 +252,11 @@ def stratonovich_correction(g: sp.ImmutableMatrix, components: Sequence[sp.Symbo
 def parameter_symbols(
     params: Mapping[sp.Symbol | str, object] | None, *coefficients: object
 ) -> dict[sp.Symbol, object]:
-    """``params`` with each key the very Symbol that f or g holds (a name stands for the symbol so called).
+    """``params`` with the Symbols of f and g as keys; a name stands for the Symbol of this name.
 
     Raises:
-        UnsafeExpressionError: for a name that is not a plain identifier.
-        DeclarationError: for a key that is neither a Symbol nor a name, and for x and t.
+        UnsafeExpressionError: if a name is not a plain identifier.
+        DeclarationError: if a key is neither a Symbol nor a name, or is x or t.
     """
     if params is None:
         return {}
@@ -285,7 +285,7 @@ def _expressions(values: object) -> list[sp.Basic]:
 
 
 def _within_doubles(expr: sp.Expr) -> sp.Expr:
-    """exp(1e6 (t - 0.3)), which SymPy writes as 4e-130289 exp(1e6 t), with that number back in the exponent."""
+    """exp(1e6 (t - 0.3)) if SymPy has written it as 4e-130289 exp(1e6 t): numbers return to the exponent."""
 
     def is_extreme(number: sp.Expr) -> bool:
         return number.is_Float and number != 0 and not 1e-300 < abs(number) < 1e300
@@ -309,7 +309,7 @@ def _is_function(value: object) -> TypeGuard[Callable[..., Any]]:
 
 
 def _components(f: object, g: object, names: Sequence[str] | None) -> tuple[sp.Symbol, ...]:
-    """The state of a declaration: that of the symbols it holds, that of ``names``, or x alone."""
+    """The state of a declaration: from the symbols in f and g, from ``names``, or x alone."""
     found = {s for e in _expressions([f, g]) for s in e.free_symbols if isinstance(s, StateSymbol)}
     states = {symbol.names for symbol in found}
     if names is not None:
@@ -351,7 +351,7 @@ def _column(value: object, components: tuple[sp.Symbol, ...]) -> list:
 
 
 def _matrix(value: object, components: tuple[sp.Symbol, ...]) -> list[list]:
-    """g as a matrix with one row for each component: a list is its diagonal."""
+    """g as a matrix, components by Brownian motions; a list is its diagonal."""
     rows, k = _as_list(value), len(components)
     if not isinstance(value, list | tuple | sp.MatrixBase | np.ndarray) or len(rows) != k:
         raise DeclarationError(
@@ -383,14 +383,14 @@ def _real(value: object, name: str) -> float:
 
 
 def _shown(value: object) -> str:
-    """``value`` as messages show it: of a long integer, which Python may refuse to write, its size."""
+    """``value`` as text for messages; for a long integer, which Python may refuse to print, its size."""
     if isinstance(value, int | sp.Integer) and int(value).bit_length() > 256:
         return f"one of about {int(int(value).bit_length() * math.log10(2)) + 1} digits"
     return repr(value)
 
 
 def _require_short_numbers(value: sp.Expr, name: str) -> None:
-    """Refuses fractions that no double comes near, and that Python may refuse to write."""
+    """Raises an error for fractions that are far from every double, or that Python may refuse to print."""
     for number in value.atoms(sp.Rational):
         bits = max(abs(number.p).bit_length(), number.q.bit_length())
         if bits > _LONGEST_NUMBER:
@@ -453,7 +453,7 @@ def coefficient_of(
     _require_short_numbers(expr, name)
     if expr.has(sp.nan, sp.zoo, sp.oo, -sp.oo):
         raise ScheduleError(f"{name} = {expr} is not finite.")
-    # A float of fewer digits than a double would spoil every number that it meets.
+    # A float with fewer digits than a double would reduce the precision of all other numbers.
     expr = expr.xreplace({number: sp.Float(float(number)) for number in expr.atoms(sp.Float) if number._prec < 53})
     expr = _within_doubles(with_squares_read(expr, (*components, t)))
     for symbol in sorted(expr.free_symbols, key=str):

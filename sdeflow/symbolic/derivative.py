@@ -1,7 +1,7 @@
 """Derivatives by the rules of calculus, node by node.
 
-``sympy.diff`` gives the same, and asks of every intermediate result whether it is zero; of a polynomial of fifty terms
-it tries to answer by the signs of all its derivatives in turn, for minutes.
+``sympy.diff`` gives the same results, but tests every intermediate result for zero. For a polynomial of fifty terms it
+tries the signs of all its derivatives, which takes minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BRANCHED = (sp.Abs, sp.sign, sp.Max, sp.Min, sp.Heaviside, sp.floor, sp.ceiling
 
 
 def derivative(expr: sp.Expr, symbol: sp.Symbol) -> sp.Expr:
-    """∂ ``expr`` / ∂ ``symbol``, as SymPy writes it."""
+    """∂ ``expr`` / ∂ ``symbol`` as a SymPy expression."""
     if not expr.has(symbol):
         return sp.Integer(0)
     if expr == symbol:
@@ -34,14 +34,14 @@ def derivative(expr: sp.Expr, symbol: sp.Symbol) -> sp.Expr:
         )
     if isinstance(expr, sp.Pow):
         base, power = expr.args
-        if is_even_root(expr):  # of |u| to some power, which has a kink
+        if is_even_root(expr):  # |u| to some power, which has a kink
             modulus, power = sp.Abs(base.base), base.exp * power
             return power * modulus ** (power - 1) * derivative(modulus, symbol)
         if not power.has(symbol):
             return power * base ** (power - 1) * derivative(base, symbol)
         rate = derivative(power, symbol) * sp.log(base) + derivative(base, symbol) * power / base
         return expr * rate
-    if isinstance(expr, sp.Abs):  # of what is real: all symbols stand for real numbers
+    if isinstance(expr, sp.Abs):  # of a real argument: all symbols stand for real numbers
         return sp.sign(expr.args[0]) * derivative(expr.args[0], symbol)
     if isinstance(expr, sp.Piecewise):
         branches = ((derivative(value, symbol), condition) for value, condition in expr.args)

@@ -1,4 +1,4 @@
-"""SymPy's own integration and matrix exponential, for display only: a formula keeps its integral sign otherwise."""
+"""SymPy's own integration and matrix exponential, for display only; without them a formula keeps its integral."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["exponential_within", "integrate_within"]
 
 
 def integrate_within(moments: Moments, seconds: float = 2.0) -> Moments | None:
-    """``moments`` with its integrals carried out, or None if SymPy cannot do so in time."""
+    """``moments`` with its integrals evaluated, or None if SymPy cannot do this in time."""
     return within(seconds, _integrated, moments)
 
 

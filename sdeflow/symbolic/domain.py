@@ -1,8 +1,8 @@
-r"""Where the coefficients of an SDE are real: the ends of each component's domain.
+r"""The domain on which the coefficients of an SDE are real: the ends of each component.
 
-An end of component v is a root in v of what stands under a root, another power that is no integer, or a logarithm in f
-or g, of first or second degree in v; or a zero of all noises of v at which its drift vanishes too, such as 0 of a
-geometric Brownian motion. What lies beyond is not the SDE's.
+An end of component v is a zero of the argument of a square root, of another power that is not an integer, or of a
+logarithm in f or g, if this argument is of first or second degree in v. A zero of all noises of v at which its drift is
+zero too is also an end, such as 0 for geometric Brownian motion. The process does not pass an end.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["ends_of", "ends_that_are_told"]
 
 
 def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
-    """For each component its ends, in t and the parameters, each with an expression that is positive inside.
+    """The ends of each component, in t and the parameters, each with an expression that is positive inside.
 
     Raises:
-        DeclarationError: where the domain mixes components, or is no interval that is found.
+        DeclarationError: if the domain mixes components, or is not an interval that can be found.
     """
     found = patiently(_told, declaration, otherwise="SymPy takes too long to find where f and g are real.")
     if isinstance(found, str):
@@ -32,13 +32,13 @@ def ends_of(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
 
 
 def ends_that_are_told(declaration: Declaration) -> list[list[sp.Expr]]:
-    """For each component those of its ends that are found, in t and the parameters: none where SymPy takes too long."""
+    """The ends of each component that are found, in t and the parameters; none if SymPy needs too long."""
     none: list[list[sp.Expr]] = [[] for _ in declaration.state]
     return patiently(_some_ends, declaration, otherwise=none)
 
 
 def _told(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]] | str:
-    """The ends, or why there are none."""
+    """The ends, or a reason why there are none."""
     try:
         return _ends(declaration)
     except DeclarationError as error:
@@ -70,7 +70,7 @@ def _ends(declaration: Declaration) -> list[list[tuple[sp.Expr, sp.Expr]]]:
 
 
 def _must_be_positive(declaration: Declaration) -> list[sp.Expr]:
-    """The factors of what stands under a root or a logarithm in f or g."""
+    """The factors of the arguments of roots and logarithms in f or g."""
     bases = []
     for expr in (*declaration.drifts, *declaration.diffusions):
         roots = [power for power in expr.atoms(sp.Pow) if power.exp.is_integer is not True]
@@ -94,7 +94,7 @@ def _add(found: list[dict], factor: sp.Expr, state: tuple[sp.Symbol, ...]) -> No
 
 
 def _roots(polynomial: sp.Expr, component: sp.Symbol) -> list[sp.Expr]:
-    """The roots of a polynomial of first or second degree; complex ones are compiled to NaN."""
+    """The roots of a polynomial of first or second degree; complex roots are compiled to NaN."""
     coefficients = sp.Poly(polynomial, component).all_coeffs()
     if len(coefficients) == 2:
         return [-coefficients[1] / coefficients[0]]

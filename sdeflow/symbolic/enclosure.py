@@ -1,17 +1,17 @@
-r"""Discs that contain the values of an expression over discs of t: bounds where samples could miss something.
+r"""Bounds of an expression: discs that contain its values over discs of t, where samples could miss a feature.
 
-An expression is walked node by node on discs |z - c| <= r of the complex plane with real centres c (Johansson,
-"Numerical integration in arbitrary-precision ball arithmetic", arXiv:1802.07942). The result is a disc around f(c)
-that contains f(z) for every z of the disc of t. It answers two questions:
+An expression is evaluated node by node on discs |z - c| <= r of the complex plane with real centres c (Johansson,
+"Numerical integration in arbitrary-precision ball arithmetic", arXiv:1802.07942). The result is a disc around f(c) that
+contains f(z) for every z in the disc of t. It has two uses:
 
-- On a disc around a whole panel, a finite radius says that f is analytic there, and by how much it can vary.
-  This bounds the error of the Chebyshev interpolant on the panel, however few points were looked at.
+- On a disc around a whole panel, a finite radius proves that f is analytic there, and bounds its variation. This bounds
+  the error of the Chebyshev interpolant on the panel, even if f was evaluated at few points.
 - On discs of the size of a rounding error, the radius is the rounding error of f: each operation adds its own.
 
-What switches (Piecewise, Abs, Max, floor, ...) takes the branch of the disc's centre. The bound is then that of
-the branch, and holds on a panel that no break point divides. A function known by its values alone (a Python
-function of t) has no bound; there the samples decide. A special function counts as smooth where its argument varies
-by less than its distance from 0, and than 4.
+A function that switches (Piecewise, Abs, Max, floor, ...) takes the branch of the disc's centre. The bound is then that
+of the branch, and holds on a panel without a break point inside. A function without a formula (a Python function of t)
+has no bound; there the samples decide. A special function counts as smooth if its argument varies by less than its
+distance from 0, and by less than 4.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from sdeflow.symbolic.symbols import t as time_symbol
 __all__ = ["Enclosure", "NoEnclosure"]
 
 _ROUNDING = 2.0**-53
-_LARGE = 300.0  # arguments of exp, cosh and sinh that are near overflow
+_LARGE = 300.0  # larger arguments of exp, cosh and sinh are near overflow
 _VARIES = 4.0
 
 Array = np.ndarray | float
 
 
 class NoEnclosure(Exception):
-    """An expression holds what has neither values nor bounds here, such as the derivative of a table."""
+    """A part of an expression has neither values nor bounds here, such as the derivative of a table."""
 
 
 class Disc(NamedTuple):
-    """|z - centre| <= radius; ``low`` bounds |z| from below where the others overflow."""
+    """|z - centre| <= radius; ``low`` bounds |z| from below if the others overflow."""
 
     centre: Array
     radius: Array
@@ -68,12 +68,12 @@ class Enclosure:
     """Discs that contain the values of expressions in t.
 
     Args:
-        expressions: of t and the parameters.
-        values: the parameters' numbers; an array (entries, 1) makes one row of the result for each entry.
-        T: the horizon, in whose middle functions known by their values alone are tried.
+        expressions: expressions in t and the parameters.
+        values: the parameters' numbers; for an array (entries, 1) the result has one line for each entry.
+        T: the horizon; functions without a formula are tried at T / 2.
 
     Raises:
-        NoEnclosure: for a function that has neither values nor bounds.
+        NoEnclosure: if a function has neither values nor bounds.
     """
 
     def __init__(self, expressions: Sequence[sp.Expr], values: Mapping[sp.Symbol, Array], T: float = 1.0) -> None:
@@ -83,28 +83,28 @@ class Enclosure:
         if any(expression.has(Schedule) for expression in self.expressions):
             try:
                 self(np.array([0.5 * T]), np.zeros(1))
-            except DeclarationError as error:  # such as a function of torch's tensors
+            except DeclarationError as error:  # such as a function of torch tensors
                 raise NoEnclosure(str(error)) from error
 
     def __call__(self, centre: np.ndarray, radius: np.ndarray, analytic: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Centres and radii of the values, (rows, n) each; an infinite radius where there is no bound.
+        """Centres and radii of the values, (m, n) each; an infinite radius if there is no bound.
 
         Args:
             centre, radius: discs of t, (n,) each.
-            analytic: whether a function must be analytic on the disc to have a finite radius. Without it, the
-                values at real points of the disc are bounded, as rounding asks.
+            analytic: whether a function must be analytic on the disc to have a finite radius. If not, only the
+                values at real points of the disc are bounded, which is enough for rounding.
         """
         walk = _Walk({**self._known, time_symbol: Disc(centre, radius)}, self._known, analytic)
         with np.errstate(all="ignore"):
             discs = [walk(expression) for expression in self.expressions]
-        # Each (entries, n): a part that holds no array of parameters is one row.
+        # Each is (entries, n), or (1, n) for a part without arrays of parameters.
         rows = [np.broadcast_arrays(disc.centre, disc.radius, np.empty((1, centre.size)))[:2] for disc in discs]
         centres, radii = (np.concatenate(part, dtype=np.float64) for part in zip(*rows, strict=True))
         return centres, np.where(np.isnan(radii), np.inf, radii)
 
 
 class _Walk:
-    """One walk: equal sub-expressions share their disc; constants are kept from walk to walk in ``kept``."""
+    """One walk over an expression. Equal sub-expressions share their disc; ``kept`` holds constants between walks."""
 
     def __init__(self, known: dict[sp.Basic, Disc], kept: dict[sp.Basic, Disc], analytic: bool) -> None:
         self._known, self._kept, self.analytic = known, kept, analytic
@@ -179,7 +179,7 @@ class _Walk:
         return Disc(value, -np.log1p(-share) + 2 * _ROUNDING * np.abs(value))
 
     def _by_slope(self, function: Callable, slope: Callable, u: Disc) -> Disc:
-        """A function whose derivative has the modulus ``slope(c, r)`` at most on the disc."""
+        """A function whose derivative has at most the modulus ``slope(c, r)`` on the disc."""
         value = function(u.centre)
         return Disc(value, u.radius * slope(u.centre, u.radius) + 2 * _ROUNDING * np.abs(value))
 
@@ -190,7 +190,7 @@ class _Walk:
         value = kind.values(inside.reshape(-1)).reshape(points.shape)
         if kind.table is None or kind.order:
             return Disc(value, _ROUNDING * np.abs(value))
-        # Between two knots a polynomial of degree three, with derivatives of the size of the steps over the gaps.
+        # A polynomial of degree three between two knots; its derivatives have the size of the steps over the gaps.
         times, values = kind.table
         piece = np.clip(np.searchsorted(times, inside, side="right") - 1, 0, len(times) - 2)
         steepness = 3.0 * np.abs(np.diff(values)) / np.diff(times)
@@ -232,7 +232,7 @@ def _product(u: Disc, v: Disc) -> Disc:
 def _reciprocal(u: Disc) -> Disc:
     value, smallest = 1.0 / np.asarray(u.centre, dtype=np.float64), u.smallest
     radius = np.where(np.isfinite(u.centre), u.radius * np.abs(value) / smallest, 1.0 / smallest)
-    # Where the disc itself is lost, 2 / |z| bounds the difference of two values.
+    # If the disc itself is lost, 2 / |z| bounds the difference of two values.
     radius = np.where(smallest > 0, np.fmin(radius, 2.0 / smallest), np.inf)
     return Disc(value, radius + _ROUNDING * np.abs(value))
 
@@ -257,7 +257,7 @@ def _exp(u: Disc) -> Disc:
 
 
 def _is_wide(u: Disc) -> bool:
-    """Whether an exponential of ``u`` varies so much, or is so large, that its disc is no bound from below."""
+    """Whether an exponential of ``u`` varies so much, or is so large, that its disc gives no lower bound."""
     return bool(np.max(u.radius) > 0.3 or np.max(np.abs(u.centre)) > _LARGE)
 
 
@@ -277,7 +277,7 @@ def _cosh_minus_one(r: Array) -> Array:
 
 
 def _tangent_slope(distance: Array, r: Array) -> Array:
-    """sup 1/|cos|², where the nearest pole lies at ``distance``."""
+    """sup 1/|cos|² if the nearest pole has the distance ``distance``."""
     return np.where(r < distance, 1.0 / np.sin(np.minimum(distance - r, np.pi / 2)) ** 2, np.inf)
 
 
@@ -300,7 +300,7 @@ def _erf_slope(c: Array, r: Array) -> Array:
 
 
 def _over(*factors: Array) -> Array:
-    """1 over the product of factors that must be positive, each to the power given by its repetition."""
+    """1 / the product of factors that must be positive; a repeated factor counts as a power."""
     product = reduce(np.multiply, factors)
     positive = reduce(np.logical_and, (np.greater(factor, 0) for factor in factors))
     return np.where(positive, 1.0 / product, np.inf)

@@ -8,8 +8,8 @@ Probability-flow ODE (arXiv:2011.13456, eq. 13), which has the same marginals p_
 
     dx/dt = f - ½ ∇·(g gᵀ) - ½ g gᵀ s
 
-The divergence ∇·(g gᵀ), with components Σ_j ∂(g gᵀ)_ij / ∂x_j, vanishes unless the noise depends on the
-state; elementwise it is ∂(g²)/∂x.
+The divergence ∇·(g gᵀ) has the components Σ_j ∂(g gᵀ)_ij / ∂x_j. It is 0 if the noise does not depend on the
+state, and ∂(g²)/∂x for an elementwise SDE.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _ELEMENTWISE = (x,)
 
 @dataclass(frozen=True)
 class Equation:
-    """dx = drift dt + diffusion dw, as it stands in a paper.
+    """dx = drift dt + diffusion dw, as it is written in papers.
 
     Attributes:
-        drift: the bracket before dt: an expression, or a column of them for a coupled state.
-        diffusion: the factor of the noise, likewise a matrix; 0 for an ordinary differential equation.
+        drift: the bracket before dt: an expression, or a column for a coupled state.
+        diffusion: the factor of the noise: an expression, or a matrix for a coupled state; 0 for an ordinary
+            differential equation.
         noise: the name of the Brownian motion, for display.
         state: the components.
     """
@@ -122,6 +123,6 @@ def _drift(declaration: Declaration, share: sp.Expr) -> sp.Expr | sp.ImmutableMa
 
 
 def _factor(expr: sp.Expr, printer: Callable[[sp.Expr], str]) -> str:
-    """The factor before a differential: nothing for 1, brackets around a sum."""
+    """The factor before a differential: empty for 1, with brackets for a sum."""
     text = printer(expr)
     return "" if expr == 1 else f"({text}) " if expr.is_Add else f"{text} "

@@ -1,7 +1,7 @@
-"""SymPy expressions evaluated by NumPy, node by node, at arrays of points: the plain reading of what was declared.
+"""SymPy expressions evaluated by NumPy, node by node, at arrays of points: an independent reading of a declaration.
 
-It shares no code with what solvers run (``sdeflow.numerics.compile``), rewrites nothing and interpolates nothing, so
-that the two can be compared. Special functions come from mpmath in double precision, one number at a time.
+It shares no code with the compiler that solvers use (``sdeflow.numerics.compile``), rewrites nothing and interpolates
+nothing, so that the two can be compared. Special functions come from mpmath in double precision, one number at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Value = np.ndarray | float
 
 
 class UnknownValue(DeclarationError):
-    """A value that cannot be had without the code that is to be tested."""
+    """A value that only the code under test could give."""
 
 
 _FOLDED: dict[type, Callable[..., np.ndarray]] = {
@@ -63,10 +63,10 @@ _SPECIAL: dict[str, Callable[..., float]] = {
 
 
 def evaluate(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> np.ndarray:
-    """``expr`` at the given values of its symbols, which broadcast, in float64; NaN where it is not real.
+    """``expr`` at the given values of its symbols, which broadcast, in float64; NaN at points where it is not real.
 
     Raises:
-        UnknownValue: for a function that is neither NumPy's, mpmath's nor SymPy's to evaluate; and after a deadline.
+        UnknownValue: if neither NumPy, mpmath nor SymPy can evaluate a function, or if a deadline has passed.
     """
     require_time()
     shape = np.broadcast_shapes(*(np.shape(value) for value in at.values()))
@@ -75,7 +75,7 @@ def evaluate(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> np.ndarray:
 
 
 def require_time() -> None:
-    """Raises an UnknownValue after the deadline of what is being computed."""
+    """Raises an UnknownValue if the deadline has passed."""
     if time_left() <= 0:
         raise UnknownValue("the processor time allowed for all of this has run out.")
 
@@ -111,7 +111,7 @@ def _one(expr: sp.Basic, numbers: tuple[float, ...]) -> float:
     function = _SPECIAL.get(name) or getattr(mpmath.fp, name, None)
     try:
         value = function(*map(float, numbers)) if function else expr.func(*map(float, numbers)).evalf(17)
-    except (OverflowError, ZeroDivisionError):  # doubles do not reach that far on the way
+    except (OverflowError, ZeroDivisionError):  # an intermediate result is too large for doubles
         if not hasattr(mpmath, name):
             return math.nan
         value = getattr(mpmath, name)(*map(float, numbers))
@@ -124,7 +124,7 @@ def _one(expr: sp.Basic, numbers: tuple[float, ...]) -> float:
 
 
 class Declared:
-    """f and g gᵀ as declared, at states (n, k) and times (n,) or one time."""
+    """f and g gᵀ as declared, at states (n, k) and times (n,) or at one time."""
 
     def __init__(self, declaration: Declaration, numbers: dict[sp.Symbol, float]) -> None:
         self.declaration, self.numbers, self.k = declaration, numbers, len(declaration.state)
@@ -134,16 +134,16 @@ class Declared:
         return np.stack([evaluate(e, point) for e in expressions], axis=-1)
 
     def f(self, x: np.ndarray, at: np.ndarray | float) -> np.ndarray:
-        """(n, k)."""
+        """The drift, (n, k)."""
         return self._at(self.declaration.drifts, x, at)
 
     def gram(self, x: np.ndarray, at: np.ndarray | float) -> np.ndarray:
-        """(n, k, k)."""
+        """g gᵀ, (n, k, k)."""
         g = self._at(self.declaration.diffusions, x, at).reshape(len(x), self.k, -1)
         return g @ _transposed(g)
 
     def affine(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """F, b and g gᵀ of an affine SDE at times (n,), by differences of f over unit states."""
+        """F, b and g gᵀ of an affine SDE at times (n,), from differences of f between unit states."""
         plus, minus = (
             [self.f(np.tile(sign * unit, (len(times), 1)), times) for unit in np.eye(self.k)] for sign in (1, -1)
         )
@@ -153,18 +153,18 @@ class Declared:
         return F, b, self.gram(np.ones((len(times), self.k)), times)
 
     def local(self, x: np.ndarray, at: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """f, g gᵀ, its divergence by differences, and the size of the terms, for the drifts of an equation."""
+        """f, g gᵀ, the divergence of g gᵀ by differences, and the size of the terms, for the drifts of an equation."""
         f, Q, dQ = self.f(x, at), self.gram(x, at), np.zeros_like(x)
         if self.declaration.state_dependent_noise:
             h = 2e-3 * (0.2 + abs(x))
             dQ = self._divergence(x, at, h)
-            for shorter in (8.0, 64.0):  # near a state where g is singular, until two steps agree
+            for shorter in (8.0, 64.0):  # near a state where g is singular: until two steps agree
                 finer = self._divergence(x, at, h / shorter)
                 dQ = np.where(abs(finer - dQ) <= 1e-9 * (abs(finer) + abs(Q).sum(-1)), dQ, finer)
         return f, Q, dQ, abs(f) + abs(dQ) + abs(Q).sum(-1)
 
     def _divergence(self, x: np.ndarray, at: float, h: np.ndarray) -> np.ndarray:
-        """∇·(g gᵀ), (n, k), by differences of steps ``h``."""
+        """∇·(g gᵀ), (n, k), by differences with the steps ``h``."""
         out = np.zeros_like(x)
         for j in range(self.k):
             move = np.eye(self.k)[j] * h
@@ -188,7 +188,7 @@ def by_sympy(
 
 
 def number_at(expr: sp.Expr, numbers: dict[sp.Symbol, float], at: float) -> float:
-    """``expr`` in 30 digits by SymPy; by NumPy where it holds a function known by its values alone."""
+    """``expr`` in 30 digits by SymPy; by NumPy if it contains a function without a formula."""
     require_time()
     point = {**numbers, time_symbol: float(at)}
     if expr.has(Schedule):

@@ -1,4 +1,4 @@
-"""Expressions at points in SymPy's own arithmetic, for proofs and messages; numbers in use never wait for it."""
+"""Values of expressions in SymPy's own arithmetic, for proofs and messages only: it is slow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Point = Mapping[sp.Symbol, float | sp.Expr]
 
 
 def value_at(expr: sp.Expr, at: Point, digits: int | None = None) -> sp.Expr:
-    """``expr`` with values put in, exact or to some digits; NaN where SymPy fails at it, or needs too long."""
+    """``expr`` at values of its symbols, exact or to some digits; NaN if SymPy fails or needs too long."""
     huge = any(power.exp.free_symbols & at.keys() for power in expr.atoms(sp.Pow))  # such as 999**(6 * 1000**2)
     if huge:
         found = within(0.2, _value_at, expr, dict(at), digits)
@@ -23,12 +23,12 @@ def value_at(expr: sp.Expr, at: Point, digits: int | None = None) -> sp.Expr:
 
 
 def numbers_at(expressions: Sequence[sp.Expr], at: Point) -> list[sp.Expr]:
-    """The real parts of the expressions at the values of their symbols, in 40 digits; NaN where that takes too long."""
+    """The real parts of the expressions at values of their symbols, in 40 digits; NaN if that takes too long."""
     return patiently(_numbers_at, list(expressions), dict(at), otherwise=[sp.nan] * len(expressions))
 
 
 def rationalised(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with its floats as exact rationals: 0.1 as 1/10, for SymPy cancels no floats."""
+    """``expr`` with its floats as exact rationals, 0.1 as 1/10, because SymPy does not cancel floats."""
     floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
     return expr.xreplace(floats)
 

@@ -1,12 +1,12 @@
-"""Text such as "-beta*x/2" to a SymPy expression, by a grammar that can say nothing else::
+"""Text such as "-beta*x/2" to a SymPy expression, by a grammar that allows nothing else::
 
     expression := prefix (operator expression)*       by binding power, as in Python; ^ is **
     prefix     := number | name | function "(" expression ("," expression)* ")" | "(" expression ")"
                 | ("-" | "+" | "not") expression
                 | "Piecewise" "(" pair ("," pair)* ")"      pair := "(" expression "," condition ")"
 
-Text is never evaluated: it is read into the tree of :mod:`sdeflow.symbolic.tree`, whose checks and limits
-then hold for it as they do for a file.
+Text is never evaluated. It is read into the tree of :mod:`sdeflow.symbolic.tree`, with the same checks and limits as
+a file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOKEN = re.compile(
     r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<operator>\*\*|<=|>=|==|!=|[-+*/^()<>,])|(?P<space>[ \t\r\n]+)"
 )
 
-# Operator: (binding power, binding power of what stands right of it, operation).
+# Operator: (binding power, binding power of the operand on its right, operation).
 _BINARY = {
     "or": (1, 2, "Or"), "and": (2, 3, "And"),
     **{relation: (4, 5, relation) for relation in ("<", "<=", ">", ">=", "==", "!=")},
@@ -49,16 +49,16 @@ _MINUS_ONE = {"int": -1}
 
 
 def parse(text: str, names: Mapping[str, sp.Basic]) -> sp.Expr:
-    """The expression that ``text`` writes; decimals are what was typed, 0.1 is the fraction 1/10.
+    """The expression of ``text``; decimals are exact, so 0.1 is the fraction 1/10.
 
     Args:
         text: numbers, ``+ - * / ** ^``, parentheses, pi, E, the functions of :data:`~sdeflow.symbolic.tree.FUNCTIONS`
             with sqrt, ln and abs, and ``Piecewise((value, condition), ..., (value, True))``.
-        names: what each other name stands for; a name given here goes before pi and E.
+        names: the symbols of all other names; a name given here replaces pi or E.
 
     Raises:
-        DeclarationError: for a name that is not in ``names``.
-        UnsafeExpressionError: for all that the grammar does not hold, and beyond the limits.
+        DeclarationError: if a name is not in ``names``.
+        UnsafeExpressionError: if the text is outside the grammar or exceeds the limits.
 
     >>> from sdeflow import t, x
     >>> from sdeflow.symbolic.grammar import parse
@@ -82,7 +82,7 @@ class _Token(NamedTuple):
 
 
 class _Parser:
-    """Reads tokens by precedence climbing, one token ahead."""
+    """Reads tokens by precedence climbing, with one token of lookahead."""
 
     def __init__(self, text: str, names: Mapping[str, sp.Basic]) -> None:
         if len(text) > MAX_LENGTH:
@@ -129,7 +129,7 @@ class _Parser:
             self._next += 1
 
     def _expression(self, weakest: int) -> dict:
-        """What the operators that bind at least as strongly as ``weakest`` hold together."""
+        """The expression up to the first operator that binds more weakly than ``weakest``."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             self._refuse(f"the expression is nested more than {MAX_DEPTH} deep", self._token.position)
@@ -142,7 +142,7 @@ class _Parser:
                 right = _operation("Mul", _MINUS_ONE, right)
             elif operator == "/":
                 right = _operation("Pow", right, _MINUS_ONE)
-            # A long sum is one wide node, not a deep one.
+            # A long sum is one wide node, not a deep tree.
             if operation == gathered and operation in ("Add", "Mul", "And", "Or"):
                 left["args"].append(right)
             else:

@@ -1,21 +1,12 @@
-r"""Reducible SDEs: those that a change of the state, y = H(x, t), turns into an affine one (Lamperti).
+r"""Reducible SDEs: a change of the state, y = H(x, t), makes them affine (Lamperti, J. Math. Kyoto Univ. 4, 1964).
 
-Let g(x, t) = c(t) h(x, t) and let x = X(y, t) solve ∂X/∂y = h(X, t), so that H is ∫ dx / h. Itô's formula gives
+Let g(x, t) = c(t) h(x, t), and let x = X(y, t) solve ∂X/∂y = h(X, t), so that H is ∫ dx / h. Itô's formula gives
 
     dy = [(f - ∂X/∂t) / X' - ½ c² X'' / X'] dt + c dw        (f at X(y, t), primes are ∂/∂y).
 
-If the bracket is a(t) y + b(t), then y has a Gaussian kernel, and that of x is its push-forward (Lamperti, J. Math.
-Kyoto Univ. 4, 1964; Kloeden & Platen, Numerical Solution of SDEs, 4.4). The bracket holds the motion of the map:
-dx = (x + t) dw has h = x + t, H = log(x + t) and ∂X/∂t = -1, and its bracket is not affine, though f/g - g'/2 is.
-
-**The range of y decides.** The push-forward is a density of mass one only where H maps the domain onto all of R.
-Where y ends at 0 and X is even in y, a signed Gaussian y with dy = a y dt + c dw (that is b = 0) still gives
-x = X(y, t) a solution, with the noise sign(y) dw; and it is *the* solution, for near such an end g² is linear and
-f Lipschitz, so that Yamada & Watanabe's theorem (1971) leaves no other. The kernel then sums both branches ±y. This
-"fold" is the square-root process at 4κθ = σ². Elsewhere a range that is a part of R means an explosion, or an end
-whose boundary condition f and g do not tell, and the SDE is refused.
-
-The maps, for u = x + k(t), with the domain where the factor of g as written is positive:
+If the bracket is a(t) y + b(t), then y has a Gaussian kernel, and the kernel of x is its push-forward. H must map the
+domain onto R, or X must be even in y with b = 0 (a "fold", whose kernel is the sum over ±y). The maps, for u = x +
+k(t):
 
     =========  ==============================  ==================  =====  ====================
     name       h                               X                   range  domain
@@ -28,8 +19,7 @@ The maps, for u = x + k(t), with the domain where the factor of g as written is 
     cosh       sqrt((x - m)² - w²)             m + w cosh y        fold   x >= m + w
     =========  ==============================  ==================  =====  ====================
 
-What is not in the table is refused, among it all other powers of u and exp(u), whose range is a half line, and
-sqrt(w² - (x - m)²), which has two ends. No integration by SymPy is involved, so that nothing can hang.
+All other maps are refused; the page :doc:`theory_kernels` says why. SymPy integrates nothing here, so nothing can hang.
 """
 
 from __future__ import annotations
@@ -63,17 +53,17 @@ class Map:
     """x = X(y, t) with g = c ∂X/∂y.
 
     Attributes:
-        name: as in the table of this module.
+        name: its name in the table of this module.
         to_state: X, in y and t.
-        to_line: its inverse H, in x and t; where the map folds, the branch y >= 0.
+        to_line: the inverse H, in x and t; of a fold, the branch y >= 0.
         c: the noise of y.
-        lower: the domain's lower end, in t; -oo where there is none.
-        upper: its upper end.
+        lower: the lower end of the domain, in t; -oo if there is none.
+        upper: the upper end of the domain, in t; oo if there is none.
         log_slope: log |∂X/∂y|, in y and t.
-        fold: whether both y and -y are sent to x.
-        mean: E[X(y, t)] for y of mean ``line_mean`` and variance ``line_var``; None where it has no closed form.
-        var: Var[X(y, t)], likewise.
-        signs: expressions in the parameters with the sign that each must have.
+        fold: whether X(y) = X(-y).
+        mean: E[X(y, t)] for y of mean ``line_mean`` and variance ``line_var``; None without a closed form.
+        var: Var[X(y, t)] for the same y; None without a closed form.
+        signs: expressions in the parameters, with the sign that each must have.
     """
 
     name: str
@@ -94,10 +84,10 @@ class Reduction:
     """A map under which dy = (a(t) y + b(t)) dt + c(t) dw.
 
     Attributes:
-        map: the change of state, with c.
+        map: the change of the state, with c.
         a: the slope of the drift of y.
-        b: its offset; 0 where the map folds.
-        at_values: whether it holds only for the values that the parameters have, which are then substituted.
+        b: the offset of the drift of y; 0 for a fold.
+        at_values: whether it holds only for the present values of the parameters, which are then substituted.
     """
 
     map: Map
@@ -106,18 +96,18 @@ class Reduction:
     at_values: bool = False
 
     def inner(self, declaration: Declaration) -> Declaration:
-        """The affine SDE of y, its state written x."""
+        """The affine SDE of y, with x as the symbol of its state."""
         return replace(declaration, f=self.a * x + self.b, g=self.map.c)
 
     def holds_at(self, values: Mapping[sp.Symbol, float]) -> bool:
-        """Whether other values of the parameters give the same map."""
+        """Whether the parameters' ``values`` give the same map."""
         numbers = rationals(values)
         signs = all(sign_at(expr, numbers) == sign for expr, sign in self.map.signs)
         return not self.at_values and signs and _is_regular(self.map, self.a, self.b, numbers)
 
 
 _TOO_LONG = "SymPy needs too long to find one"
-_SHOWN = 120  # characters of an expression in a reason
+_SHOWN = 120  # the most characters of an expression in a reason
 
 
 def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | None:
@@ -127,20 +117,20 @@ def reduce(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = No
 
 
 def reduction_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Reduction | str:
-    """The reduction of dx = f dt + g dw (Itô), or in a clause why no map of the table makes it affine in good time.
+    """The reduction of dx = f dt + g dw (Itô), or a clause that says why no map was found in the time allowed.
 
-    It is tried for all values of the parameters first, then for those given.
+    A reduction for all values of the parameters is tried first, then one for those given.
 
     Args:
         f: the drift, in x, t and parameters.
-        g: the diffusion, likewise.
-        values: numbers of the parameters; they also tell signs, such as that of u = 1 - x.
+        g: the diffusion, in the same symbols.
+        values: numbers of the parameters; they also decide signs, such as that of u = 1 - x.
     """
     return patiently(_reduced, rationalised(f), rationalised(g), rationals(values), otherwise=_TOO_LONG)
 
 
 def _reduced(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Reduction | str:
-    """For all values of the parameters, or for those given."""
+    """The reduction for all values of the parameters, or for those given."""
     found = _reduce(f, g, numbers)
     if isinstance(found, Reduction) or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
@@ -149,12 +139,12 @@ def _reduced(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Reduc
 
 
 def rationals(values: Mapping[sp.Symbol, float] | None) -> dict[sp.Symbol, sp.Rational]:
-    """The parameters' numbers as the rationals they are printed as, so that 4 · 0.5 · 0.02 = 0.2² holds exactly."""
+    """The parameters' numbers as rationals, as they are printed, so that 4 · 0.5 · 0.02 = 0.2² holds exactly."""
     return {symbol: sp.Rational(str(float(value))) for symbol, value in (values or {}).items()}
 
 
 def sign_at(expr: sp.Expr, numbers: Mapping[sp.Symbol, sp.Expr]) -> int | None:
-    """The sign of ``expr`` at the parameters' ``numbers`` and an early time, or None where it has none."""
+    """The sign of ``expr`` at the parameters' ``numbers`` and an early time, or None if it has no sign."""
     value = expr.subs({**numbers, t: sp.Rational(1, 64)})
     value = value if value.is_Rational else value.evalf(30)
     if not (value.is_number and value.is_real):
@@ -163,7 +153,7 @@ def sign_at(expr: sp.Expr, numbers: Mapping[sp.Symbol, sp.Expr]) -> int | None:
 
 
 def shown(expr: sp.Expr) -> str:
-    """ " = expr" as reasons show it; empty where it is long."""
+    """ " = expr" for reasons; empty if it is long."""
     text = str(expr.subs(y, sp.Symbol("y")))
     return f" = {text}" if len(text) <= _SHOWN else ""
 
@@ -177,7 +167,7 @@ def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values
     if affine is None:
         return f"the drift of y{shown(change.to_line)} is not affine in y"
     a, b = affine
-    if b.has(sp.zoo, sp.nan):  # terms that cancel, but not one by one at y = 0, where a fold has its end
+    if b.has(sp.zoo, sp.nan):  # terms that cancel, but are singular one by one at y = 0, the end of a fold
         b = drift - a * x
     a, b = (sp.simplify(e) if sp.count_ops(e) < 100 else e for e in (a, b))
     if not _is_regular(change, a, b, {}) or not _is_regular(change, a, b, numbers):
@@ -188,18 +178,18 @@ def _reduce(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr], at_values
 
 
 def _is_regular(change: Map, a: sp.Expr, b: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> bool:
-    """Whether a map and its drift are finite and real at ``numbers``, as log(σx + ρ)/σ is not at σ = 0."""
+    """Whether a map and its drift are finite and real at ``numbers``; log(σx + ρ)/σ at σ = 0 is not."""
     parts = (a, b, change.c, change.to_state, change.to_line)
     return not any(e.subs(numbers).has(sp.zoo, sp.nan, sp.I) for e in parts)
 
 
 def _line_drift(f: sp.Expr, g: sp.Expr, change: Map) -> sp.Expr:
-    """The drift of y, with y written as x."""
-    # A fold's branch is y > 0, so that sqrt(y²) is y.
+    """The drift of y, with x as the symbol of y."""
+    # The branch of a fold is y > 0, so sqrt(y²) is y.
     line = sp.Dummy("y", positive=True) if change.fold else sp.Dummy("y", real=True)
     state = change.to_state.subs(y, line)
     slope = sp.diff(state, line)
-    # As they stand in f, for SymPy simplifies sqrt(1 + sinh²) slowly and acosh(cosh) never.
+    # Replaced as written in f, because SymPy simplifies sqrt(1 + sinh²) slowly and acosh(cosh) never.
     constant, h = g.as_independent(x, as_Add=False)
     f = f.subs({change.to_line: line, h: slope * change.c / constant})
     drift = (f.subs(x, state) - sp.diff(state, t)) / slope - change.c**2 * sp.diff(slope, line) / slope / 2
@@ -209,7 +199,7 @@ def _line_drift(f: sp.Expr, g: sp.Expr, change: Map) -> sp.Expr:
 
 
 def _in_exponentials(drift: sp.Expr, line: sp.Symbol) -> sp.Expr:
-    """``drift`` with tanh(y/2) as (z - 1)/(z + 1), z = e^y, and logarithms of z as y where they are."""
+    """``drift`` with tanh(y/2) written as (z - 1)/(z + 1), z = e^y, and with log z written as y."""
     z = sp.Dummy("z", positive=True)
     drift = drift.subs(sp.tanh(line / 2), (z - 1) / (z + 1))
     drift = drift.replace(sp.log, lambda u: sp.expand_log(sp.log(sp.factor(u))))
@@ -218,7 +208,7 @@ def _in_exponentials(drift: sp.Expr, line: sp.Symbol) -> sp.Expr:
 
 
 def _map_of(g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Map | str:
-    """The table's map for g, or why there is none."""
+    """The map of the table for g, or the reason why there is none."""
     c, h = g.as_independent(x, as_Add=False)
     if not h.has(x):
         return Map("identity", y, x, g, -sp.oo, sp.oo, sp.Integer(0), False, line_mean, line_var)
@@ -245,7 +235,7 @@ def _unsigned(expr: sp.Expr) -> str:
 
 def _exp(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | str:
     """g = c lead u, u = x + k, on the side where lead u > 0."""
-    side = sign_at(lead, numbers) if not lead.has(t) else 1  # a noise may pass through 0; the side is then u > 0
+    side = sign_at(lead, numbers) if not lead.has(t) else 1  # a noise may pass through 0; then u > 0 is taken
     if not side:
         return _unsigned(lead)
     lower, upper = (-k, sp.oo) if side > 0 else (-sp.oo, -k)

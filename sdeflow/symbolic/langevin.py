@@ -1,13 +1,13 @@
-r"""Underdamped Langevin dynamics: a position and a velocity in contact with a bath.
+r"""Underdamped Langevin dynamics: a position and a velocity in contact with a heat bath.
 
-    dx = a v dt,      dv = [F(x) - gamma(x) v] dt + s(x) dw,      s² = 2 gamma θ with θ > 0 constant,
+    dx = a v dt,      dv = [F(x) - gamma(x) v] dt + s(x) dw,      s² = 2 gamma θ with θ > 0 constant.
 
-free of t, leave the law of Boltzmann as it is, whatever the potential:
+If the coefficients do not depend on t, the stationary law is Boltzmann's for every potential Φ:
 
-    p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)),      Φ' = -F / (a θ),
+    p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)),      Φ' = -F / (a θ).
 
-for the Fokker-Planck operator's friction and noise balance at each x, and a v ∂_x and F ∂_v cancel (Pavliotis,
-Stochastic Processes and Applications, 2014, section 6.1).
+In the Fokker-Planck equation the terms of friction and noise cancel at each x, and so do those of a v ∂_x and F ∂_v
+(Pavliotis, Stochastic Processes and Applications, 2014, section 6.1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Langevin(NamedTuple):
     """The parts of underdamped Langevin dynamics.
 
     Attributes:
-        position, velocity: which component is which.
+        position, velocity: the indices of these components.
         slope: -Φ', in ``x`` and parameters.
         temperature: θ, the variance of the velocity.
     """

@@ -1,7 +1,7 @@
-"""Presentation MathML of SymPy expressions, as browsers show it without a script or a network.
+"""Presentation MathML of SymPy expressions, which browsers show without scripts or a network.
 
-SymPy's printer does most of the work. Corrected here: names of functions keep their case and their subscripts,
-derivatives have brackets and the order on the variable, Piecewise is a brace, and the result is well-formed XML.
+SymPy's printer does most of the work. This module corrects it: names of functions keep their case and their subscripts,
+derivatives have brackets and the order on the variable, Piecewise has a brace, and the result is well-formed XML.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _PLAIN = {"&ExponentialE;": "e", "&dd;": "d"}
 
 
 def mathml(expr: sp.Basic) -> str:
-    """A ``<math>`` element; what the printer cannot do becomes text, and never an error."""
+    """A ``<math>`` element; an expression that cannot be printed becomes text, never an error."""
     try:
         element = _Printer()._print(expr)
         _escape(element)
         return f'<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">{element.toxml()}</math>'
-    except Exception:  # some nodes have no printing; the formula is worth more than its looks
+    except Exception:  # the printer does not know some nodes; plain text is better than an error
         return f"<code>{html.escape(str(expr))}</code>"
 
 
 def _escape(node: Node) -> None:
-    """SymPy writes text as it stands, with entities that only HTML knows: here they become characters, escaped."""
+    """Replaces entities that only HTML knows by characters, and escapes text, which SymPy does not."""
     if isinstance(node, Text):
         node.data = html.escape(_PLAIN.get(node.data) or html.unescape(node.data), quote=False)
     for child in node.childNodes:
@@ -40,7 +40,7 @@ def _escape(node: Node) -> None:
 
 
 class _Printer(MathMLPresentationPrinter):
-    """The printer; methods are named by SymPy after the classes they print."""
+    """The printer; SymPy finds its methods by the names of the classes that they print."""
 
     def _element(self, tag: str, *children: Element | str) -> Element:
         element = self.dom.createElement(tag)

@@ -1,4 +1,4 @@
-r"""The moments of an affine SDE's perturbation kernel, in closed form where a rule gives one.
+r"""The moments of the perturbation kernel of an affine SDE, in closed form if a rule gives one.
 
 For dx = (a(t) x + b(t)) dt + g(t) dw with Var[x_0 | x_0] = P0, the kernel p(x_t | x_0) is
 N(alpha x_0 + offset, sigma^2) with
@@ -7,9 +7,9 @@ N(alpha x_0 + offset, sigma^2) with
     offset    = ∫_0^t (alpha(t) / alpha(s)) b(s) ds,
     sigma^2   = alpha^2 P0 + ∫_0^t (alpha(t) / alpha(s))^2 g(s)^2 ds.
 
-Rules are tried in order; where none applies the moment stays an unevaluated integral and its numbers
-come by quadrature (``sdeflow.numerics.quadrature``). Closed forms found here are candidates: the kernel accepts
-them only after comparing their compiled numbers with quadrature.
+Rules are tried in order. If none applies, the moment stays an unevaluated integral, and its numbers come from
+quadrature (``sdeflow.numerics.quadrature``). A closed form found here is a candidate: the kernel uses it only if its
+compiled numbers agree with quadrature.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = [
     "square_root",
 ]
 
-_LARGEST_FACTORED = 32  # a power of alpha; of higher ones SymPy finds hundreds of factors, or none in minutes
+_LARGEST_FACTORED = 32  # the largest power of alpha; for more, SymPy finds hundreds of factors, or none in minutes
 _LARGEST_ROOT = 10**6
-_SECONDS = 0.4  # for each moment, where the schedule is large
+_SECONDS = 0.4  # for each moment of a large schedule
 _UNSOLVED = (None, "by quadrature")
 
 
@@ -45,7 +45,7 @@ _UNSOLVED = (None, "by quadrature")
 class Moments:
     """log alpha, alpha, offset and variance of the kernel as SymPy expressions in t, with the rules that gave them.
 
-    For a coupled state alpha and var are matrices, offset is a column, and log_alpha is the time change ∫ beta.
+    For a coupled state, alpha and var are matrices, offset is a column, and log_alpha is the time change ∫ beta.
     """
 
     log_alpha: sp.Expr
@@ -56,20 +56,20 @@ class Moments:
 
     @property
     def closed(self) -> bool:
-        """Whether no integral, and no function that stands for one, is left."""
+        """Whether no integral and no undefined function is left."""
         unsolved = (sp.Integral, AppliedUndef)
         return not any(e.has(*unsolved) for e in (self.log_alpha, self.alpha, self.offset, self.var))
 
 
 def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: Mapping[sp.Symbol, float]) -> Moments:
-    """The moments by rule, each an integral where no rule applies.
+    """The moments by rules; a moment without a rule is an integral.
 
     Args:
         drift: ``(a, b)`` of the drift a(t) x + b(t).
         g: the diffusion g(t).
         P0: the variance at t = 0.
         T: the horizon.
-        values: numbers of the parameters, used only to read off the signs of logarithms' arguments.
+        values: numbers of the parameters, used only for the signs of the arguments of logarithms.
     """
     a, b = drift
     start, midpoint = rationalised(sp.Float(P0)), {**values, t: T / 2}
@@ -87,7 +87,7 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
 
 
 def _growth(a: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, sp.Expr | None]:
-    """log alpha and alpha, or two None."""
+    """log alpha and alpha, or (None, None)."""
     log_alpha = definite(rationalised(a), t, midpoint)
     if log_alpha is None or _is_a_power_too_far(log_alpha):
         return None, None
@@ -95,13 +95,13 @@ def _growth(a: sp.Expr, midpoint: dict) -> tuple[sp.Expr | None, sp.Expr | None]
 
 
 def moments_of(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> Moments:
-    """The moments by rule of an affine declaration."""
+    """The moments of an affine declaration, by rules."""
     drift = declaration.require_affine("moments")
     return derive_moments(drift, declaration.g, declaration.P0, declaration.T, values)
 
 
 def integral_moments(drift: AffineDrift, g: sp.Expr, P0: float) -> Moments:
-    """The moments as integrals, whatever the schedule; where that is too long, as functions A(t), m(t) and v(t)."""
+    """The moments as integrals, for any schedule; as functions A(t), m(t) and v(t) if that takes too long."""
     log_alpha, offset, var = (sp.Function(name, real=True)(t) for name in ("A", "m", "v"))
     named = Moments(log_alpha, sp.exp(log_alpha), offset if drift[1] != 0 else drift[1], var, ("by quadrature",) * 3)
     return patiently(_rational_integrals, *drift, g, P0, otherwise=named, seconds=_SECONDS)
@@ -123,7 +123,7 @@ def _integrals(a: sp.Expr, b: sp.Expr, q: sp.Expr, P0: sp.Expr) -> Moments:
 
 
 def square_root(var: sp.Expr, at: dict[sp.Symbol, float]) -> sp.Expr:
-    """The positive square root of a variance, without the modulus where its sign is known at ``at``."""
+    """The positive square root of a variance, without a modulus if the sign at ``at`` is known."""
     return patiently(_square_root, var, at, otherwise=sp.Pow(var, sp.Rational(1, 2), evaluate=False))
 
 
@@ -175,11 +175,11 @@ def _variance(
 def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> sp.Expr | None:
     """sigma^2 for g^2 = -2a (c0 + c1 alpha^k), k != 2: c0 (1 - alpha^2) - 2 c1 (alpha^k - alpha^2) / (k - 2).
 
-    With r = g^2 / (-2a), r' = k c1 a alpha^k, so k = (r'/a)' / r' is constant. It is recognised at
-    three points in 30 digits; the kernel's comparison with quadrature decides.
+    With r = g^2 / (-2a), r' = k c1 a alpha^k, so k = (r'/a)' / r' is constant. This is tested at three points in 30
+    digits; the comparison with quadrature decides.
     """
     if (a.free_symbols | q.free_symbols) - {t}:
-        return None  # k and the coefficients would be those of one set of parameter values
+        return None  # k and the coefficients would hold for one set of parameter values only
     r = q / (-2 * a)
     slope = sp.diff(r, t)
     try:
@@ -199,19 +199,19 @@ def _power_of_alpha(a: sp.Expr, q: sp.Expr, alpha: sp.Expr, midpoint: dict) -> s
     if k == 2:
         return None
     w = sp.Dummy("w", positive=True)
-    step = 2 if (k / 2).is_Integer else 1  # a polynomial in alpha^2 or alpha, which factors; else as it stands
+    step = 2 if (k / 2).is_Integer else 1  # a polynomial in alpha^2 or alpha can be factored
     polynomial = c0 * (1 - w ** (2 // step)) - 2 * c1 * (w ** (k / step) - w ** (2 // step)) / (k - 2)
     factors = k.is_Integer and abs(k) <= _LARGEST_FACTORED
     return (sp.factor(polynomial) if factors else polynomial).subs(w, alpha**step)
 
 
 def _is_a_power_too_far(log_alpha: sp.Expr) -> bool:
-    """Whether exp(log alpha) would raise numbers to rational powers of many digits, which SymPy does not survive."""
+    """Whether exp(log alpha) would raise numbers to rational powers of many digits, which SymPy cannot do."""
     return log_alpha.has(sp.log) and any(number.q > _LARGEST_ROOT for number in log_alpha.atoms(sp.Rational))
 
 
 def constant_ratio(ratio: sp.Expr) -> sp.Expr | None:
-    """``ratio`` where it does not depend on t, else None."""
+    """``ratio`` if it does not depend on t, else None."""
     if ratio.has(t):
         ratio = sp.cancel(ratio) if ratio.is_rational_function(t) else sp.powsimp(sp.expand(ratio))
     if ratio.has(t):
@@ -220,7 +220,7 @@ def constant_ratio(ratio: sp.Expr) -> sp.Expr | None:
 
 
 def _tidy(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with its cancellations made: factored where rational in t, exponentials merged otherwise."""
+    """``expr`` with common factors cancelled: factored if rational in t, else with exponentials merged."""
     if expr.is_rational_function(t):
         return sp.factor(sp.cancel(expr))
     return sp.powsimp(sp.expand(expr))

@@ -1,10 +1,10 @@
-r"""Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps as declarations, and tables of alpha as the discrete models have.
+r"""Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps as declarations, and tables of alpha as in discrete models.
 
 The SDE of a path has f = alpha'/alpha x and g² = 2 sigma sigma' - 2 (alpha'/alpha) sigma².
 
-**A table that starts at alpha < 1**, as that of DDPM (arXiv:2006.11239) does at 0.99995, does not hold the data. It is
-continued to them at t = 0 linearly in -log alpha² (DDPM's -log ᾱ), and the cutoff is its first entry. In between,
--2 log alpha is a monotone cubic, so that alpha is the table's at the table's times.
+**A table that starts at alpha < 1** does not include the data; that of DDPM (arXiv:2006.11239) starts at 0.99995. It is
+continued to the data at t = 0, linearly in -log alpha² (DDPM's -log ᾱ), and the cutoff is its first entry. Between the
+entries, -2 log alpha is a monotone cubic, so alpha equals the table at the times of the table.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from sdeflow.symbolic.symbols import t, x
 __all__ = ["declare_path", "is_table"]
 
 _SMALL = 40  # operations
-_SECONDS = 0.2  # of processor time for a shorter form of f, and of g²; the rest of the declaration's is for its checks
+_SECONDS = 0.2  # of processor time to shorten f, and g²; the declaration needs the rest of its time for checks
 _SWITCHING = (sp.Abs, sp.sign, sp.Max, sp.Min, sp.Heaviside, sp.floor, sp.ceiling, sp.frac, sp.Mod)
-_LEAST = 0.5  # of alpha at the first entry of a table
-_JOIN = 1e-3  # of the first step of a table that starts at t = 0 and alpha < 1: where its continuation ends
+_LEAST = 0.5  # the least alpha at the first entry of a table
+_JOIN = 1e-3  # of the first step: the end of the continuation, for a table that starts at t = 0 with alpha < 1
 
 
 def is_table(value: object) -> TypeGuard[Sequence]:
-    """Whether ``value`` is a table of numbers, and no coefficient."""
+    """Whether ``value`` is a table of numbers, not a coefficient."""
     return not isinstance(value, str | sp.Basic | type) and (hasattr(value, "__len__") or hasattr(value, "__array__"))
 
 
@@ -52,16 +52,16 @@ def declare_path(
     r"""The SDE whose kernel is N(alpha(t) x_0, sigma(t)²).
 
     Args:
-        alpha: of t; or a table: (times, values), rows of (time, value), or values at T/n, 2T/n, ..., T (at
-            0, T/(n - 1), ..., T where the first is 1).
-        sigma: of t; None is √(1 - alpha²), variance preserving.
+        alpha: a function of t; or a table: (times, values), pairs (time, value), or values at T/n, 2T/n, ..., T (at
+            0, T/(n - 1), ..., T if the first value is 1).
+        sigma: a function of t; None means √(1 - alpha²), variance preserving.
         T: the horizon; by default the last time of a table, else 1.
-        cutoff: the first time that solvers visit; for a table that starts at alpha < 1, by default its first.
-        parameters: symbols beside t.
+        cutoff: the first time of solvers; for a table that starts at alpha < 1, by default its first time.
+        parameters: the symbols other than t.
 
     Raises:
-        DeclarationError: for a path that depends on x, or does not start at alpha = 1.
-        ScheduleError: for a path without noise, and for a table that does not fall.
+        DeclarationError: if the path depends on x, or does not start at alpha = 1.
+        ScheduleError: if the path has no noise, or a table does not decrease.
     """
     parameters = tuple(parameters)
     if is_table(alpha):
@@ -82,7 +82,7 @@ def declare_path(
 def _declared(
     alpha: sp.Expr, sigma: sp.Expr, T: float, cutoff: float | None, parameters: tuple[sp.Symbol, ...]
 ) -> Declaration:
-    """The declaration, once both are expressions."""
+    """The declaration, from alpha and sigma as expressions."""
     if alpha.has(x) or sigma.has(x):
         raise DeclarationError(f"alpha = {alpha} and sigma = {sigma} must be functions of t alone.")
     found = patiently(_path_coefficients, alpha, sigma)
@@ -106,14 +106,14 @@ def _declared(
 
 
 def _of_time(value: object, name: str) -> object:
-    """What a function of t alone, as ``lambda t: 1 - t``, returns; all else as it is."""
+    """The expression that a function of t returns, such as ``lambda t: 1 - t``; other values unchanged."""
     if callable(value) and not isinstance(value, sp.Basic | type) and takes_one(value):
         return applied(value, name, ())
     return value
 
 
 def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[sp.Expr, float, float | None]:
-    """alpha through a table, its horizon and its cutoff."""
+    """alpha from a table, with its horizon and its cutoff."""
     table = table.detach().cpu().numpy() if hasattr(table, "detach") else table
     if all(np.ndim(value) == 0 for value in table):
         from_data = len(table) > 1 and float(table[0]) == 1.0  # its first value is that of t = 0
@@ -134,7 +134,7 @@ def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[s
             "have it. Begin the table at t = 0, or leave this entry out."
         )
     if times[0] > 0:
-        # A monotone cubic is straight through knots on a line.
+        # A monotone cubic through knots on a line is this line.
         first, cutoff = times[0], times[0] if cutoff is None else cutoff
         knots = np.array([0.0, 0.5, 0.99]) * first
         times, B = np.concatenate([knots, times]), np.concatenate([knots / first * B[0], B])
@@ -142,7 +142,7 @@ def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[s
 
 
 def _at_start(expr: sp.Expr) -> sp.Expr:
-    """``expr`` at t = 0, exact where SymPy knows it in good time."""
+    """``expr`` at t = 0, exact if SymPy finds it in the time allowed."""
     exact = value_at(expr, {t: sp.Integer(0)})
     if exact is sp.nan and expr.free_symbols == {t}:
         with contextlib.suppress(UnknownValue):
@@ -155,7 +155,7 @@ def _at_start(expr: sp.Expr) -> sp.Expr:
 
 
 def _first_step(alpha: sp.Expr) -> float | None:
-    """Where the continuation of a path through a table ends; None for a path without one."""
+    """The time at which the continuation of a path through a table ends; None if there is none."""
     kinds: list[type[Schedule]] = [type(call) for call in alpha.atoms(Schedule)]
     steps = [kind.table[0][1] - kind.table[0][0] for kind in kinds if kind.table is not None]
     return _JOIN * float(min(steps)) if steps else None
@@ -164,7 +164,7 @@ def _first_step(alpha: sp.Expr) -> float | None:
 def _continued(
     rate: sp.Expr, gram: sp.Expr, alpha: sp.Expr, sigma: sp.Expr, join: float
 ) -> tuple[sp.Expr, sp.Expr, sp.Expr, sp.Expr]:
-    """The path from ``join`` on, and before it the Ornstein-Uhlenbeck process that leads from the data there."""
+    """The path from ``join`` on; before it, the Ornstein-Uhlenbeck process from the data to it."""
     a, s = (float(value_at(e, {t: sp.Float(join)}, 17)) for e in (alpha, sigma))
     end, speed = sp.Float(join), sp.Float(math.log(a) / join)
     level = sp.Float(s**2 / (1.0 - a**2))
@@ -182,9 +182,9 @@ def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr
 
 
 def _simplest(expr: sp.Expr) -> sp.Expr:
-    """``expr`` simplified where it is small, and SymPy does so in good time.
+    """``expr`` simplified, if it is small and SymPy needs little time.
 
-    What switches is left as it stands: of sign(u) SymPy makes u / |u|, which has no value where u = 0.
+    Expressions that switch stay unchanged, because SymPy rewrites sign(u) as u / |u|, which has no value at u = 0.
     """
     standing = {part: sp.Dummy(real=True) for part in expr.atoms(*_SWITCHING)}
     smooth = expr.xreplace(standing)

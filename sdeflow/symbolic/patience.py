@@ -1,13 +1,13 @@
-"""SymPy with an end to it: what may run here, and what runs in a process of its own with seconds to live.
+"""Calls of SymPy with a time limit: small ones run here, others in a forked process that is ended after some seconds.
 
-``integrate``, ``simplify``, ``expand`` of (1 + t)**64, even asking whether a polynomial is positive, can take
-minutes and cannot be interrupted from within. So whatever rewrites an expression goes through :func:`patiently`:
-what is :func:`small` is done at once; the rest in a fork of this process, which the operating system ends when it
-has used up its *processor* time, however busy the machine is. Its caller then does without: a formula keeps its
-integral sign, and numbers come by quadrature in any case.
+``integrate``, ``simplify``, ``expand`` of (1 + t)**64, and even the question whether a polynomial is positive can take
+minutes and cannot be interrupted from within. So all that rewrites an expression goes through :func:`patiently`. If the
+arguments are :func:`small`, it runs at once. If not, it runs in a fork of this process, which the operating system ends
+when its *processor* time is used up, also on a busy machine. The caller then does without the result: a formula keeps
+its integral sign, and numbers come from quadrature in any case.
 
-The fork is made by ``os.fork`` and not by ``multiprocessing``, whose daemonic workers may have no children.
-Where there is no fork (Windows), what is not small is not done.
+The fork is made by ``os.fork`` and not by ``multiprocessing``, whose daemonic workers may not have children. Without
+fork (on Windows), only small calls are made.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 Other = TypeVar("Other")
 
 _SECONDS = 0.5
-_LARGEST_HERE = 40  # of growth; SymPy's time is about its square, 0.3 s at the limit
-_LARGEST_RESULT = 4000  # nodes
+_LARGEST_HERE = 40  # the largest growth; SymPy's time grows like its square and is 0.3 s at the limit
+_LARGEST_RESULT = 4000  # nodes of a result
 _HUGE = 1e9
 _WAVES = (sp.sin, sp.cos, sp.sinh, sp.cosh)
 _COMPARING = (sp.Max, sp.Min, sp.Piecewise, sp.Mod)
@@ -45,7 +45,7 @@ _end: ContextVar[float] = ContextVar("end", default=math.inf)
 
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """What stands inside has ``seconds`` of processor time in all; within another budget, what is left of that."""
+    """A context with ``seconds`` of processor time for all its forks; inside another budget, with the rest of that."""
     outer = _left.get()
     token = _left.set([seconds]) if outer is None else None
     try:
@@ -57,9 +57,9 @@ def budget(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """What stands inside is to be done in ``seconds`` of processor time, forks included, as :func:`time_left` tells.
+    """A context that may use ``seconds`` of processor time, forks included; :func:`time_left` says how much is left.
 
-    Forks end with it; what runs here must ask. Within another deadline the earlier of the two holds.
+    Forks are ended at the deadline; code in this process must ask. Inside another deadline the earlier one holds.
     """
     token = _end.set(min(_end.get(), _used() + seconds))
     try:
@@ -69,12 +69,12 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def time_left() -> float:
-    """Seconds until the :func:`deadline`; infinite where there is none."""
+    """Seconds until the :func:`deadline`; infinite without one."""
     return math.inf if _end.get() == math.inf else _end.get() - _used()
 
 
 def _used() -> float:
-    """The processor time of this thread, whose others may be many, and of the children that have ended."""
+    """The processor time of this thread (there may be many others) and of the children that have ended."""
     return time.thread_time() + sum(os.times()[2:4])
 
 
@@ -93,18 +93,18 @@ def patiently(
 def patiently(
     function: Callable[..., object], *arguments: object, otherwise: object = None, seconds: float = _SECONDS
 ) -> object:
-    """``function(*arguments)``: here where all expressions in the arguments are small, else :func:`within` ``seconds``.
+    """``function(*arguments)``: here if all expressions in the arguments are small, else :func:`within` ``seconds``.
 
     Args:
-        function: of the top level of a module; None from it counts as a failure.
-        arguments: expressions, matrices, dataclasses and dicts of them, and anything else.
-        otherwise: what is returned where it takes too long or fails in the other process.
-        seconds: of processor time.
+        function: a function of the top level of a module; its result None counts as a failure.
+        arguments: expressions, matrices, dataclasses and dicts of these, and anything else.
+        otherwise: the result if it takes too long or fails in the other process.
+        seconds: the limit of processor time.
     """
     if small(*arguments):
         try:
             found = function(*arguments)
-        except Exception:  # as in a process of its own
+        except Exception:  # as in a separate process
             found = None
     else:
         found = within(seconds, function, *arguments)
@@ -112,13 +112,13 @@ def patiently(
 
 
 def within(seconds: float, function: Callable[..., Result], *arguments: object) -> Result | None:
-    """``function(*arguments)`` in a process of its own; None where it takes longer, fails, or returns what is huge."""
+    """``function(*arguments)`` in a separate process; None if it takes longer, fails, or returns a huge result."""
     left = _left.get()
     seconds = min(seconds, time_left(), math.inf if left is None else left[0])
     if seconds < 0.01 or not hasattr(os, "fork"):
         return None
     receiver, sender = Pipe(duplex=False)
-    with warnings.catch_warnings():  # of threads, which hold nothing that SymPy needs
+    with warnings.catch_warnings():  # about threads; they hold no lock that SymPy needs
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -126,9 +126,9 @@ def within(seconds: float, function: Callable[..., Result], *arguments: object) 
         _answer(sender, seconds, function, arguments)
     sender.close()
     try:
-        # It is the processor time that counts; the clock is for a child that waits for a lock held at the fork.
+        # Processor time counts. The wall clock is for a child that waits for a lock held at the fork.
         return receiver.recv() if receiver.poll(30 + 30 * seconds) else None
-    except Exception:  # the child has died, or what it sent cannot be built again
+    except Exception:  # the child has died, or its result cannot be rebuilt
         return None
     finally:
         receiver.close()
@@ -138,9 +138,9 @@ def within(seconds: float, function: Callable[..., Result], *arguments: object) 
 
 
 def rehearsed(seconds: float, function: Callable[..., object], *arguments: object) -> bool:
-    """Whether ``function(*arguments)`` comes to an end, good or bad, within ``seconds``: tried out in another process.
+    """Whether ``function(*arguments)`` ends within ``seconds``, with or without an error: tried in another process.
 
-    For what must be done in this process afterwards, and cannot be interrupted there. True where there is no fork.
+    For work that must be done in this process afterwards and cannot be interrupted there. True if there is no fork.
     """
     return not hasattr(os, "fork") or within(seconds, _ends, function, arguments) is not None
 
@@ -152,7 +152,7 @@ def _ends(function: Callable[..., object], arguments: tuple) -> bool:
 
 
 def _answer(sender: Connection, seconds: float, function: Callable[..., object], arguments: tuple) -> None:
-    """The child's whole life."""
+    """All that the child does."""
     try:
         gc.disable()
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -160,7 +160,7 @@ def _answer(sender: Connection, seconds: float, function: Callable[..., object],
         signal.setitimer(signal.ITIMER_PROF, seconds)
         result = function(*arguments)
         sender.send(result if all(_nodes(e) <= _LARGEST_RESULT for e in _expressions([result])) else None)
-    except BaseException:  # whatever SymPy stumbles on, the integral sign stays
+    except BaseException:  # after any failure of SymPy the integral sign stays
         with contextlib.suppress(BaseException):
             sender.send(None)
     finally:
@@ -168,21 +168,21 @@ def _answer(sender: Connection, seconds: float, function: Callable[..., object],
 
 
 def _ended(child: int) -> float:
-    """Ends the child, and returns the processor time that it used."""
+    """Ends the child and returns its processor time."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     try:
         usage = os.wait4(child, 0)[2]
-    except ChildProcessError:  # somebody else has waited for it
+    except ChildProcessError:  # other code has waited for it
         return 0.0
     return usage.ru_utime + usage.ru_stime
 
 
 def small(*values: object) -> bool:
-    """Whether the expressions in ``values`` have so few terms, even multiplied out, that SymPy is done at once.
+    """Whether the expressions in ``values`` have so few terms, also after expansion, that SymPy needs little time.
 
-    A matrix of more than two rows and columns is not: its inverse alone may take SymPy minutes. Nor is an integral,
-    which SymPy evaluates numerically wherever it asks for a sign.
+    A matrix larger than 2 x 2 is not small, because its inverse alone may take SymPy minutes. An integral is not small
+    either, because SymPy evaluates it numerically to find its sign.
     """
     if any(isinstance(value, sp.MatrixBase) and min(value.shape) > 2 for value in values):
         return False
@@ -193,9 +193,9 @@ def small(*values: object) -> bool:
 
 
 def _degree(expressions: list[sp.Basic]) -> float:
-    """The degree of the polynomial that SymPy makes of exponentials and waves.
+    """The degree of the polynomial that SymPy makes from exponentials, sines and cosines.
 
-    It is 1000 of exp(-t) and exp(-1000 t), and 64 of sin(64 t), whose angle SymPy halves as long as it can.
+    It is 1000 for exp(-t) and exp(-1000 t), and 64 for sin(64 t), whose angle SymPy halves as often as possible.
     """
     numbers: dict[sp.Basic, set[sp.Rational]] = {}
     halved = 1
@@ -213,7 +213,7 @@ def _degree(expressions: list[sp.Basic]) -> float:
 
 
 def growth(expr: sp.Basic) -> float:
-    """An estimate of the terms of ``expr`` and of all its parts, multiplied out."""
+    """An estimate of the number of terms of ``expr`` and of all its parts after expansion."""
     terms: dict[sp.Basic, float] = {}
 
     def of(node: sp.Basic) -> float:
@@ -226,7 +226,7 @@ def growth(expr: sp.Basic) -> float:
 
 
 def _terms(node: sp.Basic, inner: list[float]) -> float:
-    """The terms of one node whose arguments have ``inner`` terms."""
+    """The number of terms of a node whose arguments have ``inner`` terms."""
     if isinstance(node, sp.Rational):
         return 1.0 + max(abs(node.p).bit_length(), node.q.bit_length()) / 32
     if isinstance(node, sp.Mul):
@@ -240,13 +240,13 @@ def _terms(node: sp.Basic, inner: list[float]) -> float:
 
 
 def _binomial(n: float, k: float) -> float:
-    """n over k, of which n - k + 1 is the number of terms of a sum and k its power."""
+    """n over k; a sum of n - k + 1 terms to the power k has so many terms."""
     log = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return math.exp(log) if log < math.log(_HUGE) else _HUGE
 
 
 def _nodes(expr: sp.Basic) -> int:
-    """The nodes of ``expr``, copies counted, as far as the limit."""
+    """The number of nodes of ``expr``, with copies, counted up to the limit."""
     count = 0
     for _ in sp.preorder_traversal(expr):
         count += 1

@@ -1,35 +1,18 @@
 r"""Pearson diffusions: f affine and g² quadratic in the state, with exact kernels in two families.
 
-**Square root** (Feller 1951; Cox, Ingersoll & Ross 1985), g² = s(t) (x - l) with drift a(t) x + b(t). For
-u = x - l and the dimension delta = 4 (a l + b) / s, which must not depend on t,
+**Square root**, g² = s(t) (x - l) with the drift a(t) x + b(t). With u = x - l and a constant delta = 4 (a l + b) / s >
+0,
 
-    du = (a u + delta s / 4) dt + sqrt(s u) dw.
+    du = (a u + delta s / 4) dt + sqrt(s u) dw,      u_t / sigma²  ~  noncentral chi²(delta, alpha² u_0 / sigma²),
 
-When delta is an integer this is |z|² of a delta-dimensional Ornstein-Uhlenbeck process dz = ½ a z dt + ½ sqrt(s) dw.
-The kernel keeps that form for every delta > 0: with alpha and sigma² those of the *scalar affine* SDE of z,
+where alpha and sigma² are those of the affine SDE dz = ½ a z dt + ½ sqrt(s) dw.
 
-    u_t / sigma²  ~  noncentral chi²(delta, alpha² u_0 / sigma²).
+**Jacobi**, g² = s(t) (x - p)(q - x). With u = (x - p) / (q - p) in [0, 1], constant A, B > 0 and the clock tau = ∫ s
+dt,
 
-So CIR (a = -κ, b = κθ, s = σ²), the squared Bessel process (a = 0, s = 4) and both with coefficients of time have
-one formula, and whatever the affine kernel can integrate. E[u_t] = alpha² u_0 + delta sigma²,
-Var[u_t] = 2 sigma² (2 alpha² u_0 + delta sigma²). For delta < 2 the end u = 0 is hit and reflects (the only solution,
-Yamada & Watanabe 1971); delta <= 0, with an end that absorbs, is refused.
+    du = ½ s (A (1 - u) - B u) dt + sqrt(s u (1 - u)) dw.
 
-**Jacobi** (Karlin & Taylor 1981, 15.13; Wright-Fisher with mutation), g² = s(t) (x - p)(q - x). For
-u = (x - p) / (q - p) in [0, 1],
-
-    du = ½ s (A (1 - u) - B u) dt + sqrt(s u (1 - u)) dw,
-
-with constant A, B > 0, and the clock tau = ∫ s dt, again the variance of an affine SDE, dz = sqrt(s) dw. The
-stationary law is Beta(A, B); with theta = A + B and D = u_0 - A / theta,
-
-    E[u]   = A / theta + D e^{-theta tau / 2}
-    Var[u] = A B / theta² φ(theta + 1) + D (B - A) / theta e^{-theta tau / 2} φ(theta / 2 + 1) - D² e^{-theta tau} φ(1),
-
-φ(k) = (1 - e^{-k tau}) / k, from the triangular moment equation Var' = -(theta + 1) Var + E[u] (1 - E[u]).
-
-The other Pearson diffusions (Forman & Sørensen 2008), with g² = (x - m)² + w² or with g² of two zeros and the state
-outside them, have spectra with a continuous part, and are refused.
+The page :doc:`theory_kernels` has the moments, the sources and the diffusions that are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +35,7 @@ decay = sp.Dummy("alpha", positive=True)  # a Dummy: no parameter can be the sam
 """alpha of the affine SDE behind a Pearson diffusion."""
 
 spread = sp.Dummy("v", nonnegative=True)
-"""Its variance sigma²; for the Jacobi diffusion the clock tau."""
+"""sigma² of that affine SDE; for the Jacobi diffusion the clock tau."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +45,14 @@ class Pearson:
     Attributes:
         kind: "square root" (u >= 0) or "Jacobi" (0 <= u <= 1).
         origin: x at u = 0.
-        scale: the length of the unit of u, with its sign.
-        shape: (delta,) or (A, B), free of t.
+        scale: dx/du, with its sign.
+        shape: (delta,) or (A, B), constants.
         a: the slope of the drift of the affine SDE that gives alpha and sigma².
-        c: its noise.
+        c: the noise of that SDE.
         mean: E[x_t | x_0] in x_0, ``decay`` and ``spread``.
-        var: Var[x_t | x_0], likewise.
-        signs: expressions with the sign that each must have: those of g² and of the shape.
-        at_values: whether it holds only for the values that the parameters have, which are then substituted.
+        var: Var[x_t | x_0] in x_0, ``decay`` and ``spread``.
+        signs: expressions of g² and of the shape, with the sign that each must have.
+        at_values: whether the form holds only for the present values of the parameters, which are then substituted.
     """
 
     kind: Literal["square root", "Jacobi"]
@@ -84,7 +67,7 @@ class Pearson:
     at_values: bool = False
 
     def holds_at(self, values: Mapping[sp.Symbol, float]) -> bool:
-        """Whether other values of the parameters give the same standard form."""
+        """Whether the parameters' ``values`` give the same standard form."""
         numbers = rationals(values)
         return not self.at_values and all(sign_at(expr, numbers) == sign for expr, sign in self.signs)
 
@@ -94,17 +77,17 @@ class Pearson:
 
 
 def classify(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | None:
-    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or None: :func:`pearson_or_reason` without the reason."""
+    """dx = f dt + g dw (Itô) as a Pearson diffusion, or None: :func:`pearson_or_reason` without the reason."""
     found = pearson_or_reason(f, g, values)
     return found if isinstance(found, Pearson) else None
 
 
 def pearson_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] | None = None) -> Pearson | str:
-    """The Pearson diffusion that dx = f dt + g dw (Itô) is, or in a clause why it is none of the two families.
+    """dx = f dt + g dw (Itô) as a Pearson diffusion, or a clause that says why it is in neither family.
 
     Args:
         f: the drift, in x, t and parameters.
-        g: the diffusion, likewise.
+        g: the diffusion, in the same symbols.
         values: numbers of the parameters, which decide the signs of delta, A and B.
     """
     found = patiently(_classified, rationalised(f), rationalised(g), rationals(values))
@@ -112,7 +95,7 @@ def pearson_or_reason(f: sp.Expr, g: sp.Expr, values: Mapping[sp.Symbol, float] 
 
 
 def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:
-    """For all values of the parameters, or for those given."""
+    """The diffusion for all values of the parameters, or for those given."""
     found = _classify(f, g, numbers)
     if isinstance(found, Pearson) or not (f.free_symbols | g.free_symbols) & set(numbers):
         return found
@@ -157,7 +140,7 @@ def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) 
     s, middle = -coefficients[0], _constant(-coefficients[1] / (2 * coefficients[0]))
     if sign_at(s, numbers) != 1:
         return f"the factor {-s} of x² in g² must be negative, for elsewhere the spectrum has a continuous part"
-    squared = None if middle is None else _constant(coefficients[2] / s + middle**2)  # of half the interval
+    squared = None if middle is None else _constant(coefficients[2] / s + middle**2)  # the square of half the interval
     if squared is None:
         return "the zeros of g² move with t, or are not finite"
     if sign_at(squared, numbers) != 1:
@@ -195,6 +178,6 @@ def _not_positive(name: str, value: sp.Expr) -> str:
 
 
 def _constant(expr: sp.Expr) -> sp.Expr | None:
-    """``expr`` simplified where it does not depend on t and is finite, else None."""
+    """``expr`` simplified, if it is finite and does not depend on t; else None."""
     expr = sp.simplify(expr) if expr.has(t) else sp.factor(expr)
     return None if expr.has(t, sp.zoo, sp.nan) else expr

@@ -1,8 +1,8 @@
-"""Schedules that are not formulas: a Python function of t, or a table, as a SymPy function.
+"""Schedules without a formula: a Python function of t, or a table, as a SymPy function.
 
     beta = sdeflow.schedule(lambda t: ...)          f = -beta(t) * x / 2
 
-The derivation stays symbolic, with integrals of beta(t); the numbers come by quadrature of an interpolant.
+The derivation stays symbolic, with integrals of beta(t). The numbers come from quadrature of an interpolant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _tables: WeakValueDictionary = WeakValueDictionary()
 
 
 class Curve(Protocol):
-    """A piecewise polynomial of time, as SciPy has them; ``c`` are its coefficients, (degree + 1, pieces)."""
+    """A piecewise polynomial of time, as in SciPy; ``c`` are its coefficients, (degree + 1, pieces)."""
 
     c: np.ndarray
 
@@ -46,15 +46,15 @@ class Curve(Protocol):
 
 
 class Schedule(sp.Function):
-    """A real function of one argument known by its values; :func:`schedule` makes its subclasses.
+    """A real function of one argument, given by its values; :func:`schedule` makes its subclasses.
 
     Attributes:
         values: maps times (n,) to values (n,).
-        breakpoints: times at which it is not smooth.
-        order: which derivative of ``values`` it is.
-        table: the (times, values) that made it, or None.
-        curve: what joins them, a piecewise cubic, or its derivative.
-        source: the function that made it, or None.
+        breakpoints: the times at which it is not smooth.
+        order: the order of the derivative: 0 for the function itself.
+        table: the (times, values) from which it was made, or None.
+        curve: the piecewise cubic through the table, or its derivative.
+        source: the function from which it was made, or None.
     """
 
     nargs = 1
@@ -68,28 +68,28 @@ class Schedule(sp.Function):
 
     @property
     def known(self) -> bool:
-        """Whether ``values`` are its own: a table's derivatives are known, those of a Python function are not."""
+        """Whether its values are known. They are not for derivatives of a Python function."""
         return not self.order or self.table is not None
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
-        """The derivative, itself a schedule."""
+        """The derivative, which is a schedule too."""
         return type(self).derivative()(self.args[0])
 
     def _eval_evalf(self, prec: int) -> sp.Float | None:
-        """The value at a number, in double precision; derivatives of functions stay as they are."""
+        """The value at a number, in double precision; derivatives of Python functions are not evaluated."""
         if not self.known or not self.args[0].is_number:
             return None
         return sp.Float(float(self.values(np.array([float(self.args[0])]))[0]))
 
     def __reduce__(self) -> tuple:
-        """By its table or function: the class itself has no importable name."""
+        """Pickles the table or the function, because the class has no importable name."""
         cls = type(self)
         name = cls.__name__.removesuffix("_t" * cls.order)
         return _restored, (cls.source if cls.table is None else cls.table, name, cls.order, self.args)
 
     @classmethod
     def derivative(cls) -> type[Schedule]:
-        """The class of the derivative; one for each schedule, so that equal expressions are equal."""
+        """The class of the derivative. Each schedule has only one, so that equal expressions compare equal."""
         if "_derivative" not in cls.__dict__:
             members: dict[str, object] = {"order": cls.order + 1}
             if cls.curve is not None and cls.table is not None:
@@ -103,11 +103,11 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
 
     Args:
         source: a function of t that takes a NumPy array, a number or a tensor; or a table, (times, values) or
-            rows of (time, value), joined by a monotone cubic. It is used on [0, T]; a table must cover that.
-        name: how it prints; "schedule1" and so on by default.
+            pairs (time, value), interpolated by a monotone cubic. It is used on [0, T], which a table must cover.
+        name: its name in prints; by default "schedule1" and so on.
 
     Raises:
-        DeclarationError: for what is neither, and for a table that is not finite with increasing times.
+        DeclarationError: if ``source`` is neither, or if a table is not finite or its times do not increase.
 
     Example:
         >>> import sympy as sp
@@ -124,7 +124,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
         return type(name, (Schedule,), members)
     times, values = table_of(source, name)
     identity = (name, times.tobytes(), values.tobytes())
-    if identity in _tables:  # equal tables are one function, so that equal declarations are equal
+    if identity in _tables:  # equal tables give one function, so that equal declarations compare equal
         return _tables[identity]
     from scipy.interpolate import PchipInterpolator  # half a second to import
 
@@ -135,7 +135,7 @@ def schedule(source: Callable[[float], float] | Sequence, name: str | None = Non
 
 
 def _of_curve(curve: Curve, times: np.ndarray, name: str) -> dict[str, object]:
-    """The members of a schedule that is ``curve`` between the times of a table."""
+    """The attributes of a schedule that equals ``curve`` between the times of a table."""
 
     def within(points: np.ndarray) -> np.ndarray:
         found = curve(points)
@@ -177,15 +177,15 @@ def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _vectorised(function: Callable, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """``function`` on arrays, called with an array where it takes one, else number by number, else by ``CALLS``."""
+    """``function`` on arrays: called with an array if it takes one, else number by number, else by ``CALLS``."""
 
     def values(points: np.ndarray) -> np.ndarray:
-        """The function at ``points``, in their shape."""
+        """The function at ``points``, in the same shape."""
         failures = []
         for call in (_at_once, _number_by_number, *CALLS):
             try:
                 out = np.asarray(call(function, points), dtype=np.float64)
-            except Exception as error:  # such as of math.exp, which takes numbers alone
+            except Exception as error:  # such as from math.exp, which takes only numbers
                 failures.append(error)
                 continue
             if out.size == 1:

@@ -1,4 +1,4 @@
-"""SciPy's functions by SymPy's: what neither torch nor NumPy computes."""
+"""SciPy's functions for SymPy's: functions that neither torch nor NumPy computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["special_functions"]
 
 @cache
 def special_functions() -> dict[type, Callable[..., np.ndarray]]:
-    """SciPy's functions by SymPy's, imported when first needed: SciPy takes a third of a second to import."""
+    """SciPy's functions by SymPy class, imported when first needed: the import of SciPy takes a third of a second."""
     from scipy import special
 
     return {

@@ -1,8 +1,9 @@
-"""Squares under a root that are not written as such: sqrt(t**2 - 2*t/3 + 1/9) is |t - 1/3|, with a kink at 1/3.
+"""Hidden squares under a root: sqrt(t**2 - 2*t/3 + 1/9) is |t - 1/3|, with a kink at 1/3.
 
-As it is declared such a root can neither be differentiated at its zero nor resolved by panels that do not end there. So
-a declaration is read with the square taken out of the root. Every symbol stands for a real number: SymPy writes the
-root of u² as |u| where it knows that u is real, and else leaves (u**2)**(1/2), which says the same.
+In the form in which it is declared, such a root cannot be differentiated at its zero, and panels cannot resolve it
+unless they end there. So a declaration is read with the square taken out of the root. Every symbol stands for a real
+number: SymPy writes the root of u² as |u| if it knows that u is real. Otherwise it keeps (u**2)**(1/2), which is the
+same.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _LARGEST_POWER = 8
 
 
 def is_even_root(expr: sp.Basic) -> bool:
-    """Whether ``expr`` is a root of an even power, (u**2)**(1/2) say: |u| to some power."""
+    """Whether ``expr`` is a root of an even power, such as (u**2)**(1/2): |u| to some power."""
     return isinstance(expr, sp.Pow) and expr.base.is_Pow and expr.base.exp.is_even and expr.exp.is_integer is False
 
 
 def with_squares_read(expr: sp.Expr, variables: Sequence[sp.Symbol]) -> sp.Expr:
-    """``expr`` with the squares that hold one of ``variables`` taken out of its roots.
+    """``expr`` with the squares that contain one of ``variables`` taken out of its roots.
 
-    Where SymPy takes too long to find them it comes back as it is.
+    If SymPy needs too long to find them, ``expr`` is returned unchanged.
     """
     roots = [power for power in expr.atoms(sp.Pow) if _may_hold_squares(power, variables)]
     if not roots:
@@ -39,13 +40,13 @@ def with_squares_read(expr: sp.Expr, variables: Sequence[sp.Symbol]) -> sp.Expr:
 
 
 def _may_hold_squares(power: sp.Pow, variables: Sequence[sp.Symbol]) -> bool:
-    """Whether it is a root of a sum, or of what holds one, in the variables."""
+    """Whether ``power`` is a root of an expression that contains a sum in the variables."""
     base, exponent = power.args
     return exponent.is_Rational and not exponent.is_Integer and base.has(sp.Add) and base.has(*variables)
 
 
 def _read(roots: list[sp.Pow], variables: list[sp.Symbol]) -> dict[sp.Pow, sp.Expr]:
-    """Those of ``roots``, inner ones first, that hold squares, and what they are."""
+    """The roots that contain squares, inner roots first, with their new forms."""
     found: dict[sp.Pow, sp.Expr] = {}
     for root in roots:
         read = _without_squares(root.base.xreplace(found), root.exp, variables)
@@ -55,7 +56,7 @@ def _read(roots: list[sp.Pow], variables: list[sp.Symbol]) -> dict[sp.Pow, sp.Ex
 
 
 def _without_squares(base: sp.Expr, exponent: sp.Rational, variables: list[sp.Symbol]) -> sp.Expr | None:
-    """base**exponent with the squares of polynomials before it; None where there are none."""
+    """base**exponent with the squares of polynomials taken out; None if there are none."""
     standing: dict[sp.Expr, sp.Dummy] = {}
     polynomial = _polynomial(rationalised(base), standing)
     back = {dummy: part for part, dummy in standing.items()}
@@ -73,7 +74,7 @@ def _without_squares(base: sp.Expr, exponent: sp.Rational, variables: list[sp.Sy
 
 
 def _polynomial(expr: sp.Expr, standing: dict[sp.Expr, sp.Dummy]) -> sp.Expr:
-    """``expr`` with a symbol for each part that is no polynomial of low degree: SymPy's are dense in all powers."""
+    """``expr`` with a symbol for each part that is not a polynomial of low degree; SymPy stores all powers up to it."""
     if expr.is_Rational or expr.is_Symbol:
         return expr
     if expr.is_Add or expr.is_Mul:

@@ -1,9 +1,9 @@
-"""Where an expression of t may fail to be smooth: the parts of it that switch, and the values at which they do.
+"""Places where an expression of t may not be smooth: its parts that switch, and the values at which they switch.
 
-A Piecewise switches where a side of its conditions meets the other, Abs, sign and the root of a square where their
-argument is 0, Max and Min where two arguments are equal, floor and Mod at integers, a table at its knots. Each is a
-:class:`Switch`. The break points are the solutions of ``expr == level``; where the expression is linear in t they are
-exact.
+A Piecewise switches where the two sides of a condition are equal; Abs, sign and the root of a square where their
+argument is 0; Max and Min where two arguments are equal; floor and Mod at integers; a table at its knots. Each of these
+is a :class:`Switch`. The break points are the solutions of ``expr == level``. They are exact if the expression is
+linear in t.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _JUMPING = (Relational, sp.sign, sp.Heaviside, *_ROUNDED, sp.Mod, sp.atan2)
 
 @dataclass(frozen=True)
 class Switch:
-    """Something changes its branch where ``expr`` takes one of ``levels``, or any integer where these are None."""
+    """A change of branch where ``expr`` equals one of ``levels``, or any integer if ``levels`` is None."""
 
     expr: sp.Expr
     levels: tuple[float, ...] | None = (0.0,)
 
     @property
     def line(self) -> tuple[sp.Expr, sp.Expr] | None:
-        """Slope and value at t = 0, where the expression is linear in t; else None."""
+        """Slope and value at t = 0 if the expression is linear in t; else None."""
         if not small(self.expr) or not self.expr.is_polynomial(t):
             return None
         line = sp.Poly(exact(self.expr), t)
@@ -44,12 +44,12 @@ class Switch:
 
 
 def switches(expressions: Sequence[sp.Expr]) -> list[Switch]:
-    """What switches with t in the expressions, inner parts before those that hold them."""
+    """The switches in the expressions that depend on t, inner parts first."""
     return _found(expressions, sp.Basic)
 
 
 def jumps(expressions: Sequence[sp.Expr]) -> list[Switch]:
-    """Those switches at which a value may jump: not Abs, Max, Min and tables, which only bend."""
+    """The switches at which a value may jump: without Abs, Max, Min and tables, which have only kinks."""
     return _found(expressions, _JUMPING)
 
 
@@ -64,7 +64,7 @@ def _found(expressions: Sequence[sp.Expr], kinds: type | tuple[type, ...]) -> li
 
 
 def exact(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with its floats as the fractions that they are, digit for digit."""
+    """``expr`` with its floats as fractions of exactly their value."""
     return expr.xreplace({number: sp.Rational(number) for number in expr.atoms(sp.Float)})
 
 

@@ -1,6 +1,6 @@
 """The symbols in which an SDE is declared: the state x, the time t, the data x_0, the score s(x, t).
 
-``x`` stands for every coordinate alike. Components that influence each other, such as position and
+``x`` stands for each coordinate of the state. Components that influence each other, such as position and
 velocity, are declared by :func:`state`.
 """
 
@@ -34,10 +34,10 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}\Z")
 
 
 class StateSymbol(sp.Symbol):
-    """One component of a coupled state. Its place in the state is part of its identity.
+    """One component of a coupled state. Its index in the state is part of its identity.
 
     Attributes:
-        index: which component it is.
+        index: the index of the component.
         names: the names of all components, in order.
     """
 
@@ -64,8 +64,8 @@ def state(names: str | Sequence[str]) -> tuple[StateSymbol, ...]:
     """The components of a coupled state, as ``x, v = sdeflow.state("x v")``.
 
     Raises:
-        UnsafeExpressionError: for a name that is not a plain identifier.
-        DeclarationError: for no names, a repeated one, and ``t``.
+        UnsafeExpressionError: if a name is not a plain identifier.
+        DeclarationError: if there is no name, a name is repeated, or one is ``t``.
     """
     if not isinstance(names, str | list | tuple):
         raise DeclarationError(f'a state is declared by its components\' names, as "x v" or ("x", "v"), not {names!r}.')
@@ -85,26 +85,26 @@ def data_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Symbol, ...]:
 
 
 def score_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Expr, ...]:
-    """The score's components: s(x, t) elementwise; s_x(x, v, t), s_v(x, v, t) of a coupled state."""
+    """The components of the score: s(x, t) of an elementwise SDE; s_x(x, v, t), s_v(x, v, t) of a coupled state."""
     if tuple(components) == (x,):
         return (s,)
     return tuple(sp.Function(f"s_{component.name}", real=True)(*components, t) for component in components)
 
 
 def require_not_the_start(name: str, components: Iterable[str]) -> None:
-    """Raises a DeclarationError for the name of a component at t = 0, such as x_0."""
+    """Raises a DeclarationError if ``name`` is that of a component at t = 0, such as x_0."""
     if name in {f"{component}_0" for component in components}:
         raise DeclarationError(f"{name} is the state at t = 0, as kernels show it: give what is no data another name.")
 
 
 def unused(name: str, taken: Iterable[sp.Basic]) -> str:
-    """``name``, or name_1, name_2, ... where a symbol in the expressions ``taken`` has it: they print alike then."""
+    """``name``; or name_1, name_2, ... if a symbol in the expressions ``taken`` has it, so that they print apart."""
     names = {symbol.name for expr in taken for symbol in expr.free_symbols}
     return next(free for free in (name, *(f"{name}_{i + 1}" for i in range(len(names)))) if free not in names)
 
 
 def require_plain(name: object) -> str:
-    """``name``, and an UnsafeExpressionError where it is not a plain identifier."""
+    """``name``; an UnsafeExpressionError if it is not a plain identifier."""
     if not isinstance(name, str) or not _NAME.match(name):
         raise UnsafeExpressionError(f"a symbol's name must match [A-Za-z_][A-Za-z0-9_]*, 32 letters at most: {name!r}.")
     return name

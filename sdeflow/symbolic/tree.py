@@ -1,18 +1,19 @@
-"""Expressions as plain data: a JSON-able tree of allow-listed nodes, and exactly back.
+"""Expressions as plain data and exactly back: a tree of allowed nodes that JSON can hold.
 
-One node is one dict; nothing else is ever read, and nothing is evaluated as text:
+One node is one dict. Nothing else is read, and no text is evaluated:
 
     {"int": 3}   {"rational": [1, 3]}   {"float": "0x1999999999999ap-56", "precision": 53}   {"bool": true}
     {"symbol": "x"}   {"constant": "pi"}   {"call": "beta", "args": [...]}   {"matrix": [[...], ...]}
-    {"op": "Add", "args": [...]}, with "evaluate": false where SymPy would rewrite what was stored
+    {"op": "Add", "args": [...]}, with "evaluate": false if SymPy would rewrite the stored expression
 
 ``op`` is Add, Mul, Pow, a name of :data:`FUNCTIONS`, a relation such as "<", And, Or, Not, or Piecewise (value,
-condition, value, condition, ...). ``call`` is a function that the application defines; a matrix stands at the top.
+condition, value, condition, ...). ``call`` is a function that the application defines. A matrix is allowed only at the
+top.
 
-A tree from a stranger is checked wholly before anything is built. It is then built from the leaves upwards,
-for SymPy computes as it builds: 2**(2**40) is five nodes, and so is 2**(2**40*t)**(1/t), in which the exponent is a
-number only after t has cancelled. So before each step its arguments, as SymPy left them, are held against
-the limits, and after it the result, so that no step starts from anything large.
+A tree from an unknown source is checked completely before anything is built. It is then built from the leaves upwards,
+because SymPy computes while it builds: 2**(2**40) has five nodes, and so has 2**(2**40*t)**(1/t), whose exponent is a
+number only after t has cancelled. So before each step its arguments, as SymPy has rewritten them, are compared with the
+limits, and after the step the result is, so that no step starts from a large expression.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**63
 MAX_EXPONENT = 64
 
-# A constant beyond these would carry SymPy's numerical evaluation, e.g. of exp(exp(exp(9))), out of any memory.
+# SymPy's numerical evaluation of a larger constant, such as exp(exp(exp(9))), would use any amount of memory.
 _LARGEST, _SMALLEST = 1e300, 1e-300
 _MAX_CONSTANT = 250
 # Functions of two arguments are expanded order by order.
@@ -52,16 +53,16 @@ _LARGEST_ORDER = 20
 _MAX_OF_TWO = 8
 # SymPy compares the arguments of Max and Min in pairs.
 _MAX_EXTREMUM = 16
-_MAX_JUDGED = 40  # of growth, of what it compares at all
+_MAX_JUDGED = 40  # the largest growth of an expression that it compares
 _MAX_ROOT_BITS = 14
-# SymPy factors the product of what stands under roots.
+# SymPy factors the product of the arguments of roots.
 _MAX_RADICAL_BITS = 1024
 _MAX_PRECISION = 1024
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}\Z")
 _FLOAT = re.compile(r"(-?)0x([0-9a-f]{1,256})p(-?[0-9]{1,4})\Z")
 
-# SymPy gives these as exact numbers or sums at integers, of a length that grows with the integer.
+# SymPy writes these at integers as exact numbers or sums, whose length grows with the integer.
 _SPECIAL = (
     sp.gamma, sp.loggamma, sp.besselj, sp.bessely, sp.besseli, sp.besselk, sp.lowergamma, sp.uppergamma, sp.LambertW,
     sp.erfi, sp.erfinv, sp.Ei, sp.expint, sp.digamma, sp.zeta, sp.Si, sp.Ci, sp.Shi, sp.Chi, sp.fresnels, sp.fresnelc,
@@ -94,22 +95,22 @@ _NOT_REAL = (sp.I, sp.nan, sp.zoo, sp.oo, -sp.oo)
 
 
 def to_tree(expr: sp.Basic | sp.MatrixBase, functions: Mapping[str, type[sp.Function]] | None = None) -> object:
-    """``expr`` as plain data that JSON can hold, such that :func:`from_tree` returns an equal expression.
+    """``expr`` as plain data that JSON can hold; :func:`from_tree` returns an equal expression from it.
 
     Args:
-        expr: what the compiler supports, or a matrix of such.
+        expr: an expression that the compiler supports, or a matrix of such expressions.
         functions: the functions of the application by name; by default those that ``expr`` applies.
 
     Raises:
-        UnsafeExpressionError: for what the limits or the allow-list exclude.
-        DeclarationError: for an expression that would not come back exactly.
+        UnsafeExpressionError: if the limits or the list of allowed nodes exclude a part of it.
+        DeclarationError: if it could not be restored exactly.
     """
     if not isinstance(expr, sp.Basic | sp.MatrixBase):
         raise DeclarationError(f"a SymPy expression or matrix is needed, not {type(expr).__name__}: {expr!r}")
     writer = _Writer(functions or {})
     tree = writer.whole(expr)
     again = from_tree(tree, writer.names, writer.functions)
-    # SymPy's == does not look at the precision of a Float; a second tree does.
+    # SymPy's == ignores the precision of a Float; a comparison of the trees does not.
     if again != expr or _Writer(writer.functions).whole(again) != tree:
         raise DeclarationError(f"{expr} cannot be stored: what is read back is {again}.")
     return tree
@@ -121,13 +122,13 @@ def from_tree(
     """The expression that :func:`to_tree` stored.
 
     Args:
-        tree: plain data from anywhere; it is not trusted.
-        names: what each symbol's name stands for.
+        tree: plain data from any source; it is not trusted.
+        names: the symbols by name.
         functions: the functions of the application by name.
 
     Raises:
-        UnsafeExpressionError: for anything that is not such a tree, or that exceeds the limits.
-        DeclarationError: for a symbol that ``names`` lacks.
+        UnsafeExpressionError: if it is not such a tree, or exceeds the limits.
+        DeclarationError: if ``names`` lacks one of its symbols.
     """
     functions = functions or {}
     checker = _Checker(names, functions)
@@ -159,14 +160,14 @@ def _malformed(tree: object, reason: str) -> UnsafeExpressionError:
 
 
 class _Checker:
-    """Holds a tree against format, allow-list and limits; it builds nothing."""
+    """Checks a tree: its format, the list of allowed nodes, and the limits. It builds nothing."""
 
     def __init__(self, names: Mapping[str, sp.Basic], functions: Mapping[str, type[sp.Function]]) -> None:
         self._names, self._functions = names, functions
         self._nodes = 0
 
     def check(self, tree: object, depth: int) -> type:
-        """``Expr`` for a value, ``Boolean`` for a condition."""
+        """The kind of a tree: ``Expr`` for a value, ``Boolean`` for a condition."""
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
             raise UnsafeExpressionError(f"an expression has at most {MAX_NODES} nodes, nested {MAX_DEPTH} deep.")
@@ -223,7 +224,7 @@ def _is_leaf(tree: dict) -> bool:
 
 
 def _is_float(digits: str, precision: int) -> bool:
-    """Whether ``digits`` are sign, mantissa and exponent of 0 or of a number of reasonable size, in lowest terms."""
+    """Whether ``digits`` are sign, mantissa and exponent, in lowest terms, of a number of moderate size or of 0."""
     parts = _FLOAT.match(digits)
     if parts is None or not 1 <= precision <= _MAX_PRECISION:
         return False
@@ -266,7 +267,7 @@ def _build(
 
 
 class _Writer:
-    """Turns SymPy nodes into trees, and notes the symbols and functions it meets."""
+    """Turns SymPy nodes into trees, and collects their symbols and functions."""
 
     def __init__(self, functions: Mapping[str, type[sp.Function]]) -> None:
         self.names: dict[str, sp.Basic] = {}
@@ -280,7 +281,7 @@ class _Writer:
         return self.write(expr, 1)
 
     def write(self, expr: sp.Basic, depth: int) -> dict:
-        """The tree of one expression that stands ``depth`` levels deep."""
+        """The tree of an expression at the depth ``depth``."""
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
             raise UnsafeExpressionError(f"an expression has at most {MAX_NODES} nodes, nested {MAX_DEPTH} deep.")
@@ -316,10 +317,10 @@ class _Writer:
 
 
 class _Builder:
-    """Applies SymPy's functions to what is already built, and refuses steps that would compute without bound."""
+    """Applies SymPy's functions to arguments that are built, and refuses steps of unbounded cost."""
 
     def __init__(self, functions: Mapping[str, type[sp.Function]]) -> None:
-        # Those of the application, of which nothing is known.
+        # Functions of the application, about which nothing is known.
         self._functions = functions
         self._sizes: dict[sp.Basic, int] = {}
 
@@ -330,14 +331,14 @@ class _Builder:
             self._after(result)
         except UnsafeExpressionError:
             raise
-        except Exception as error:  # SymPy raises whatever it likes at nonsense: a wrong arity, an undecidable order
+        except Exception as error:  # SymPy raises all kinds of errors: a wrong arity, an undecidable order
             name = _OPERATION_NAMES.get(function, function.__name__)
             raise UnsafeExpressionError(f"SymPy cannot build {name} of these {len(args)} arguments: {error}") from error
         return result
 
     def _before(self, function: type[sp.Basic], args: Sequence[sp.Basic]) -> None:
         if function in (sp.Add, sp.Mul):
-            # In steps, for a sum of a thousand fractions takes seconds to bring to one denominator.
+            # In steps, because a common denominator of a thousand fractions takes seconds.
             total = sp.Integer(function is sp.Mul)
             for number in (a for a in args if a.is_Rational):
                 total = total + number if function is sp.Add else total * number
@@ -351,7 +352,7 @@ class _Builder:
                 raise UnsafeExpressionError(f"Max and Min take at most {_MAX_EXTREMUM} arguments.")
         elif function in _SPECIAL:
             for number in (a for a in args if a.is_number):
-                # Two numbers are evaluated by series of which SymPy does not watch the length.
+                # SymPy evaluates two numbers by series whose length it does not limit.
                 limit = _MAX_OF_TWO if len(args) > 1 and all(a.is_number for a in args) else MAX_EXPONENT
                 moderate = number == 0 or 1 / limit**2 <= _size(number) <= limit
                 if not moderate or number.has(*_SPECIAL) or (limit == _MAX_OF_TWO and number.is_negative):
@@ -377,7 +378,7 @@ class _Builder:
             _require_finite(node)
 
     def _size(self, node: sp.Basic, fresh: list[sp.Basic]) -> int:
-        """The nodes of ``node``, copies counted: tan(acos(u)) is two of u, and so on in a chain of them."""
+        """The number of nodes of ``node``, with copies: tan(acos(u)) contains u twice, and a chain of them more."""
         if node not in self._sizes:
             self._sizes[node] = 1 + sum(self._size(argument, fresh) for argument in node.args)
             fresh.append(node)
@@ -387,21 +388,21 @@ class _Builder:
 def _construct(function: type[sp.Basic], args: Sequence[sp.Basic], evaluate: bool) -> sp.Basic:
     if function is sp.Piecewise:
         conditions = args[1::2]
-        # SymPy solves compound conditions for their symbol, which may take forever.
+        # SymPy solves compound conditions for their symbol, which may never end.
         evaluate = evaluate and all(isinstance(c, Relational | BooleanAtom) for c in conditions)
         args = tuple(zip(args[::2], conditions, strict=True))
     elif function in (sp.Mod, sp.lowergamma, sp.uppergamma, sp.digamma):
-        # SymPy expands what Mod is given for a common divisor, unrolls gamma functions at integers,
+        # SymPy expands the arguments of Mod for a common divisor, expands gamma functions at integers,
         # and writes digamma as a polygamma, which the compiler does not know.
         evaluate = evaluate and all(a.is_Rational for a in args)
     elif function in (sp.Max, sp.Min, sp.Abs, sp.sign, sp.Heaviside):
-        # Which of the arguments is larger, and whether one is positive, SymPy tries to prove.
+        # SymPy tries to prove which argument is the largest, and whether one is positive.
         evaluate = evaluate and sum(map(growth, args)) <= _MAX_JUDGED
     return function(*args) if evaluate else function(*args, evaluate=False)
 
 
 def _require_moderate(constant: sp.Expr, size: int) -> None:
-    """Refuses constants that are complex, enormous or long, or 0 in disguise, which SymPy would try to prove."""
+    """Refuses constants that are complex, very large or long, or a hidden 0, which SymPy would try to prove."""
     if size > _MAX_CONSTANT:
         raise UnsafeExpressionError(f"a constant that is not a fraction has at most {_MAX_CONSTANT} nodes, not {size}.")
     value = constant.evalf(15)
@@ -412,7 +413,7 @@ def _require_moderate(constant: sp.Expr, size: int) -> None:
 
 
 def _is_simple(expr: sp.Expr) -> bool:
-    """Whether SymPy, asked if the complex ``expr`` is real, has but little to expand."""
+    """Whether SymPy expands little to decide if the complex ``expr`` is real."""
     nodes = list(sp.preorder_traversal(expr))
     exponents = [node.args[-1] for node in nodes if isinstance(node, sp.Pow | sp.exp)]
     return len(nodes) <= 32 and all(max(abs(n.p), n.q) <= 4 for e in exponents for n in e.atoms(sp.Rational))
@@ -425,7 +426,7 @@ def _require_short(number: sp.Rational) -> None:
 
 
 def _require_finite(node: sp.Basic) -> None:
-    """Holds one node, without its arguments, against the limits on numbers."""
+    """Checks the limits on numbers for one node, without its arguments."""
     if node.is_Rational:
         _require_short(node)
     elif node in _NOT_REAL:
@@ -434,13 +435,13 @@ def _require_finite(node: sp.Basic) -> None:
         _require_tame_power(sp.E, node.args[0])
     elif isinstance(node, sp.Pow):
         _require_tame_power(node.base, node.exp)
-        # Complex, and SymPy expands the squared magnitude of what is complex.
+        # Complex: SymPy would expand its squared magnitude.
         if node.base.is_number and node.base.is_negative and not node.exp.is_integer:
             raise UnsafeExpressionError(f"{node}: a negative number has no real powers.")
 
 
 def _require_low_tower(expr: sp.Basic) -> None:
-    """Refuses towers such as exp(exp(exp(t))): at some time a number would come of it that fills any memory."""
+    """Refuses towers such as exp(exp(exp(t))), which at some t are numbers too large for any memory."""
     heights: dict[sp.Basic, int] = {}
     for node in sp.postorder_traversal(expr):
         inner = max((heights.get(argument, 0) for argument in node.args), default=0)
@@ -459,16 +460,16 @@ def _require_low_tower(expr: sp.Basic) -> None:
 
 
 def _size(number: sp.Expr) -> float:
-    """The magnitude of a constant; 1 for that of an application's function, of which nothing is known."""
+    """The magnitude of a constant; 1 for a function of the application, about which nothing is known."""
     value = number.evalf(15)
     return float(abs(value)) if value.is_Number else 1.0
 
 
 def _require_tame_power(base: sp.Expr, exponent: sp.Expr) -> None:
-    """Refuses exponents that are large numbers, or may become so over a number once their symbols cancel.
+    """Refuses large numbers as exponents, also those that may appear over a number after symbols cancel.
 
-    Numbers come to the base also by logarithms in the exponent: exp(c log 2) = 2**c. Then the
-    exponents within the base count too, for SymPy multiplies them: exp(c/t)**(t log 2) = 2**c.
+    A logarithm in the exponent also brings a number into the base: exp(c log 2) = 2**c. Then the exponents inside the
+    base count too, because SymPy multiplies them: exp(c/t)**(t log 2) = 2**c.
     """
     if exponent.is_number and base is not sp.E and _size(exponent) > MAX_EXPONENT:
         raise UnsafeExpressionError(f"a power of {exponent} was asked for: at most {MAX_EXPONENT} is allowed.")
@@ -488,7 +489,7 @@ def _require_tame_power(base: sp.Expr, exponent: sp.Expr) -> None:
 
 
 def _radical_bits(expr: sp.Basic) -> int:
-    """The length of the numbers that stand as bases in the product ``expr``."""
+    """The length in bits of the numbers that are bases in the product ``expr``."""
     if isinstance(expr, sp.Mul):
         return sum(map(_radical_bits, expr.args))
     if isinstance(expr, sp.Pow):
@@ -498,7 +499,7 @@ def _radical_bits(expr: sp.Basic) -> int:
 
 
 def _root_bits(expr: sp.Basic) -> float:
-    """An upper bound of log2 q over the numbers p/q to which ``expr`` can collapse when its symbols cancel."""
+    """An upper bound of log2 q over the numbers p/q that ``expr`` can become when its symbols cancel."""
     if expr.is_Rational:
         return math.log2(expr.q)
     if isinstance(expr, sp.log):
@@ -509,7 +510,7 @@ def _root_bits(expr: sp.Basic) -> float:
 
 
 def _reach(expr: sp.Basic, inverted: bool) -> float:
-    """An upper bound of log2 |c| over the numbers c to which ``expr`` can collapse when its symbols cancel."""
+    """An upper bound of log2 |c| over the numbers c that ``expr`` can become when its symbols cancel."""
     if expr.is_Number:
         size = abs(expr)
         return max(0.0, float(sp.log(size, 2).evalf(15)) * (-1 if inverted else 1)) if size else 0.0

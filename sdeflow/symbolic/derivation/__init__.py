@@ -1,7 +1,7 @@
-"""The steps from f and g to all that follows from them, each re-checked by substituting its result.
+"""The steps of a derivation from f and g, each checked by substitution of its result.
 
-``step`` is how a step is written and ``substitution`` how it is checked; each other module writes the steps of one
-kind of SDE. Which kind an SDE is of is for ``sdeflow.proof.derivation`` to say.
+``step`` says how a step is written, and ``substitution`` how it is checked. Each other module writes the steps of one
+kind of SDE; ``sdeflow.proof.derivation`` chooses it.
 """
 
 from sdeflow.symbolic.derivation.equations import declared, equation_steps, general_steps, is_smooth

@@ -24,10 +24,10 @@ def coupled_moments(
     """The steps of the moments.
 
     Args:
-        declaration: of a coupled affine SDE.
-        moments: of its kernel.
+        declaration: a coupled affine SDE.
+        moments: the moments of its kernel.
         numbers: values of the parameters.
-        proofs: the rule, the check and its outcome, of Φ, the mean and the covariance.
+        proofs: for Φ, the mean and the covariance, the rule, the check and its outcome.
         closed: whether Φ has a formula.
     """
     Phi, P, m = Notation("Φ"), Notation("P"), vector("m")
@@ -70,7 +70,7 @@ def coupled_moments(
 
 
 def _stationary(declaration: Declaration, numbers: Numbers) -> list[Step]:
-    """The stationary covariance, where it is one at all times and positive."""
+    """The stationary covariance, if it is the same at all times and positive."""
     F, Q = rationalised(declaration.require_affine("moments")[0]), rationalised(declaration.gram)
     S = stationary_covariance(F, Q)
     if S is None or S.has(t):

@@ -1,4 +1,4 @@
-"""The steps that hold for any SDE and any density p, and those of an SDE without a kernel of its own."""
+"""The steps that hold for any SDE and any density p, and the steps of an SDE without an exact kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["declared", "equation_steps", "general_steps", "is_smooth", "log_fokk
 
 
 def declared(declaration: Declaration) -> Step:
-    """The SDE itself, in the sense of Itô; in that of Stratonovich as well, where the two differ."""
+    """The SDE in the sense of Itô, and also in the sense of Stratonovich if the two differ."""
     text = f"Data at t = 0 become noise at t = T = {declaration.T:g}. The equation is read in the sense of Itô."
     equation = forward(declaration)
     equations = _differential(equation)
@@ -32,7 +32,7 @@ def declared(declaration: Declaration) -> Step:
 
 
 def equation_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
-    """Fokker-Planck, the reverse SDE, the flow and the likelihood: for any density p, and so for any SDE."""
+    """Fokker-Planck equation, reverse SDE, flow and likelihood, for any density p and any SDE."""
     check = partial(verify, numbers=numbers, T=declaration.T)
     derivative = partial(sp.Derivative, evaluate=False)
     state, gram, f = declaration.state, declaration.gram, declaration.drifts
@@ -93,7 +93,7 @@ def is_smooth(declaration: Declaration) -> bool:
 
 
 def general_steps(declaration: Declaration, numbers: Numbers, why: str) -> list[Step]:
-    """What can be said of an SDE without a kernel of its own; ``why`` says in a clause that it has no exact one."""
+    """The steps of an SDE without an exact kernel; ``why`` is a clause that says why it has none."""
     text = f"There is no Gaussian kernel, for {declaration.obstacle}; nor another exact one, for {why}."
     steps = [declared(declaration), Step("Classification", text, (), "general")]
     if is_smooth(declaration):
@@ -127,7 +127,7 @@ def _local(declaration: Declaration, numbers: Numbers) -> Step:
 
 
 def _stationary_law(declaration: Declaration, numbers: Numbers) -> Step:
-    """exp(∫ 2f/g²) / g², which carries no flux; normalisable or not."""
+    """exp(∫ 2f/g²) / g², whose flux is 0; it may not be normalisable."""
     r = own(declaration, "r", real=True)
     f, q = rationalised(declaration.f), rationalised(declaration.gram[0])
     law = sp.exp(sp.Integral((2 * f / q).subs(x, r), (r, 0, x))) / q

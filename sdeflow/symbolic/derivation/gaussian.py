@@ -1,6 +1,6 @@
 """The Gaussian kernel of an affine SDE, its score, the weighting, the log-SNR and the prior.
 
-The checks are in general symbols, whose derivatives are those that the steps before have checked.
+The checks use general symbols, with the derivatives that the steps before have checked.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def kernel_steps(declaration: Declaration, moments: Moments, numbers: Numbers) -
 
 
 def variance_symbol(declaration: Declaration) -> sp.Expr:
-    """The symbol of the variance: sigma², or v beside a parameter sigma."""
+    """The symbol of the variance: sigma², or v if a parameter is called sigma."""
     taken = any(parameter.name == "sigma" for parameter in declaration.parameters)
     return own(declaration, "v", positive=True) if taken else sp.Symbol("sigma", positive=True) ** 2
 
 
 def _elementwise(declaration: Declaration, moments: Moments) -> tuple[Equations, Equations, Equations, Equations]:
-    """What is shown of the kernel, the score, the log-SNR and the prior."""
+    """The equations shown for the kernel, the score, the log-SNR and the prior."""
     v, a, c, m, m_0 = variance_symbol(declaration), *(own(declaration, name) for name in ("alpha", "c", "m", "m_0"))
     weighting = Notation("λ = 1/E|∇ log p|²", r"\lambda = 1 / \mathbb{E}|\nabla \log p|^2")
     ratio = r"\log \frac{\alpha^2}{\sigma^2}"
@@ -89,7 +89,7 @@ def _elementwise(declaration: Declaration, moments: Moments) -> tuple[Equations,
 
 
 def _of_components() -> tuple[Equations, Equations, Equations, Equations]:
-    """The same for a coupled state, in matrices."""
+    """The equations of :func:`_elementwise` for a coupled state, in matrices."""
     u, m, P = vector("u"), vector("m"), Notation("P")
     law = Notation("p(u | u₀)", r"p(\mathbf{u} \mid \mathbf{u}_0)")
     last = Notation("p(u(T))", r"p(\mathbf{u}_T)")
@@ -103,17 +103,17 @@ def _of_components() -> tuple[Equations, Equations, Equations, Equations]:
 
 @cache
 def _proofs(k: int) -> tuple[tuple[str, bool], ...]:
-    """The checks of what holds for every Gaussian of k dimensions."""
+    """The checks of identities that hold for every Gaussian of k dimensions."""
     return tuple(verify(identities, {}, 1.0) for identities in _identities(k))
 
 
 def _identities(k: int) -> tuple[list[Identity], list[Identity], list[Identity], list[Identity]]:
     """Identities of the k-dimensional normal law N(m, P) with m' = F m + b, P' = F P + P Fᵀ + Q and Φ' = F Φ.
 
-    They are in bare symbols for k = 1, and in arbitrary rational numbers above, where symbols would take seconds.
+    They use symbols for k = 1, and arbitrary rational numbers for larger k, where symbols would take seconds.
 
     Returns:
-        The Fokker-Planck equation, the score and its slope, the rate of the information, the law of spread data.
+        The Fokker-Planck equation, the score and its slope, the rate of the information, the law for Gaussian data.
     """
     generator, count = random.Random(k), itertools.count()
 
@@ -122,7 +122,7 @@ def _identities(k: int) -> tuple[list[Identity], list[Identity], list[Identity],
 
     F, phi = sp.Matrix(k, k, entry), sp.Matrix(k, k, entry)
     Q, C, P = (matrix + matrix.T for matrix in (sp.Matrix(k, k, entry) for _ in range(3)))
-    P += 2 * k * sp.eye(k)  # far from singular
+    P += 2 * k * sp.eye(k)  # not close to singular
     m, b = sp.Matrix(k, 1, entry), sp.Matrix(k, 1, entry)
     u = sp.Matrix(k, 1, lambda i, _: sp.Dummy(f"u{i}"))
     inverse, rest = P.inv(), u - m

@@ -26,9 +26,9 @@ def linear_steps(
 
     Args:
         declaration: an affine declaration.
-        moments: of its kernel, as they are to be shown and checked.
+        moments: the moments of its kernel, in the form that is shown and checked.
         numbers: values of the parameters.
-        measured: relative residuals of the moments' numbers, for a coupled state where Φ has no formula.
+        measured: relative residuals of the numbers of the moments, for a coupled state without a formula for Φ.
     """
     return [
         declared(declaration),
@@ -124,6 +124,6 @@ def _matrix(value: sp.Expr | sp.MatrixBase) -> sp.ImmutableMatrix:
 
 
 def _bare(rule: str) -> str:
-    """A rule without the name of the moment; empty for a moment that is 0."""
+    """A rule without the name of its moment; empty if the moment is 0."""
     name, _, text = rule.partition(": ")
     return "" if text == "none" else text or name

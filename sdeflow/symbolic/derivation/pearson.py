@@ -123,6 +123,6 @@ def _jacobi(
 
 
 def _jacobi_drift(pearson: Pearson, u: sp.Symbol) -> sp.Expr:
-    """The drift of u on the clock."""
+    """The drift of u in the time of the clock."""
     A, B = pearson.shape
     return (A * (1 - u) - B * u) / 2

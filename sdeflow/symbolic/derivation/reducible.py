@@ -76,7 +76,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
 
 
 def _of_line(step: Step) -> Step:
-    """A step of the affine SDE of y, whose state was written x."""
+    """A step of the affine SDE of y, with the symbol y for its state."""
     return replace(
         step,
         title=f"{step.title} of y",

@@ -1,4 +1,4 @@
-"""What a derivation is written in: steps, equations, and notation for what is no expression, such as dσ²/dt."""
+"""The parts of a derivation: steps, equations, and notation that is not an expression, such as dσ²/dt."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Step:
     """One step of a derivation.
 
     Attributes:
-        title: what is derived.
-        text: how, in a sentence or two.
+        title: the name of the result.
+        text: the derivation, in one or two sentences.
         equations: the results.
-        rule: the rule that gave them; empty where there is no choice.
-        check: what substituting the result gave; empty where there is nothing to substitute.
-        holds: whether the check was passed.
+        rule: the rule that gave them; empty if there is only one way.
+        check: the outcome of substituting the result; empty if nothing can be substituted.
+        holds: whether the check has passed.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Step:
 
 
 class Notation(sp.Symbol):
-    """A symbol with a LaTeX of its own, by default that of its signs; products keep their order."""
+    """A symbol with its own LaTeX, by default that of its name; products keep their order."""
 
     __slots__ = ("tex",)
 
@@ -79,17 +79,17 @@ class Notation(sp.Symbol):
 
 
 def own(declaration: Declaration, name: str, **assumptions: bool) -> sp.Symbol:
-    """A symbol of the derivation's own, whose name no parameter and no component has."""
+    """A symbol for the derivation, with a name that no parameter and no component has."""
     return sp.Symbol(unused(name, (*declaration.parameters, *declaration.state)), **assumptions)
 
 
 def vector(name: str) -> Notation:
-    """A column's name, whose first letter LaTeX sets in bold."""
+    """The name of a column; its first letter is bold in LaTeX."""
     return Notation(name, rf"\mathbf{{{name[0]}}}{_in_latex(name[1:])}")
 
 
 def equals(left: sp.Basic | str, right: object) -> sp.Eq:
-    """An equation as it stands; a text on its left is notation."""
+    """An unevaluated equation; a text on its left side is notation."""
     return sp.Eq(Notation(left) if isinstance(left, str) else left, right, evaluate=False)
 
 

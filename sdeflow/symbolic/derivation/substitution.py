@@ -1,9 +1,9 @@
-r"""Whether two expressions are equal, by substitution.
+r"""The check whether two expressions are equal, by substitution.
 
-:func:`verify` first expands the difference of both sides, and where that is not 0 evaluates them in 30 digits at five
-times and points. There, integrals, schedules and undefined functions stand for arbitrary numbers: after derivatives
-are taken and constants pulled out of integrals, what is left must hold whatever their values. A schedule at a number,
-such as B(0), has its value. A derivation is only as good as these checks, which know nothing of the rules by which a
+:func:`verify` expands the difference of both sides. If this is not 0, it evaluates both sides in 30 digits at five
+times and points. For this, derivatives are taken, constants are moved out of integrals, and then integrals, schedules
+and undefined functions are replaced by arbitrary numbers, for which the identity must hold. A schedule at a number,
+such as B(0), keeps its value. A derivation is only as good as these checks. They do not use the rules by which a
 formula was found.
 """
 
@@ -27,18 +27,18 @@ __all__ = ["Identity", "Numbers", "check_times", "initial_value", "judged", "ver
 Identity = tuple[sp.Expr | sp.MatrixBase, sp.Expr | sp.MatrixBase]
 Numbers = Mapping[sp.Symbol, float]
 
-_TIMES = tuple(sp.Rational(k, 97) for k in (7, 29, 47, 71, 96))  # of the horizon
+_TIMES = tuple(sp.Rational(k, 97) for k in (7, 29, 47, 71, 96))  # in units of the horizon
 _STANDING = (sp.Integral, sp.Derivative, AppliedUndef, Schedule)
 _TOLERANCE = 1e-10
-_FLOOR = 1e-29  # what 30 digits can tell
-_EXPANDABLE = 400  # operations
+_FLOOR = 1e-29  # the resolution of 30 digits
+_EXPANDABLE = 400  # the most operations of an expression that is expanded
 
 
 def verify(identities: Iterable[Identity], numbers: Numbers, T: float) -> tuple[str, bool]:
-    """How well both sides of each identity agree, in words, and whether they do.
+    """How well both sides of each identity agree, in words, and whether they agree.
 
     Args:
-        identities: pairs of expressions or matrices; symbols without a number are arbitrary.
+        identities: pairs of expressions or matrices; symbols without a number get arbitrary numbers.
         numbers: values of the parameters.
         T: the horizon.
     """
@@ -62,7 +62,7 @@ def judged(worst: float, tolerance: float = _TOLERANCE) -> tuple[str, bool]:
 
 
 def initial_value(value: sp.Expr, rate: sp.Expr, start: sp.Expr, time: sp.Symbol = t) -> list[Identity]:
-    """What ``value`` satisfies as the solution of value' = rate, value(0) = start."""
+    """The identities of ``value`` as the solution of value' = rate, value(0) = start."""
     return [(sp.diff(value, time), rate), (value.subs(time, 0), start)]
 
 
@@ -76,7 +76,7 @@ def _entries(side: sp.Expr | sp.MatrixBase) -> list[sp.Expr]:
 
 
 def _settled(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with constant factors before its integrals, and without integrals over nothing."""
+    """``expr`` with constant factors moved before its integrals, and without integrals over empty intervals."""
 
     def pull(function: sp.Expr, *limits: sp.Tuple) -> sp.Expr:
         variable, *ends = limits[0]
@@ -92,11 +92,11 @@ def _settled(expr: sp.Expr) -> sp.Expr:
 
 
 def _scaled(function: sp.Piecewise, variable: sp.Symbol) -> tuple[sp.Expr, sp.Piecewise]:
-    """The factor of the first branch that does not hold ``variable``, and the function divided by it."""
+    """The factor of the first branch that does not contain ``variable``, and the function divided by it."""
     factors = [value.as_independent(variable, as_Add=False) for value, _ in function.args]
     constant = factors[0][0]
     inside = {atom for own, _ in factors for atom in own.atoms(sp.Piecewise)}
-    standing = {atom: sp.Dummy() for atom in inside}  # SymPy inverts a Piecewise branch by branch, and so cancels none
+    standing = {atom: sp.Dummy() for atom in inside}  # SymPy inverts a Piecewise by branches: no cancellation
     back = {dummy: atom for atom, dummy in standing.items()}
     scales = [(own.xreplace(standing) / constant.xreplace(standing)).xreplace(back) for own, _ in factors]
     branches = zip(scales, factors, function.args, strict=True)
@@ -106,7 +106,7 @@ def _scaled(function: sp.Piecewise, variable: sp.Symbol) -> tuple[sp.Expr, sp.Pi
 def _evaluators(
     pairs: Sequence[tuple[sp.Expr, sp.Expr]], numbers: Numbers, T: float
 ) -> Iterator[Callable[[sp.Expr], sp.Expr]]:
-    """Functions that put numbers into an expression, one for each time."""
+    """Functions that evaluate an expression at numbers, one for each time."""
     sides = [side for pair in pairs for side in pair]
     atoms = sorted(set().union(*map(_outermost, sides)), key=sp.default_sort_key)
     dummies = {atom: sp.Dummy(f"c{i}") for i, atom in enumerate(atoms)}
@@ -124,7 +124,7 @@ def _number_of(dummies: dict[sp.Basic, sp.Dummy], at: Numbers, expr: sp.Expr) ->
 
 
 def _outermost(expr: sp.Basic) -> set[sp.Basic]:
-    """The integrals, derivatives and undefined functions in ``expr`` that stand in no other and have no value."""
+    """The outermost integrals, derivatives and undefined functions in ``expr`` that have no value."""
     if isinstance(expr, Schedule) and expr.known and expr.args[0].is_number:
         return set()
     if isinstance(expr, _STANDING):
