@@ -38,7 +38,7 @@ from sdeflow.numerics.checks import (
     checked_start,
     checked_time,
 )
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Blocks, Diagonal, Linear, maps_of, per_sample
 from sdeflow.numerics.noise import NoiseStream, kernel_noise
 from sdeflow.numerics.parameters import Values
 from sdeflow.symbolic.coupled import derive_coupled, information, symbolic_cholesky
@@ -108,6 +108,7 @@ class Kernel:
         self.basis = basis
         self.T = declaration.T
         self.coupled = declaration.coupled
+        self.maps = maps_of(self.coupled)
         self.components = len(declaration.state)
         if self.coupled and self.values.shape:
             raise DeclarationError("the parameters of a coupled state must be numbers or tensors of one element.")
@@ -332,7 +333,7 @@ class Kernel:
     def path(self, x: Tensor, t: Tensor) -> Path:
         """alpha, sigma and offset as maps of states like ``x`` (batch, *event), for t () or (batch,)."""
         alpha, sigma, offset = self.coefficients(t if t.device == x.device else t.to(x.device))
-        return Path(self._as_map(alpha, x, t.ndim), self._as_map(sigma, x, t.ndim), self._as_level(offset, x, t.ndim))
+        return self._shaped(alpha, sigma, offset, x, t.ndim > 0)
 
     def transition(self, x: Tensor, s: float, t: float, exactly: bool = False) -> Path:
         """x_t = alpha x_s + offset + sigma eps given x_s, as maps of states like ``x``, for s <= t.
@@ -363,7 +364,7 @@ class Kernel:
             alpha = torch.exp(change)  # alpha_t and alpha_s may both have underflowed
             sigma = later * fresh.nan_to_num(0.0).clamp_min(0.0).sqrt()
             offset = offset - alpha * before
-        return Path(Linear(alpha.to(x.device)), Linear(sigma.to(x.device)), offset.to(x.device))
+        return Path(Diagonal(alpha.to(x.device)), Diagonal(sigma.to(x.device)), offset.to(x.device))
 
     def advance(self, x: Tensor, s: float, t: float, noise: NoiseStream) -> Tensor:
         """A draw of x_t given that the state at s is exactly ``x``, shaped and typed as x (batch, *event)."""
@@ -378,23 +379,21 @@ class Kernel:
         if s == t:
             k = self.components
             zero = torch.zeros(k, k, dtype=torch.float64)
-            return Path(Linear(torch.eye(k, dtype=torch.float64), True), Linear(zero, True), zero[0])
+            return Path(Blocks(torch.eye(k, dtype=torch.float64)), Blocks(zero), zero[0])
         with torch.no_grad():
             alpha, sigma, offset = self.numbers.from_point(s, t)
-        return Path(self._as_map(alpha, x, 0), self._as_map(sigma, x, 0), self._as_level(offset, x, 0))
+        return self._shaped(alpha, sigma, offset, x, False)
 
     def equation(self, x: Tensor, t: Tensor) -> tuple[Linear, Tensor, Linear]:
         """a, b and g gᵀ of the SDE as maps of states like ``x``."""
         a, b, q = self.sde_coefficients(t if t.device == x.device else t.to(x.device))
-        return self._as_map(a, x, t.ndim), self._as_level(b, x, t.ndim), self._as_map(q, x, t.ndim)
+        maps, batched = self.maps, t.ndim > 0
+        return maps.shaped(a, x, batched), maps.offset(b, x, batched), maps.shaped(q, x, batched)
 
     def scale(self, std: Tensor, x: Tensor) -> Linear:
         """The map that multiplies states like ``x`` by the data's standard deviation, a number or (*event)."""
         std = std.to(device=x.device, dtype=torch.float64)
-        if not self.coupled:
-            return Linear(std)
-        std = std if std.ndim else self.of_state(std)
-        return Linear.scaling(std.reshape(*std.shape, *(1,) * (x.ndim - 1 - std.ndim))[None].movedim(1, 0), True)
+        return self.maps.scaling(self.of_state(std) if self.coupled and not std.ndim else std, x)
 
     def data_level(self, mean: Tensor, x: Tensor) -> Tensor | None:
         """The data's mean in the basis, ready to be taken off states like ``x``; None where it is 0."""
@@ -496,7 +495,7 @@ class Kernel:
             level = path.alpha(centre) + path.offset
             spread = path.sigma.inverse @ path.alpha @ self.scale(std, centre)
             root = path.sigma @ spread.root_of_one_plus_gram
-        return Gaussian(level[0], root if self.coupled else root.values, self.basis)
+        return Gaussian(level[0], root, self.basis)
 
     def to_basis(self, x: Tensor) -> Tensor:
         """The coefficients of a state in the kernel's basis."""
@@ -517,7 +516,7 @@ class Kernel:
         state = data.new_zeros(len(data), self.components, *data.shape[1:])
         if noisy:
             noise = NoiseStream(seed, "lift").normal(tuple(state.shape), data.dtype, data.device)
-            state = Linear(self._initial_root().to(data.device), True)(noise)
+            state = self._initial_root().to(data.device)(noise)
         state[:, self.numbers.data[0]] += data
         return state
 
@@ -570,21 +569,10 @@ class Kernel:
         deviation = self.to_basis(x_t.to(torch.float64)) - self._mean(path, self.to_basis(x_0.to(torch.float64)))
         return x_t, path, path.sigma.inverse(deviation)
 
-    def _as_map(self, values: Tensor, x: Tensor, lead: int) -> Linear:
-        """Coefficients (*batch, *parameters) or (*batch, k, k) as a map of states like ``x``."""
-        if self.coupled:
-            sides = (1,) * (x.ndim - 2)
-            return Linear(values.reshape(*values.shape[:lead], *sides, *values.shape[lead:]) if lead else values, True)
-        return Linear(self._as_level(values, x, lead))
-
-    def _as_level(self, values: Tensor, x: Tensor, lead: int) -> Tensor:
-        """Coefficients (*batch, *parameters) or (*batch, k), shaped to broadcast with states like ``x``."""
-        if self.coupled:
-            return values.reshape(*values.shape, *(1,) * (x.ndim - 2))
-        if not lead:
-            return values
-        own = values.shape[1:]
-        return values.reshape(len(values), *(1,) * (x.ndim - 1 - len(own)), *own)
+    def _shaped(self, alpha: Tensor, sigma: Tensor, offset: Tensor, x: Tensor, batched: bool) -> Path:
+        """Coefficients at a time, or at one for each sample, as maps of states like ``x``."""
+        maps = self.maps
+        return Path(maps.shaped(alpha, x, batched), maps.shaped(sigma, x, batched), maps.offset(offset, x, batched))
 
     def of_state(self, moment: Tensor) -> Tensor:
         """A moment of the data, a number or (*event), as one of a coupled state, (k, ...): 0 for auxiliary components.
@@ -597,20 +585,18 @@ class Kernel:
         return torch.stack([moment * (i in self.numbers.data) for i in range(self.components)])
 
     def _require_noise(self, sigma: Linear) -> None:
-        values = sigma.values.diagonal(dim1=-2, dim2=-1) if self.coupled else sigma.values
+        values = sigma.diagonal
         if values.device.type == "cpu" and not bool((values > 0).all()):
             raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
 
-    def _initial_root(self) -> Tensor:
-        covariance = torch.tensor(self.declaration.initial_covariance, dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(covariance)
-        return vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    def _initial_root(self) -> Blocks:
+        return Blocks(torch.tensor(self.declaration.initial_covariance, dtype=torch.float64)).symmetric_root
 
 
 def broadcast_to_event(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (batch,) shaped to multiply x (batch, *event), in the dtype of x."""
     coefficient = coefficient.to(x.dtype)
-    return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *(1,) * (x.ndim - 1))
+    return coefficient if coefficient.ndim == 0 else per_sample(coefficient, x)
 
 
 def inside_ends(x: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

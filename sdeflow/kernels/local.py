@@ -27,7 +27,7 @@ from sdeflow.errors import ScheduleError
 from sdeflow.kernels.gaussian import broadcast_to_event
 from sdeflow.kernels.notgaussian import NotGaussian
 from sdeflow.numerics.compile import Compiled, compile_expressions
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Linear, maps_of
 from sdeflow.numerics.parameters import Declared, Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivative import derivative
@@ -64,6 +64,7 @@ class LocalLaw:
         declaration = sde.declaration
         state, f, gram, g = declaration.state, declaration.drifts, declaration.gram, declaration.diffusions
         self.coupled, self.k, self.motions = declaration.coupled, len(state), len(g) // len(state)
+        self.maps = maps_of(self.coupled)
         self._additive = not declaration.state_dependent_noise
         self._entries = [divmod(i, self.motions) for i, entry in enumerate(g) if entry != 0]
         pairs = [(i, j) for i in range(self.k) for j in range(self.k)]
@@ -117,10 +118,7 @@ class LocalLaw:
 
     def scaling(self, factor: Tensor, x: Tensor) -> Linear:
         """The map that multiplies states like ``x`` by a number for each sample."""
-        wide = self._wide(factor, x)
-        return Linear(
-            wide * torch.eye(self.k, dtype=wide.dtype, device=x.device) if self.coupled else wide, self.coupled
-        )
+        return self.maps.identity(x).to(x.device).times_each(factor, x)
 
     def _values(self, compiled: Compiled, x: Tensor, t: Tensor) -> list[Tensor]:
         """The compiled expressions at x (batch, ...) and t (batch,), each shaped as a component."""
@@ -160,7 +158,7 @@ class LocalLaw:
                 "a short step of this SDE has no density: its noise vanishes at some state that paths visit, or never "
                 "reaches some component."
             )
-        return Linear(root, self.coupled)
+        return self.maps(root)
 
 
 class LocalKernel(NotGaussian):
@@ -276,13 +274,9 @@ def _integrals(A: Tensor, f: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     return shift, P
 
 
-def semidefinite_root(gram: Tensor, coupled: bool) -> Tensor:
+def semidefinite_root(gram: Linear) -> Linear:
     """A root of g gᵀ, which may be singular; 0 where it does not exist."""
-    gram = torch.nan_to_num(gram, 0.0, 0.0, 0.0)
-    if not coupled:
-        return gram.clamp_min(0).sqrt()
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return gram.of(torch.nan_to_num(gram.values, 0.0, 0.0, 0.0)).root
 
 
 def _regular(expression: sp.Expr) -> sp.Expr:

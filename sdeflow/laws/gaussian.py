@@ -10,7 +10,7 @@ from torch import Tensor
 from sdeflow.errors import DataError
 from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.checks import OF_BASIS, checked_dtype, checked_methods, checked_numbers, checked_point
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Blocks, Diagonal, Linear
 from sdeflow.numerics.noise import NoiseStream
 
 __all__ = ["Gaussian", "normal_log_density"]
@@ -28,7 +28,7 @@ class Gaussian:
 
     def __init__(self, mean: Tensor | float, std: Tensor | float | Linear, basis: Basis | None = None) -> None:
         self.mean = checked_numbers(mean, "mean")
-        self.root = std if isinstance(std, Linear) else Linear(checked_numbers(std, "std"))
+        self.root = std if isinstance(std, Linear) else Diagonal(checked_numbers(std, "std"))
         self.basis = checked_methods(basis, "basis", *OF_BASIS)
         if not bool(torch.isfinite(self.mean).all()) or not bool((self.std > 0).all() & torch.isfinite(self.std).all()):
             raise DataError(f"a Gaussian needs a finite mean and a positive, finite std, not {mean} and {std}.")
@@ -36,10 +36,11 @@ class Gaussian:
     @property
     def std(self) -> Tensor:
         """The standard deviation of each coordinate; (k, ...) for a coupled state."""
-        if not self.root.coupled:
-            return self.root.values
-        std = self.root.values.square().sum(-1).sqrt().movedim(-1, 0 if self.root.values.ndim == 2 else 1)
-        return std if self.root.values.ndim == 2 else std[0]
+        root = self.root.values
+        if not isinstance(self.root, Blocks):
+            return root
+        std = root.square().sum(-1).sqrt().movedim(-1, 0 if root.ndim == 2 else 1)
+        return std if root.ndim == 2 else std[0]
 
     def sample(
         self,
@@ -55,7 +56,7 @@ class Gaussian:
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + root noise, (batch, *event): a sample of this law if ``noise`` is a sample of N(0, 1)."""
         noise = checked_point(noise, "noise")
-        x = self._mean_for(noise) + self._moved(noise.device)(noise)
+        x = self._mean_for(noise) + self.root.to(noise.device)(noise)
         return x if self.basis is None else self.basis.inverse(x)
 
     def whitened(self, x: Tensor) -> Tensor:
@@ -63,19 +64,19 @@ class Gaussian:
         x = checked_point(x)
         self.require_event(tuple(x.shape[1:]))
         x = x if self.basis is None else self.basis.forward(x)
-        return self._moved(x.device).inverse(x - self._mean_for(x))
+        return self.root.to(x.device).inverse(x - self._mean_for(x))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
         x = checked_point(x)
         event = tuple(x.shape[1:])
-        z, log_det = self.whitened(x.to(torch.float64)), self._moved(x.device).log_det(event)
+        z, log_det = self.whitened(x.to(torch.float64)), self.root.to(x.device).log_det(event)
         d = math.prod(event)
         return -0.5 * z.square().reshape(len(x), d).sum(1) - log_det - 0.5 * d * math.log(2.0 * math.pi)
 
     def kl_per_dimension(self, other: Gaussian) -> float:
         """KL(self || other) in nats, averaged over coordinates."""
-        if self.root.coupled:
+        if isinstance(self.root, Blocks):
             inverse = other.root.inverse
             relative = (inverse @ self.root).values
             k, dims = relative.shape[-1], max(self.mean.ndim, other.mean.ndim) - 1
@@ -95,20 +96,16 @@ class Gaussian:
     def _mean_for(self, x: Tensor) -> Tensor:
         """The mean in a shape that broadcasts with ``x``; for a coupled state, dims are added at the end."""
         mean = self.mean.to(device=x.device, dtype=x.dtype)
-        if self.root.coupled and mean.ndim < x.ndim - 1:
+        if isinstance(self.root, Blocks) and mean.ndim < x.ndim - 1:
             mean = mean.reshape(*mean.shape, *(1,) * (x.ndim - 1 - mean.ndim))
         return mean
-
-    def _moved(self, device: torch.device | str) -> Linear:
-        return Linear(self.root.values.to(device), self.root.coupled)
 
     def require_event(self, event: tuple[int, ...]) -> None:
         """Raises a DataError if this law is not one of events of this shape."""
         for value in (self.mean, self.std):
             given = tuple(value.shape)
-            sizes = (
-                zip(given, event, strict=False) if self.root.coupled else zip(given[::-1], event[::-1], strict=False)
-            )
+            from_first = isinstance(self.root, Blocks)  # where the components are; else they are matched from the last
+            sizes = zip(given, event, strict=False) if from_first else zip(given[::-1], event[::-1], strict=False)
             if len(given) > len(event) or any(n not in (1, m) for n, m in sizes):
                 raise DataError(f"this prior is of events of shape {given}, not {event}.")
 

@@ -27,9 +27,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sdeflow.likelihood.nodes import Carried, Carrier, Integrand, quadrature_weights
-from sdeflow.numerics.linear import Linear, multiplied
+from sdeflow.numerics.linear import multiplied
 from sdeflow.scores import evaluating
-from sdeflow.solvers.exponential.program import identity, shaped
 from sdeflow.solvers.exponential.weights import derive
 from sdeflow.solving.model import Model
 
@@ -91,9 +90,9 @@ class _Hamiltonian:
         scale = torch.as_tensor(model.reference_scale(), dtype=torch.float64)
         back = times[::-1].copy()
         state = derive(kernel, back[:-1], back[1:], "reference", scale, orders=1).state
-        maps = [Linear(identity(u, kernel.coupled).to(u.device), kernel.coupled)]
-        for values in shaped(state.to(u.device), u, kernel.coupled).values:
-            maps.append(Linear(values, kernel.coupled) @ maps[-1])
+        maps = [kernel.maps.identity(u).to(u.device)]
+        for values in kernel.maps.shaped(state.to(u.device), u).values:
+            maps.append(kernel.maps(values) @ maps[-1])
         self.M = maps[::-1]
         self.mean = self.integrand.mean()
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from sdeflow.errors import DataError
 from sdeflow.kernels.gaussian import Kernel, Path
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag, checked_real
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Blocks, Diagonal, Linear
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.numerics.traces import heavy_tails, total_variance, widening
 from sdeflow.scores import ScoreFunction, as_score, evaluating
@@ -475,7 +475,7 @@ class _Sample:
         _, path, (_, signal, noise) = first
         W, half_log_det, d = self._decoder(path)
         stream, clean = NoiseStream(seed, "bound decoder"), noise.T.gram
-        left = _one_minus(clean)  # eps - eps̃_ref = left eps - noiseᵀ signal deviation
+        left = clean.one - clean  # eps - eps̃_ref = left eps - noiseᵀ signal deviation
         of_reference = 0.5 * (W @ left).gram.trace(self.event)
         of_reference = of_reference + 0.5 * W(noise.T(signal(self.deviation))).square().flatten(1).sum(1)
         excess = []
@@ -494,13 +494,13 @@ class _Sample:
         """W = Rᵀ alpha⁻¹ sigma for R Rᵀ = J, ½ log|J| over the event, and the dimension of the data."""
         precision = path.sigma.inverse @ path.alpha
         if not self.kernel.coupled:
-            return Linear(torch.ones_like(precision.values)), precision.log_det(self.event), math.prod(self.event)
+            return Diagonal(torch.ones_like(precision.values)), precision.log_det(self.event), math.prod(self.event)
         data = torch.tensor(self.kernel.numbers.data, device=self.x_0.device)
         R = torch.linalg.cholesky(precision.T.gram.values[data[:, None], data])
         W = torch.zeros_like(precision.values)  # no rows for auxiliary components, which nobody decodes
         W[data] = R.mT @ (path.alpha.inverse @ path.sigma).values[data]
         sites = math.prod(self.event[1:])
-        return Linear(W, True), sites * R.diagonal().log().sum(), sites * len(data)
+        return Blocks(W), sites * R.diagonal().log().sum(), sites * len(data)
 
     def _prior(self) -> Prior:
         return self.model.prior_for(self.x_0.to(self.dtype))
@@ -516,9 +516,3 @@ class _Sample:
     @staticmethod
     def _repeated(x: Tensor, times: int) -> Tensor:
         return x if times == 1 else x.repeat(times, *(1,) * (x.ndim - 1))
-
-
-def _one_minus(a: Linear) -> Linear:
-    """The map 1 - a."""
-    one = torch.eye(a.values.shape[-1], dtype=a.values.dtype, device=a.values.device) if a.coupled else 1.0
-    return Linear(one - a.values, a.coupled)

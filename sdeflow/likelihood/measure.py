@@ -19,7 +19,7 @@ from sdeflow.likelihood.nodes import Carrier
 from sdeflow.likelihood.options import Options, estimator, stands_still
 from sdeflow.likelihood.result import LogProb
 from sdeflow.numerics.checks import checked_count
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Blocks
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.numerics.traces import Exact, Given, Hutchinson, Trace, widening
 from sdeflow.scores import evaluating
@@ -287,7 +287,7 @@ def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: 
     states = kernel.lift(x.double(), noisy=False).repeat_interleave(samples, 0)
     path = kernel.path(states, torch.tensor(model.cutoff, dtype=torch.float64))
     auxiliary = list(model.declaration.auxiliary)
-    root = Linear(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]), True)
+    root = Blocks(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]))
     level = (path.alpha(states) + path.offset)[:, auxiliary]
     stream = NoiseStream(options.seed, "auxiliary", options.first_row * samples)
     noise = stream.normal(tuple(level.shape), torch.float64, x.device)

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from sdeflow.kernels.gaussian import Kernel
-from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.numerics.linear import multiplied
 from sdeflow.numerics.traces import Integral, Trace
 from sdeflow.scores import GridScore
 from sdeflow.solvers import Clock, Exponential, Problem
-from sdeflow.solvers.exponential.program import identity
 from sdeflow.solving.model import Model
 from sdeflow.solving.reference import reference, reference_growth
 
@@ -167,14 +166,13 @@ class Integrand:
         with torch.no_grad():
             moving = _where_finite(kernel, self.times)
             path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, moving)
-            of_state, of_output, self._constant = self.score.coefficients(n, identity(like, kernel.coupled))
+            of_state, of_output, self._constant = self.score.coefficients(n, kernel.maps.identity(like))
             inverse = reference(model, self.times, like).inverse
             self._half = (q @ path.sigma.T.inverse).scaled(-0.5)
             self._of_reference = (q @ inverse.T @ inverse).scaled(0.5)
-            linear = (self._half @ Linear(of_state, kernel.coupled)).values + self._of_reference.values
-            self._linear = Linear(linear, kernel.coupled)
-            self.push = rows(self._half @ Linear(of_output, kernel.coupled), like)
-            self._of_output, self._of_state = Linear(of_output, kernel.coupled), Linear(of_state, kernel.coupled)
+            self._linear = self._half @ of_state + self._of_reference
+            self.push = (self._half @ of_output).at_each(like)
+            self._of_output, self._of_state = of_output, of_state
             self._noise_to_score = path.sigma.T.inverse.scaled(-1.0)
             self.rate = kernel.half_log_snr_rate(moving)
             lam = kernel.bounded_log_snr(self.times).numpy()
@@ -195,7 +193,7 @@ class Integrand:
         if self._score is None:
             maps = (self._noise_to_score @ part for part in (self._of_state, self._of_output))
             level = None if self._constant is None else self._noise_to_score(self._constant.to(torch.float64))
-            self._score = *(rows(part, self._like) for part in maps), level
+            self._score = *(part.at_each(self._like) for part in maps), level
         of_state, of_output, level = self._score
         s = multiplied(of_state[i], u) + multiplied(of_output[i], output)
         return s if level is None else s + level[i]
@@ -208,7 +206,7 @@ class Integrand:
 
     def rest(self) -> Callable[[int, Tensor], Tensor]:
         """(n, u) -> ½ Q r - push F at node n; r is that of the data's mean too."""
-        pull, level, mean = rows(self._linear, self._like), None, self.mean()
+        pull, level, mean = self._linear.at_each(self._like), None, self.mean()
         if self._constant is not None:
             level = self._half(self._constant.to(torch.float64))
         if mean is not None:

@@ -1,110 +1,348 @@
 r"""Linear maps of states, with which each formula of a Gaussian kernel is written once.
 
-A state is (batch, *event). Elementwise maps multiply each coordinate by a number, which may differ between samples and
-coordinates. Coupled maps mix the k components of states (batch, k, *event) by k x k matrices. Both have the same
-algebra: the square root of I + A Aᵀ, for example, is √(1 + a²) or a Cholesky factor.
+A state is (batch, *event). A :class:`Diagonal` map multiplies each coordinate by a number, which may differ between
+samples and coordinates. A :class:`Blocks` map mixes the k components of states (batch, k, *event) by k x k matrices.
+Both have the same algebra: the square root of I + A Aᵀ, for example, is √(1 + a²) or a Cholesky factor. Each also knows
+how numbers lie beside a state: which dimension holds the samples, and which the components.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "Linear", "add_multiple", "levels", "multiplied", "rows"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Blocks", "Diagonal", "Factor", "Linear", "add_multiple", "levels", "maps_of", "multiplied", "per_sample"]
 
 
 class Linear:
-    """A linear map of states.
+    """A linear map of states, a :class:`Diagonal` or a :class:`Blocks`; maps of different kinds do not combine.
+
+    No abstract base class, because solvers ask ``isinstance`` at every step.
 
     Args:
-        values: of an elementwise map, a tensor that broadcasts to the state; of a coupled map, matrices
-            (*leading, k, k), whose leading dims broadcast to the state without its component dim.
-        coupled: whether the map is coupled.
+        values: the map's numbers; see the two kinds.
     """
 
-    __slots__ = ("coupled", "values")
+    __slots__ = ("values",)
 
-    def __init__(self, values: Tensor, coupled: bool = False) -> None:
+    def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.coupled = coupled
+
+    # ---------------------------------------------------------------- what each kind defines
 
     @classmethod
-    def scaling(cls, values: Tensor, coupled: bool) -> Linear:
-        """The map that multiplies by ``values``: elementwise, or (k, *event) numbers for a coupled state."""
-        return cls(torch.diag_embed(values.movedim(0, -1)), True) if coupled else cls(values)
+    def scaling(cls, numbers: Tensor, like: Tensor) -> Self:
+        """The map that multiplies states like ``like`` by ``numbers`` (*event), or by one number for each component."""
+        raise NotImplementedError
 
-    def __matmul__(self, other: Linear) -> Linear:
+    @classmethod
+    def identity(cls, like: Tensor) -> Self:
+        """The identity map of states like ``like``, in float64, without the dimension of the samples."""
+        raise NotImplementedError
+
+    @staticmethod
+    def offset(numbers: Tensor, like: Tensor, batched: bool) -> Tensor:
+        """A vector's numbers, shaped to broadcast with states like ``like``.
+
+        Args:
+            numbers: Diagonal (*parameters), Blocks (k,); with the samples or times before, where ``batched``.
+            like: a state (batch, *event).
+            batched: whether the first dimension of ``numbers`` is of samples or times.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def shaped(cls, numbers: Tensor, like: Tensor, batched: bool = True) -> Self:
+        """A map of states like ``like``, from numbers as :meth:`offset` has them, of Blocks (k, k)."""
+        raise NotImplementedError
+
+    def __matmul__(self, other: Linear) -> Self:
         """The map that applies ``other`` first."""
-        return Linear(self.values @ other.values if self.coupled else self.values * other.values, self.coupled)
+        raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
         """The map applied to a state (batch, *event), in the state's dtype."""
+        raise NotImplementedError
+
+    def times_each(self, numbers: Tensor, like: Tensor) -> Self:
+        """The map times a number for each sample, (batch,), for states like ``like``."""
+        raise NotImplementedError
+
+    @property
+    def T(self) -> Self:
+        """The transpose."""
+        raise NotImplementedError
+
+    @property
+    def inverse(self) -> Self:
+        """The inverse."""
+        raise NotImplementedError
+
+    @property
+    def one(self) -> Self:
+        """The identity map of the same kind."""
+        raise NotImplementedError
+
+    @property
+    def root_of_one_plus_gram(self) -> Self:
+        """A square root L of I + A Aᵀ = L Lᵀ, lower triangular."""
+        raise NotImplementedError
+
+    @property
+    def root(self) -> Self:
+        """A square root R of a symmetric, positive semidefinite map, R Rᵀ; negative eigenvalues count as 0."""
+        raise NotImplementedError
+
+    @property
+    def symmetric_root(self) -> Self:
+        """The symmetric square root of such a map."""
+        raise NotImplementedError
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The entries of the diagonal; of Blocks along the last dimension."""
+        raise NotImplementedError
+
+    @property
+    def log_size(self) -> Tensor:
+        """log|det|^(1/k) of each block, log|a| of each number."""
+        raise NotImplementedError
+
+    def log_det(self, event: tuple[int, ...]) -> Tensor:
+        """log|det| over an event, (batch,)."""
+        raise NotImplementedError
+
+    def trace(self, event: tuple[int, ...]) -> Tensor:
+        """The trace over an event, (batch,)."""
+        raise NotImplementedError
+
+    def at_each(self, like: Tensor) -> list[Factor]:
+        """The maps at each of n times, from ``values`` (n, ...), ready for states like ``like`` (batch, *event)."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- what follows for both
+
+    def of(self, values: Tensor) -> Self:
+        """A map of the same kind."""
+        return type(self)(values)
+
+    def __getitem__(self, index: slice) -> Self:
+        """The maps of some of the samples or times."""
+        return type(self)(self.values[index])
+
+    def __add__(self, other: Linear) -> Self:
+        return type(self)(self.values + other.values)
+
+    def __sub__(self, other: Linear) -> Self:
+        return type(self)(self.values - other.values)
+
+    @property
+    def gram(self) -> Self:
+        """A Aᵀ."""
+        return self @ self.T
+
+    def scaled(self, factor: Tensor | float) -> Self:
+        """The map times a number."""
+        return type(self)(self.values * factor)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The map on a device."""
+        return type(self)(self.values.to(device))
+
+
+class Diagonal(Linear):
+    """The map that multiplies each coordinate by a number.
+
+    Args:
+        values: what broadcasts to the state.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def scaling(cls, numbers: Tensor, like: Tensor) -> Diagonal:
+        return cls(numbers)
+
+    @classmethod
+    def identity(cls, like: Tensor) -> Diagonal:
+        return cls(torch.ones((1,) * (like.ndim - 1), dtype=torch.float64))
+
+    @staticmethod
+    def offset(numbers: Tensor, like: Tensor, batched: bool) -> Tensor:
+        if not batched:
+            return numbers
+        own = numbers.shape[1:]
+        return numbers.reshape(len(numbers), *(1,) * (like.ndim - 1 - len(own)), *own)
+
+    @classmethod
+    def shaped(cls, numbers: Tensor, like: Tensor, batched: bool = True) -> Diagonal:
+        return cls(cls.offset(numbers, like, batched))
+
+    def __matmul__(self, other: Linear) -> Diagonal:
+        return Diagonal(self.values * other.values)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.values.to(x.dtype) * x
+
+    def times_each(self, numbers: Tensor, like: Tensor) -> Diagonal:
+        return self.scaled(per_sample(numbers, like))
+
+    @property
+    def T(self) -> Diagonal:
+        return self
+
+    @property
+    def inverse(self) -> Diagonal:
+        return Diagonal(1.0 / self.values)
+
+    @property
+    def one(self) -> Diagonal:
+        return Diagonal(torch.ones((), dtype=self.values.dtype, device=self.values.device))
+
+    @property
+    def root_of_one_plus_gram(self) -> Diagonal:
+        return Diagonal(torch.sqrt(1.0 + self.values.square()))
+
+    @property
+    def root(self) -> Diagonal:
+        return Diagonal(self.values.clamp_min(0.0).sqrt())
+
+    symmetric_root = root
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    @property
+    def log_size(self) -> Tensor:
+        return self.values.abs().log()
+
+    def log_det(self, event: tuple[int, ...]) -> Tensor:
+        return _summed(self.log_size, event)
+
+    def trace(self, event: tuple[int, ...]) -> Tensor:
+        return _summed(self.values, event)
+
+    def at_each(self, like: Tensor) -> list[Factor]:
+        return [*levels(self.values, like)]
+
+
+class Blocks(Linear):
+    """The map that mixes the k components of a coupled state by matrices.
+
+    Args:
+        values: (*leading, k, k), whose leading dimensions broadcast to the state without its components' dimension.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def scaling(cls, numbers: Tensor, like: Tensor) -> Blocks:
+        padded = numbers.reshape(*numbers.shape, *(1,) * (like.ndim - 1 - numbers.ndim))
+        return cls(torch.diag_embed(padded[None].movedim(1, -1)))
+
+    @classmethod
+    def identity(cls, like: Tensor) -> Blocks:
+        k = like.shape[1]
+        return cls(torch.eye(k, dtype=torch.float64).reshape(*(1,) * (like.ndim - 2), k, k))
+
+    @staticmethod
+    def offset(numbers: Tensor, like: Tensor, batched: bool) -> Tensor:
+        return numbers.reshape(*numbers.shape, *(1,) * (like.ndim - 2))
+
+    @classmethod
+    def shaped(cls, numbers: Tensor, like: Tensor, batched: bool = True) -> Blocks:
+        if not batched:
+            return cls(numbers)
+        return cls(numbers.reshape(len(numbers), *(1,) * (like.ndim - 2), *numbers.shape[1:]))
+
+    def __matmul__(self, other: Linear) -> Blocks:
+        return Blocks(self.values @ other.values)
+
+    def __call__(self, x: Tensor) -> Tensor:
         values = self.values.to(x.dtype)
-        if not self.coupled:
-            return values * x
         if values.ndim == 2 or all(size == 1 for size in values.shape[1:-2]):
             k = values.shape[-1]
             return torch.matmul(values.reshape(-1, k, k), x.reshape(len(x), k, -1)).reshape(-1, *x.shape[1:])
         return torch.matmul(values, x.movedim(1, -1)[..., None])[..., 0].movedim(-1, 1)
 
-    @property
-    def T(self) -> Linear:
-        """The transpose."""
-        return Linear(self.values.mT, True) if self.coupled else self
+    def times_each(self, numbers: Tensor, like: Tensor) -> Blocks:
+        return self.scaled(numbers.reshape(-1, *(1,) * like.ndim))
 
     @property
-    def inverse(self) -> Linear:
-        """The inverse."""
-        return Linear(torch.linalg.inv(self.values), True) if self.coupled else Linear(1.0 / self.values)
+    def T(self) -> Blocks:
+        return Blocks(self.values.mT)
 
     @property
-    def gram(self) -> Linear:
-        """A Aᵀ."""
-        return self @ self.T
+    def inverse(self) -> Blocks:
+        return Blocks(torch.linalg.inv(self.values))
 
     @property
-    def root_of_one_plus_gram(self) -> Linear:
-        """A square root L of I + A Aᵀ = L Lᵀ, lower triangular."""
-        if not self.coupled:
-            return Linear(torch.sqrt(1.0 + self.values.square()))
-        one = torch.eye(self.values.shape[-1], dtype=self.values.dtype, device=self.values.device)
-        return Linear(torch.linalg.cholesky(one + self.values @ self.values.mT), True)
+    def one(self) -> Blocks:
+        return Blocks(torch.eye(self.values.shape[-1], dtype=self.values.dtype, device=self.values.device))
 
-    def scaled(self, factor: Tensor | float) -> Linear:
-        """The map times a number."""
-        return Linear(self.values * factor, self.coupled)
+    @property
+    def root_of_one_plus_gram(self) -> Blocks:
+        return Blocks(torch.linalg.cholesky(self.one.values + self.values @ self.values.mT))
+
+    @property
+    def root(self) -> Blocks:
+        values, vectors = torch.linalg.eigh(self.values)
+        return Blocks(vectors * values.clamp_min(0.0).sqrt()[..., None, :])
+
+    @property
+    def symmetric_root(self) -> Blocks:
+        values, vectors = torch.linalg.eigh(self.values)
+        return Blocks((vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.mT)
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.values.diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def log_size(self) -> Tensor:
+        return torch.linalg.slogdet(self.values)[1] / self.values.shape[-1]
 
     def log_det(self, event: tuple[int, ...]) -> Tensor:
-        """log|det| over an event, in the shape of the leading (batch) dim."""
-        return self._summed(torch.linalg.slogdet(self.values)[1] if self.coupled else self.values.abs().log(), event)
+        return _summed(torch.linalg.slogdet(self.values)[1], event[1:])
 
     def trace(self, event: tuple[int, ...]) -> Tensor:
-        """The trace over an event, in the shape of the leading (batch) dim."""
-        return self._summed(self.values.diagonal(dim1=-2, dim2=-1).sum(-1) if self.coupled else self.values, event)
+        return _summed(self.diagonal.sum(-1), event[1:])
 
-    def _summed(self, entries: Tensor, event: tuple[int, ...]) -> Tensor:
-        """The sum of ``entries`` over coordinates; an entry that broadcasts counts once for each coordinate."""
-        sizes = event[1:] if self.coupled else event
-        lead = entries.shape[: max(0, entries.ndim - len(sizes))]
-        full = entries.expand(*lead, *sizes) if sizes else entries
-        return full.flatten(len(lead)).sum(-1) if sizes else full
+    def at_each(self, like: Tensor) -> list[Factor]:
+        values = self.values.detach().to(dtype=like.dtype, device=like.device)
+        k = values.shape[-1]
+        return [Blocks(v.reshape(k, k) if v.numel() == k * k else v[None]) for v in values]
+
+
+def maps_of(coupled: bool) -> type[Diagonal] | type[Blocks]:
+    """The kind of an SDE's maps."""
+    return Blocks if coupled else Diagonal
+
+
+def _summed(entries: Tensor, event: tuple[int, ...]) -> Tensor:
+    """Sums what is given per coordinate, each entry counted as often as it stands for a coordinate of the event."""
+    lead = entries.shape[: max(0, entries.ndim - len(event))]
+    full = entries.expand(*lead, *event) if event else entries
+    return full.flatten(len(lead)).sum(-1) if event else full
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """A number for each sample or time, (n,), as (n, 1, ...), to go with states like ``like`` (batch, *event)."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 Factor = float | Tensor | Linear
 """A linear map at one time, as cheap as it can be: a number, numbers for each coordinate, or matrices."""
 
 
-def rows(of_times: Linear, like: Tensor) -> list[Factor]:
-    """The maps at each of n times, from ``values`` (n, ...), prepared for states like ``like`` (batch, *event)."""
-    if not of_times.coupled:
-        return [*levels(of_times.values, like)]
-    values = of_times.values.detach().to(dtype=like.dtype, device=like.device)
-    k = values.shape[-1]
-    return [Linear(v.reshape(k, k) if v.numel() == k * k else v[None], True) for v in values]
-
-
 def levels(values: Tensor, like: Tensor) -> list[float | Tensor]:
-    """Numbers or tensors that are added to states like ``like`` at each of n times, from ``values`` (n, ...)."""
+    """What is added to states like ``like`` (batch, *event) at each of n times, from ``values`` (n, ...)."""
     values = values.detach()
     if values.numel() == len(values):
         return values.reshape(-1).tolist()

@@ -15,7 +15,7 @@ from sdeflow.kernels.gaussian import Kernel, Path
 from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.checks import checked_state, checked_time
-from sdeflow.numerics.linear import levels, multiplied, rows
+from sdeflow.numerics.linear import levels, multiplied
 from sdeflow.numerics.parameters import Declared
 from sdeflow.scores.readout import GridScore, Readout
 
@@ -363,7 +363,7 @@ def on_states(
         readout: where the network sees a whitened state.
     """
     offset = levels(path.offset, like) if kernel.has_offset else None
-    entry = None if readout is None or readout.input is None else rows(readout.input, like)
+    entry = None if readout is None or readout.input is None else readout.input.at_each(like)
     shift = None if readout is None or readout.shift is None else levels(readout.shift, like)
     plain = kernel.basis is None and dtype == like.dtype  # nothing to convert on the way
 

@@ -213,7 +213,7 @@ class Score(ScoreFunction):
         mean = kernel.data_level(self.data_mean, like)
         M = path.sigma.inverse @ path.alpha @ kernel.scale(self.data_std, like)
         K = M.root_of_one_plus_gram
-        L = M.T.root_of_one_plus_gram if M.coupled else K
+        L = K if M.T is M else M.T.root_of_one_plus_gram
         whitening = (path.sigma @ K).inverse
         shift = None if mean is None else path.alpha(mean)
         return Readout((M @ L.T.inverse).scaled(-1.0), K.T.inverse @ whitening, None, shift, whitening)

@@ -61,16 +61,17 @@ class GridScore:
         self.readout = readout
         self.call = call
 
-    def coefficients(self, n: int, identity: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """eps = of_state u + of_output F + constant at each time, as values of maps (n, ...).
+    def coefficients(self, n: int, identity: Linear) -> tuple[Linear, Linear, Tensor | None]:
+        """eps = of_state u + of_output F + constant at each time: two maps, of values (n, ...), and the constant.
 
         Args:
             n: how many times.
-            identity: the values of the identity map, where the output is eps itself.
+            identity: the identity map, where the output is eps itself.
         """
         readout = self.readout
-        output = identity.expand(n, *identity.shape) if readout.output is None else readout.output.values
-        state = torch.zeros_like(output) if readout.state is None else readout.state.values
+        each = identity.of(identity.values.expand(n, *identity.values.shape))
+        output = each if readout.output is None else readout.output
+        state = output.of(torch.zeros_like(output.values)) if readout.state is None else readout.state
         constant = readout.level
         if readout.state is not None and readout.shift is not None:
             moved = -readout.state(readout.shift.expand(n, *readout.shift.shape[1:]))

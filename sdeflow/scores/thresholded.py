@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_state
+from sdeflow.numerics.linear import per_sample
 from sdeflow.scores.function import ScoreFunction, Wrapping
 
 __all__ = ["Threshold", "Thresholded"]
@@ -103,7 +104,7 @@ class Thresholded(Wrapping):
             return data.clamp(self.low, self.high)
         centre, half = 0.5 * (self.high + self.low), 0.5 * (self.high - self.low)
         u = (data - centre) / half
-        limit = _quantile(u.flatten(1).abs(), self.quantile).clamp_min(1.0).reshape(-1, *(1,) * (u.ndim - 1))
+        limit = per_sample(_quantile(u.flatten(1).abs(), self.quantile).clamp_min(1.0), u)
         scaled = torch.where(limit > 1, centre + half * (u / limit), data)  # where the limit is 1, to the last bit
         return scaled.clamp(self.low, self.high)
 

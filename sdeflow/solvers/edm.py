@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_real
-from sdeflow.numerics.linear import Linear, multiplied, rows
+from sdeflow.numerics.linear import multiplied
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
@@ -129,9 +129,9 @@ class _HeunSteps:
         self.begins, self.ends = (torch.tensor(np.asarray(t), dtype=torch.float64) for t in (begins, ends))
         first, last = (problem.kernel.path(like, t) for t in (self.begins, self.ends))
         keep = last.alpha @ first.alpha.inverse
-        self.keep = rows(keep, like)
-        self.slope = rows(Linear(last.sigma.values - (keep @ first.sigma).values), like)  # alpha' (zeta' - zeta^)
-        self.sigma = rows(first.sigma, like), rows(last.sigma, like)
+        self.keep = keep.at_each(like)
+        self.slope = (last.sigma - keep @ first.sigma).at_each(like)  # alpha' (zeta' - zeta^)
+        self.sigma = first.sigma.at_each(like), last.sigma.at_each(like)
 
     def __call__(self, i: int, u: Tensor) -> Tensor:
         """The state at the end of step i."""

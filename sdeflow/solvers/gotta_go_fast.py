@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sdeflow.errors import StepUnderflowError
 from sdeflow.numerics.checks import checked_real
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Linear, per_sample
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 
@@ -102,7 +102,7 @@ class GottaGoFast(Solver):
             error = problem.row_norm(((euler - improved) / scale).flatten(1)).double()
             accepted = error <= 1.0
             memory.put_back(~accepted & (h > 0), h, increment)
-            kept = _sided(accepted & (h > 0), u)
+            kept = per_sample(accepted & (h > 0), u)
             u, previous = torch.where(kept, improved, u), torch.where(kept, euler, previous)
             t = torch.where(accepted, later, t)
             h = torch.minimum(t - cutoff, self.safety * h * error.clamp_min(_SMALLEST_ERROR).pow(-self.exponent))
@@ -127,7 +127,7 @@ def _attempt(
     problem: Problem, u: Tensor, t: Tensor, later: Tensor, h: Tensor, increment: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x' and x'' after a step of each sample's own length."""
-    length = _sided(h, u).to(u.dtype)
+    length = per_sample(h, u).to(u.dtype)
     drift, root = _reverse(problem, u, t)
     euler = u - length * drift + root(increment)
     drift, root = _reverse(problem, euler, later)
@@ -136,17 +136,12 @@ def _attempt(
 
 
 def _reverse(problem: Problem, u: Tensor, t: Tensor) -> tuple[Tensor, Linear]:
-    """a u - g gᵀ s, and the symmetric root of g gᵀ, at times (batch,)."""
+    """a u - g gᵀ s, and the symmetric root of g gᵀ, at times (batch,).
+
+    Of all roots this one changes smoothly in t, as one ΔW at two times needs it.
+    """
     a, _, q = problem.kernel.equation(u, t)
-    return a(u) - q(problem.score(u, t)), _root(q)
-
-
-def _root(q: Linear) -> Linear:
-    """The symmetric square root: of all roots the one that changes smoothly in t, as one ΔW at two times needs it."""
-    if not q.coupled:
-        return Linear(q.values.clamp_min(0.0).sqrt())
-    values, vectors = torch.linalg.eigh(q.values)
-    return Linear((vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.mT, True)
+    return a(u) - q(problem.score(u, t)), q.symmetric_root
 
 
 class _Memory:
@@ -161,7 +156,7 @@ class _Memory:
     def take(self, h: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The length (batch,) of the next attempt, ``h`` or what is left of the top increment, and ΔW over it."""
         if not len(self.lengths):
-            return h, _sided(h.sqrt(), noise).to(noise.dtype) * noise
+            return h, per_sample(h.sqrt(), noise).to(noise.dtype) * noise
         known = self.depth > 0
         top = (self.depth - 1).clamp_min(0)
         whole, revealed = self.lengths[top, self.row], self.increments[top, self.row]
@@ -169,11 +164,11 @@ class _Memory:
         step = torch.where(known & ~cut, whole, h)
         share = torch.where(known, step / whole, 0.0)  # of the increment on top
         width = (step * (1.0 - share)).clamp_min(0.0).sqrt()
-        share, width = (_sided(v, noise).to(noise.dtype) for v in (share, width))
-        taken = torch.where(_sided(known, noise), share * revealed, 0.0) + width * noise
+        share, width = (per_sample(v, noise).to(noise.dtype) for v in (share, width))
+        taken = torch.where(per_sample(known, noise), share * revealed, 0.0) + width * noise
         split = known & cut
         self.lengths[top, self.row] = torch.where(split, whole - step, whole)
-        self.increments[top, self.row] = torch.where(_sided(split, noise), revealed - taken, revealed)
+        self.increments[top, self.row] = torch.where(per_sample(split, noise), revealed - taken, revealed)
         self.depth -= (known & ~cut).long()
         return step, taken
 
@@ -187,11 +182,6 @@ class _Memory:
         at = self.depth.clamp_max(len(self.lengths) - 1)
         self.lengths[at, self.row] = torch.where(rejected, length, self.lengths[at, self.row])
         self.increments[at, self.row] = torch.where(
-            _sided(rejected, increment), increment, self.increments[at, self.row]
+            per_sample(rejected, increment), increment, self.increments[at, self.row]
         )
         self.depth += rejected.long()
-
-
-def _sided(values: Tensor, like: Tensor) -> Tensor:
-    """(batch,) as (batch, 1, ...), to go with states like ``like``."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))

@@ -47,7 +47,7 @@ from sdeflow.numerics.checks import (
     checked_states,
     checked_within,
 )
-from sdeflow.numerics.linear import Factor, Linear, multiplied, rows
+from sdeflow.numerics.linear import Factor, Linear, multiplied, per_sample
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
 from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.function import checked, network_time
@@ -144,7 +144,7 @@ class PredictorCorrector(Solver):
         times = problem.times(steps)
         predict = self.predictor if callable(self.predictor) else _PREDICTORS[self.predictor]
         path = problem.kernel.path(u, torch.as_tensor(times, dtype=torch.float64))
-        langevin = _LangevinSteps(problem, Linear(path.sigma.values[1:], path.sigma.coupled), times[1:], u)
+        langevin = _LangevinSteps(problem, path.sigma[1:], times[1:], u)
         log_scale = _log_scale(path.alpha)
         kept = torch.exp(2.0 * (log_scale[:-1] - log_scale[1:])).clamp(max=1.0).tolist()
         for i in range(steps):
@@ -427,8 +427,8 @@ class _LangevinSteps:
     def __init__(self, problem: Problem, sigma: Linear, times: np.ndarray, like: Tensor) -> None:
         self.problem = problem
         self.times = torch.tensor(np.asarray(times), dtype=torch.float64)
-        self.sigma: list[Factor] = rows(sigma, like)
-        self.transposed: list[Factor] = rows(sigma.T, like) if sigma.coupled else self.sigma
+        self.sigma: list[Factor] = sigma.at_each(like)
+        self.transposed: list[Factor] = self.sigma if sigma.T is sigma else sigma.T.at_each(like)
 
     def __call__(self, i: int, u: Tensor, rule: float | Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """One step at time number i; ``rule`` is e, or gives it from ξ and sigmaᵀ s, (batch, 1, ...)."""
@@ -446,8 +446,7 @@ def _anneal(problem: Problem, u: Tensor, times: np.ndarray, step: float, steps_p
     """``steps_per_scale`` Langevin steps at each of ``times`` from the ``first`` on, z = Φ⁻¹ u kept in between."""
     path = problem.kernel.path(u, torch.as_tensor(times, dtype=torch.float64))
     langevin = _LangevinSteps(problem, path.sigma, times, u)
-    before, after = (Linear(v, path.alpha.coupled) for v in (path.alpha.values[:-1], path.alpha.values[1:]))
-    carry = rows(after @ before.inverse, u)
+    carry = (path.alpha[1:] @ path.alpha[:-1].inverse).at_each(u)
     for i, t in enumerate(times.tolist()):
         u = u if i == 0 else multiplied(carry[i - 1], u)
         if i < first:
@@ -542,14 +541,13 @@ def _level(kernel: Kernel, like: Tensor, t: Tensor) -> Tensor | float:
 
 def _log_scale(alpha: Linear) -> Tensor:
     """log alpha at each of n times, the mean over coordinates where it differs, (n,); of matrices log|det| / k."""
-    values = alpha.values.detach()
-    logs = torch.linalg.slogdet(values)[1] / values.shape[-1] if alpha.coupled else values.abs().log()
+    logs = alpha.log_size.detach()
     return logs.reshape(len(logs), -1).mean(1)
 
 
 def _square_norm(x: Tensor) -> Tensor:
     """|x|² of each sample, (batch, 1, ...)."""
-    return x.square().flatten(1).sum(1).reshape(-1, *(1,) * (x.ndim - 1))
+    return per_sample(x.square().flatten(1).sum(1), x)
 
 
 def _require_eps(eps: float | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.compile import compile_expressions
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import maps_of
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, make_clock
 from sdeflow.solvers.clock import Grid
@@ -76,12 +76,13 @@ class Fields:
 
     def _linear_drift(self, numbers: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[..., Tensor]:
         k, coupled = len(self.state), self.declaration.coupled
+        maps = maps_of(coupled)
 
         def linear(u: Tensor, time: Tensor, score: Tensor) -> Tensor:
             values = [v.to(u.device) for v in numbers(time.reshape((1,) * len(self.values.shape)))]
             if coupled:
                 values = [torch.stack(half).reshape(k, k) for half in (values[: k * k], values[k * k :])]
-            a, c = (Linear(v, coupled) for v in values)
+            a, c = map(maps, values)
             return a(u) + c(score)
 
         return linear

@@ -31,12 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.numerics.linear import multiplied, rows
+from sdeflow.numerics.linear import multiplied, per_sample
 from sdeflow.numerics.traces import Hutchinson
 from sdeflow.scores import GridScore, evaluating
 from sdeflow.solvers import Clock, Exponential, Problem, Solver
 from sdeflow.solvers.clock import smooth_clock
-from sdeflow.solvers.exponential.program import shaped
 from sdeflow.solving.model import Model
 from sdeflow.solving.reference import reference
 
@@ -164,7 +163,7 @@ def _differences(lam: np.ndarray, F: Tensor, order: int) -> Tensor:
     """F^{(p)} at the centres of order + 1 successive nodes."""
     n = len(F)
     for k in range(1, order + 1):
-        width = torch.as_tensor(lam[k:n] - lam[: n - k]).reshape(-1, *(1,) * (F.ndim - 1))
+        width = per_sample(torch.as_tensor(lam[k:n] - lam[: n - k]), F)
         F = (F[1:] - F[:-1]) / width.to(F.device)
     return F * math.factorial(order)
 
@@ -184,15 +183,15 @@ def _sizes_in_nats(
     """What local errors δ = B_u F^{(p)} do to log p, root mean square over the samples."""
     kernel, like = model.kernel, states[0]
     length = torch.as_tensor(np.diff(lam)).reshape(-1, *(1,) * (transfer.moments.ndim - 2))
-    back, forward = (shaped(v, like, kernel.coupled) for v in (transfer.state, transfer.moments[:, 0] / length))
-    forcing = rows(back.inverse @ forward, like)
+    back, forward = (kernel.maps.shaped(v, like) for v in (transfer.state, transfer.moments[:, 0] / length))
+    forcing = (back.inverse @ forward).at_each(like)
     found, looked_at = [], range(0, len(differences), _STRIDE)
     for i in looked_at:
         derivative, j = differences[i], i + solver.order // 2  # the node nearest to the centre
         delta = multiplied(forcing[j], derivative)
         delta = delta if solver.basis is None else solver.basis.inverse(delta)
         t, u = times[j].to(like.device), states[j]
-        size = reference(model, t, u).inverse(delta).flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
+        size = per_sample(reference(model, t, u).inverse(delta).flatten(1).norm(dim=1), u)
         step = _APART / size.clamp_min(torch.finfo(torch.float64).tiny)
         rate = kernel.half_log_snr_rate(t).clamp(max=-torch.finfo(torch.float64).tiny)  # g = 0 where it is 0
         half = kernel.equation(u, t)[2].scaled(0.5 / rate)

@@ -13,7 +13,6 @@ from sdeflow.kernels.reducible import PushForward
 from sdeflow.laws.each import EachSample
 from sdeflow.laws.each import Law as Prior
 from sdeflow.laws.gaussian import Gaussian
-from sdeflow.numerics.linear import Linear
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
 
 __all__ = ["READ", "Prior", "PriorOf", "fitted_moments"]
@@ -165,7 +164,7 @@ class PriorOf:
                 x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
                 for gradient in kernel.to_basis(of_part(x, kernel.T).double()).chunk(len(part)):
                     fitted = fit(u, gradient, start)
-                    root = None if fitted is None else Linear(fitted[1].cpu(), kernel.coupled)
+                    root = None if fitted is None else kernel.maps(fitted[1].cpu())
                     found.append(None if fitted is None else Gaussian(fitted[0].cpu(), root, kernel.basis))
         return found
 

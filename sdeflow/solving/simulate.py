@@ -22,7 +22,7 @@ from sdeflow.numerics.checks import (
     checked_states,
 )
 from sdeflow.numerics.compile import compile_expressions
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Blocks
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import DeclaredSDE
 from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde
@@ -308,4 +308,4 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     if not declaration.coupled:
         return state + math.sqrt(declaration.P0) * drawn
     P0 = torch.tensor(declaration.P0.tolist(), dtype=torch.float64).to(state.device)
-    return state + Linear(semidefinite_root(P0, True), True)(drawn)
+    return state + semidefinite_root(Blocks(P0))(drawn)

@@ -38,7 +38,7 @@ from sdeflow.kernels.gaussian import Kernel, broadcast_to_event
 from sdeflow.kernels.local import LocalKernel
 from sdeflow.numerics.checks import checked_noise, checked_numbers, checked_state
 from sdeflow.numerics.compile import compile_expressions
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import Diagonal, Linear
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import Score, ScoreFunction
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -143,7 +143,7 @@ class KernelPairs:
     def __call__(self, x_0: Tensor, t: Tensor, noise: NoiseStream) -> Pairs:
         """Pairs at the times t (batch,) for data (batch, *event)."""
         x_t = self.kernel.sample(x_0, t, seed=noise.seed)
-        return Pairs(x_t, t, self.kernel.score(x_t, x_0, t), Linear(self._root(x_t, t)))
+        return Pairs(x_t, t, self.kernel.score(x_t, x_0, t), Diagonal(self._root(x_t, t)))
 
     def _root(self, x: Tensor, t: Tensor) -> Tensor:
         if callable(self.weighting):

@@ -110,7 +110,7 @@ class SimulatedPairs:
         if callable(self.weighting):
             return self.law.scaling(of_times(self.weighting, t).sqrt(), x_t)
         gram = self.law.gram(x_t, t) if self.weighting == "likelihood" else self.law.moments(x_t, t, h)[1]
-        return Linear(semidefinite_root(gram, self.law.coupled), self.law.coupled)
+        return semidefinite_root(self.law.maps(gram))
 
 
 def _require_finite(x: Tensor, who: str) -> None:

@@ -70,17 +70,15 @@ def metric(kernel: Kernel, weighting: Weighting, x: Tensor, t: Tensor, data_std:
         WeightingError: for a function whose values are negative, not finite, or not shaped as t.
     """
     require_weighting(weighting)
-    one = torch.eye(kernel.components, dtype=torch.float64, device=x.device) if kernel.coupled else torch.ones(())
-    identity = Linear(one.to(torch.float64), kernel.coupled)
+    identity = kernel.maps.identity(x).to(x.device)
     if callable(weighting):
-        whiten = kernel.path(x, t).sigma.inverse
-        return whiten.gram.scaled(_sides(of_times(weighting, t), x, kernel.coupled))
+        return kernel.path(x, t).sigma.inverse.gram.times_each(of_times(weighting, t), x)
     if weighting == "score":
         return identity
     if weighting == "likelihood":
         whiten = kernel.path(x, t).sigma.inverse
         return whiten @ kernel.equation(x, t)[2] @ whiten.T
-    return identity.scaled(_sides(_OF_LOG_SNR[weighting](kernel, t, data_std), x, kernel.coupled))
+    return identity.times_each(_OF_LOG_SNR[weighting](kernel, t, data_std), x)
 
 
 def mean_weight(kernel: Kernel, weighting: Weighting, x: Tensor, t: Tensor, data_std: float = 1.0) -> Tensor:
@@ -132,8 +130,3 @@ _OF_LOG_SNR: dict[str, Callable[[Kernel, Tensor, float], Tensor]] = {
     "p2": lambda kernel, t, data_std: torch.sigmoid(-2.0 * kernel.half_log_snr(t)),
 }
 """Weights over t, w(lambda) |dlambda/dt|."""
-
-
-def _sides(values: Tensor, x: Tensor, coupled: bool) -> Tensor:
-    """A number for each sample, shaped to multiply a map's values."""
-    return values.reshape(-1, *(1,) * (x.ndim if coupled else x.ndim - 1))

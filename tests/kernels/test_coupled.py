@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 import sdeflow
 from sdeflow import SDE, DataError, DeclarationError, ScheduleError, catalog, state, t, x
 from sdeflow.nets import MLP
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import maps_of
 from sdeflow.proof.certificate.oracle import Oracle
 from sdeflow.scores import GaussianMixture
 from sdeflow.symbolic.coupled import stationary_covariance
@@ -344,9 +344,9 @@ def test_a_state_of_the_wrong_shape_is_told_its_components():
 def test_linear_maps_obey_their_algebra(coupled):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 5, 1, 3, 3) if coupled else (2, 5, 3, 1)
-    a, b = (Linear(torch.randn(*shape, dtype=torch.float64, generator=generator) + 2, coupled) for _ in range(2))
+    a, b = (maps_of(coupled)(torch.randn(*shape, dtype=torch.float64, generator=generator) + 2) for _ in range(2))
     x_ = torch.randn(5, 3, 4, dtype=torch.float64, generator=generator)
-    a, b = (Linear(m.values[0], coupled) for m in (a, b))
+    a, b = (m.of(m.values[0]) for m in (a, b))
     assert torch.allclose((a @ b)(x_), a(b(x_)))
     assert torch.allclose(a.inverse(a(x_)), x_)
     root = a.root_of_one_plus_gram

@@ -18,7 +18,6 @@ from problems import COUPLED, gaussian, ring
 import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.numerics.basis import Orthogonal
-from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
 from sdeflow.solvers import Exponential, Problem, Torchdiffeq, Torchsde, make_clock
@@ -50,7 +49,7 @@ def covariance(kernel, like, t, std):
     """The covariance of u_t for data N(0, std²), as a map of states."""
     path = kernel.path(like, torch.as_tensor(t, dtype=double))
     spread = (path.alpha @ kernel.scale(torch.as_tensor(std, dtype=double), like)).gram
-    return Linear(spread.values + path.sigma.gram.values, path.sigma.coupled)
+    return spread + path.sigma.gram
 
 
 def exact_score(kernel, std):
@@ -660,7 +659,7 @@ def test_gotta_go_fast_takes_coupled_states():
     def score(u, t):  # P_t of each sample's own time
         path = kernel.path(u, t)
         spread = (path.alpha @ kernel.scale(torch.tensor(0.5, dtype=double), u)).gram
-        return -Linear(spread.values + path.sigma.gram.values, True).inverse(u)
+        return -(spread + path.sigma.gram).inverse(u)
 
     problem = problem_of(kernel, NoiseStream(0, "path"), (2, 1), score=score)
     with torch.no_grad():

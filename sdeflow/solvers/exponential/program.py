@@ -17,12 +17,12 @@ from torch import Tensor
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.basis import Basis
-from sdeflow.numerics.linear import Factor, Linear, add_multiple, multiplied, rows
+from sdeflow.numerics.linear import Factor, Linear, add_multiple, multiplied
 from sdeflow.scores import GridScore
 from sdeflow.solvers.exponential.weights import Rule, Transfer, weights
 from sdeflow.solvers.problem import Problem
 
-__all__ = ["Program", "Steps", "identity", "kept", "predictions", "shaped"]
+__all__ = ["Program", "Steps", "kept", "predictions"]
 
 Nodes = Sequence[tuple[np.ndarray, np.ndarray | None]]
 
@@ -51,16 +51,16 @@ class Steps:
         nodes: the nodes θ of predictor and corrector at each step, the newest first.
         rule: how moments become those of a published formula.
         like: states (batch, *event), for their shape, dtype and device.
-        coupled: whether ``transfer`` holds matrices.
+        maps: the kind of the SDE's maps.
 
     Attributes:
         state, noise: factors of the state and of ξ in each step; noise is None for the flow.
         predictor, corrector: factors of the predictions F in each step.
     """
 
-    def __init__(self, transfer: Transfer, nodes: Nodes, rule: Rule, like: Tensor, coupled: bool) -> None:
+    def __init__(self, transfer: Transfer, nodes: Nodes, rule: Rule, like: Tensor, maps: type[Linear]) -> None:
         self.transfer = transfer
-        self._rule, self._like, self._coupled = rule, like[:0], coupled
+        self._rule, self._like, self._maps = rule, like[:0], maps
         self.state = self._ready(transfer.state)
         self.noise = None if transfer.noise is None else self._ready(transfer.noise)
         self.predictor = self._weighed([points for points, _ in nodes])
@@ -68,7 +68,7 @@ class Steps:
         self.longest = max(len(w) for pair in (self.predictor, self.corrector) for w in pair)
 
     def _ready(self, values: Tensor) -> list[Factor]:
-        return rows(shaped(values, self._like, self._coupled), self._like)
+        return self._maps.shaped(values, self._like).at_each(self._like)
 
     def _weighed(self, nodes: Sequence[np.ndarray | None]) -> list[list[Factor]]:
         """The weights of each step, computed together for all steps with as many nodes."""
@@ -111,20 +111,20 @@ class Program:
         basis: Basis | None = None,
     ) -> None:
         self.steps, self.score, self.times, self.basis = steps, score, times.tolist(), basis
-        transfer, n, coupled = steps.transfer, len(steps.state), kernel.coupled
+        transfer, n, maps = steps.transfer, len(steps.state), kernel.maps
         if basis is not None:
-            sizes = [v.numel() for v in score.coefficients(n, identity(like, coupled))[:2]]
-            if kernel.basis is not None or coupled or max(sizes) > n:
+            sizes = [m.values.numel() for m in score.coefficients(n, maps.identity(like))[:2]]
+            if kernel.basis is not None or kernel.coupled or max(sizes) > n:
                 raise ValueError("a solver's basis needs an elementwise SDE, and one data_std for all coordinates.")
         own, of_noise = transfer.of_state, transfer.of_noise
-        self.of_state, self.of_output, self.constant = predictions(own, of_noise, score, like, coupled)
+        self.of_state, self.of_output, self.constant = predictions(own, of_noise, score, like, maps)
         self.mean = None if mean is None else mean.to(like)
         if mean is not None:  # F and the steps are of u - alpha mean
             alpha_0, alpha_1, keep, own = (
-                shaped(v, like, coupled) for v in (*transfer.alpha, transfer.state, transfer.of_state)
+                maps.shaped(v, like) for v in (*transfer.alpha, transfer.state, transfer.of_state)
             )
-            self.mean_in_prediction = rows((own @ alpha_0).scaled(-1.0), like)
-            self.mean_in_step = rows(Linear(alpha_1.values - (keep @ alpha_0).values, coupled), like)
+            self.mean_in_prediction = (own @ alpha_0).scaled(-1.0).at_each(like)
+            self.mean_in_step = (alpha_1 - keep @ alpha_0).at_each(like)
         self.first_order = self._fused()
 
     def _fused(self) -> list[tuple[float, float]] | None:
@@ -210,30 +210,14 @@ class Program:
 
 
 def predictions(
-    of_state: Tensor, of_noise: Tensor, score: GridScore, like: Tensor, coupled: bool
+    of_state: Tensor, of_noise: Tensor, score: GridScore, like: Tensor, maps: type[Linear]
 ) -> tuple[list[Factor], list[Factor], Tensor | None]:
     """F at each time from what the score returns: factors of the state and of the output, and a constant.
 
     F = of_state u + of_noise eps, with eps as :meth:`~sdeflow.scores.GridScore.coefficients` has it.
     """
-    own, map_of_noise = (shaped(v, like, coupled) for v in (of_state, of_noise))
-    of_u, of_output, constant = score.coefficients(len(of_state), identity(like, coupled))
-    of_u, of_output = (map_of_noise @ Linear(v, coupled) for v in (of_u, of_output))
+    own, map_of_noise = (maps.shaped(v, like) for v in (of_state, of_noise))
+    of_u, of_output, constant = score.coefficients(len(of_state), maps.identity(like))
+    of_u, of_output = map_of_noise @ of_u, map_of_noise @ of_output
     constant = None if constant is None else map_of_noise(constant.to(of_noise.dtype)).to(like)
-    return rows(Linear(of_u.values + own.values, coupled), like), rows(of_output, like), constant
-
-
-def identity(like: Tensor, coupled: bool) -> Tensor:
-    """The values of the identity map of states like ``like``, without the leading side."""
-    if not coupled:
-        return torch.ones((1,) * (like.ndim - 1), dtype=torch.float64)
-    k = like.shape[1]
-    return torch.eye(k, dtype=torch.float64).reshape(*(1,) * (like.ndim - 2), k, k)
-
-
-def shaped(values: Tensor, like: Tensor, coupled: bool) -> Linear:
-    """Numbers (n, *shape), or matrices (n, k, k), as maps of states like ``like`` with n as the leading side."""
-    if coupled:
-        return Linear(values.reshape(len(values), *(1,) * (like.ndim - 2), *values.shape[-2:]), True)
-    shape = values.shape[1:]
-    return Linear(values.reshape(len(values), *(1,) * (like.ndim - 1 - len(shape)), *shape))
+    return (of_u + own).at_each(like), of_output.at_each(like), constant

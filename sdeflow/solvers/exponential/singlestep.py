@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_real, checked_within
-from sdeflow.numerics.linear import Factor, add_multiple, multiplied, rows
+from sdeflow.numerics.linear import Factor, add_multiple, multiplied
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.exponential.program import predictions, shaped
+from sdeflow.solvers.exponential.program import predictions
 from sdeflow.solvers.exponential.weights import PREDICTIONS, RULES, Transfer, derive, weights
 from sdeflow.solvers.problem import Problem
 
@@ -122,10 +122,10 @@ class _Plan:
 
         whole = [between(points[0], stop) for stop in points[1:]]
         parts = [between(a, b) for a, b in pairwise(points)]
-        coupled = kernel.coupled
+        maps = kernel.maps
 
         def ready(values: Tensor) -> list[Factor]:
-            return rows(shaped(values, like, coupled), like)
+            return maps.shaped(values, like).at_each(like)
 
         self.state = [ready(transfer.state) for transfer in whole]
         self.weights = []
@@ -143,7 +143,7 @@ class _Plan:
             torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
             for name in ("of_state", "of_noise")
         )
-        self.of_state, self.of_output, self.constant = predictions(own, of_noise, self.score, like, coupled)
+        self.of_state, self.of_output, self.constant = predictions(own, of_noise, self.score, like, maps)
 
     def step(self, problem: Problem, n: int, u: Tensor) -> Tensor:
         """The state at the end of step number ``n``."""

@@ -227,7 +227,7 @@ class Exponential(Solver):
             eta, orders = self._eta(kernel, times), 1 + max(self.order, self.past)
             transfer = derive(kernel, times[:-1], times[1:], self.prediction, scale, eta, orders, self.variable)
             nodes = self._nodes(transfer, self._noise_in(kernel, times), problem.clock.since_stop(times))
-            return Steps(transfer, nodes, RULES[self.rule], like, kernel.coupled)
+            return Steps(transfer, nodes, RULES[self.rule], like, kernel.maps)
 
         steps = kept(kernel, self._key(kernel, times, scale, like), make)
         score = problem.on_grid(torch.as_tensor(times[:-1]), like)

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.kernels.gaussian import FORGOTTEN, Kernel
+from sdeflow.numerics.linear import Blocks
 
 __all__ = ["PREDICTIONS", "RULES", "VARIABLES", "Eta", "Rule", "Transfer", "derive", "weights"]
 
@@ -367,7 +368,8 @@ def _derive_coupled(kernel: Kernel, panels: _Panels, prediction: str, scale: Ten
     noise = None
     if not panels.noiseless:
         spread = panels.spread[..., None, None] * dt.abs() * q
-        noise = _symmetric_root((onward @ spread @ onward.mT).sum((1, 2)))
+        covariance = (onward @ spread @ onward.mT).sum((1, 2))
+        noise = Blocks(0.5 * (covariance + covariance.mT)).root.values
     inverse = torch.linalg.inv(X_0)
     of_noise = -inverse @ torch.linalg.inv(root_0).mT
     return Transfer(
@@ -434,12 +436,6 @@ def _collocation(generator: Tensor) -> tuple[Tensor, Tensor]:
     )
     inner = torch.linalg.solve(system, one.repeat(n, 1).expand(*lead, n * k, k)).reshape(*lead, n, k, k)
     return inner, one + torch.einsum("j,...jab,...jbc->...ac", mass, generator, inner)
-
-
-def _symmetric_root(covariance: Tensor) -> Tensor:
-    """A square root of covariances (n, k, k), which may be singular."""
-    values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.mT))
-    return vectors * values.clamp_min(0).sqrt()[..., None, :]
 
 
 def _sided(value: Tensor, sides: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdeflow.numerics.linear import Linear
+from sdeflow.numerics.linear import maps_of
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import ScoreFunction
 from sdeflow.training.losses import KernelPairs, Pairs, score_error
@@ -91,4 +91,4 @@ def _drawn_from(pairs: KernelPairs | SimulatedPairs) -> Draws:
 
 def _error_of_pairs(score: ScoreFunction, batch: Batch, y: Tensor | None) -> Tensor:
     x_t, t, target, root = batch
-    return score_error(score, Pairs(x_t, t, target, Linear(root, score.declaration.coupled)), y)
+    return score_error(score, Pairs(x_t, t, target, maps_of(score.declaration.coupled)(root)), y)
