@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import sympy as sp
 import torch
@@ -56,12 +57,16 @@ from sdeflow.symbolic.equations import Equation, forward
 __all__ = ["Bridge", "ReducibleBridge", "SquareRootBridge", "bridge_of"]
 
 
-class _Bridge(ABC):
+K = TypeVar("K", Kernel, ReducibleKernel, SquareRootKernel)
+
+
+class _Bridge(ABC, Generic[K]):
     """What every bridge shares: the equation, single times and paths, from the law of a subclass."""
 
-    kernel: Kernel | ReducibleKernel | SquareRootKernel
-    x_T: Tensor
-    T: float
+    def __init__(self, kernel: K, x_T: Tensor | float) -> None:
+        self.kernel: K = kernel
+        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
+        self.T = kernel.T
 
     @property
     @abstractmethod
@@ -111,7 +116,7 @@ class _Bridge(ABC):
         return f"{type(self).__name__}({equation} on [0, {self.T:g}], x_T of shape {tuple(self.x_T.shape)})"
 
 
-class Bridge(_Bridge):
+class Bridge(_Bridge[Kernel]):
     """A linear SDE conditioned on x_T.
 
     Args:
@@ -121,13 +126,6 @@ class Bridge(_Bridge):
     Attributes:
         T: the time of the end.
     """
-
-    kernel: Kernel
-
-    def __init__(self, kernel: Kernel, x_T: Tensor | float) -> None:
-        self.kernel = kernel
-        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
-        self.T = kernel.T
 
     @property
     def drift(self) -> sp.Expr | sp.ImmutableMatrix:
@@ -187,7 +185,7 @@ class Bridge(_Bridge):
         return mean, now.sigma @ V.T.root_of_one_plus_gram.T.inverse
 
 
-class ReducibleBridge(_Bridge):
+class ReducibleBridge(_Bridge[ReducibleKernel]):
     """A reducible SDE conditioned on x_T, through the coordinate in which it is linear.
 
     Args:
@@ -202,12 +200,8 @@ class ReducibleBridge(_Bridge):
         DataError: for an x_T outside the domain.
     """
 
-    kernel: ReducibleKernel
-
     def __init__(self, kernel: ReducibleKernel, x_T: Tensor | float) -> None:
-        self.kernel = kernel
-        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
-        self.T = kernel.T
+        super().__init__(kernel, x_T)
         self.line = Bridge(kernel.inner, kernel.transport(self.x_T, self.T))
         self._mirrored = Bridge(kernel.inner, -self.line.x_T)
 
@@ -262,7 +256,7 @@ class ReducibleBridge(_Bridge):
         return torch.sigmoid(2.0 * end * (whole.alpha(y) + whole.offset) / whole.sigma.values.square())
 
 
-class SquareRootBridge(_Bridge):
+class SquareRootBridge(_Bridge[SquareRootKernel]):
     """A square-root process (CIR, squared Bessel) conditioned on x_T.
 
     Args:
@@ -276,12 +270,8 @@ class SquareRootBridge(_Bridge):
         DataError: for an x_T outside the domain.
     """
 
-    kernel: SquareRootKernel
-
     def __init__(self, kernel: SquareRootKernel, x_T: Tensor | float) -> None:
-        self.kernel = kernel
-        self.x_T = checked_finite(checked_state(x_T, "x_T", 0, torch.float64).double(), "x_T")
-        self.T = kernel.T
+        super().__init__(kernel, x_T)
         kernel.require_inside(self.x_T, "x_T")
 
     @property

@@ -49,7 +49,7 @@ from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, 
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["FORGOTTEN", "Kernel", "Path", "broadcast_to_event", "inside_ends"]
+__all__ = ["FORGOTTEN", "Kernel", "Path", "broadcast_to_event", "inside_ends", "require_density"]
 
 _NEXT, _LEAST = 4.0, 1e-300  # distance of a draw from an end at 0, in its dtype's least normal numbers; at least
 
@@ -586,8 +586,8 @@ class Kernel:
 
     def _require_noise(self, sigma: Linear) -> None:
         values = sigma.diagonal
-        if values.device.type == "cpu" and not bool((values > 0).all()):
-            raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
+        if values.device.type == "cpu":
+            require_density(values)
 
     def _initial_root(self) -> Blocks:
         return Blocks(torch.tensor(self.declaration.initial_covariance, dtype=torch.float64)).symmetric_root
@@ -597,6 +597,12 @@ def broadcast_to_event(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (batch,) shaped to multiply x (batch, *event), in the dtype of x."""
     coefficient = coefficient.to(x.dtype)
     return coefficient if coefficient.ndim == 0 else per_sample(coefficient, x)
+
+
+def require_density(spread: Tensor) -> None:
+    """Raises a ScheduleError where a standard deviation or a variance is 0; it is read, wherever it lies."""
+    if not bool((spread > 0).all()):
+        raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
 
 
 def inside_ends(x: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

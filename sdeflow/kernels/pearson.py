@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
-from sdeflow.kernels.gaussian import Kernel, inside_ends
+from sdeflow.kernels.gaussian import Kernel, inside_ends, require_density
 from sdeflow.kernels.notgaussian import NotGaussian, present_only
 from sdeflow.numerics.checks import checked_noise, checked_point, checked_start
 from sdeflow.numerics.compile import compile_expressions
@@ -338,20 +338,14 @@ class PearsonKernel(NotGaussian, ABC):
     def log_prob(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """log p(x_t | x_0) in nats, (batch,) in float64; -inf for an x_t outside the domain."""
         x_t = checked_point(x_t, "x_t")
-        _, scale, law = self._standard(x_t, x_0, t)
-        self._require_noise(law.var)
-        inside = self._inside(law.u)
-        law = law.at(torch.where(inside, law.u, law.u_0.detach()))
+        scale, law, inside = self._located(x_t, x_0, t)
         log_p = torch.where(inside, self._log_density(law) - scale.abs().log(), -torch.inf)
         return log_p.reshape(len(x_t), -1).sum(1)
 
     def score(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p(x_t | x_0), shaped and typed as x_t; NaN for coordinates outside the domain."""
         x_t = checked_point(x_t, "x_t")
-        _, scale, law = self._standard(x_t, x_0, t)
-        self._require_noise(law.var)
-        inside = self._inside(law.u)
-        law = law.at(torch.where(inside, law.u, law.u_0.detach()))
+        scale, law, inside = self._located(x_t, x_0, t)
         return torch.where(inside, self._slope(law) / scale, torch.nan).to(x_t.dtype)
 
     # ---------------------------------------------------------------- near the ends of the domain
@@ -390,6 +384,13 @@ class PearsonKernel(NotGaussian, ABC):
         u = (x_t.to(torch.float64) - origin) / scale
         return origin, scale, Standard(u, u_0, *self._alpha_var(x_t, t, s), shape)
 
+    def _located(self, x_t: Tensor, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Standard, Tensor]:
+        """scale, the law of u_t and whether x_t lies in the domain; outside it, u is that of x_0."""
+        _, scale, law = self._standard(x_t, x_0, t)
+        require_density(law.var)
+        inside = self._inside(law.u)
+        return scale, law.at(torch.where(inside, law.u, law.u_0.detach())), inside
+
     def _alpha_var(self, x: Tensor, t: Tensor | float, s: float = 0.0) -> tuple[Tensor, Tensor]:
         """alpha and sigma² from s to t, a number where s > 0, shaped to go with ``x``."""
         if self.values.shape:
@@ -407,11 +408,6 @@ class PearsonKernel(NotGaussian, ABC):
                 f"{float(low):g} <= x <= {float(high):g}."
             )
         return u_0
-
-    @staticmethod
-    def _require_noise(var: Tensor) -> None:
-        if not bool((var > 0).all()):
-            raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
 
     # ---------------------------------------------------------------- the family's own, in the standard state u
 

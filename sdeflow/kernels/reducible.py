@@ -24,8 +24,8 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
-from sdeflow.kernels.gaussian import Kernel, broadcast_to_event, inside_ends
+from sdeflow.errors import DataError, DeclarationError, NotAffineError
+from sdeflow.kernels.gaussian import Kernel, broadcast_to_event, inside_ends, require_density
 from sdeflow.kernels.notgaussian import NotGaussian, present_only
 from sdeflow.laws.gaussian import Gaussian, normal_log_density
 from sdeflow.numerics.checks import checked_dtype, checked_noise, checked_point, checked_start
@@ -333,8 +333,8 @@ class ReducibleKernel(NotGaussian):
 
     def _noisy_moments(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         mean, std = self.line_moments(x_0, t)
-        if std.device.type == "cpu" and not bool((std > 0).all()):
-            raise ScheduleError("sigma = 0 at t = 0: the kernel is a point there, without a density or a score.")
+        if std.device.type == "cpu":
+            require_density(std)
         return mean, std
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from densities import case, fokker_planck_residual, log_density, numbers_of, quadrature, score_error
 from scipy.integrate import solve_ivp
 from scipy.special import ndtr
 from scipy.stats import beta, chi2, ncx2
-from test_reducible import case, fokker_planck_residual, log_density, numbers_of, quadrature, score_error
 
 from sdeflow import SDE, t, x, x_0
 from sdeflow.errors import DataError, DeclarationError, NotAffineError, ScheduleError
