@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError
-from sdeflow.numerics.checks import checked_dtype, checked_point, checked_shape
+from sdeflow.laws.drawn import DrawnLaw
+from sdeflow.numerics.checks import checked_point
 from sdeflow.numerics.noise import NoiseStream
 
 __all__ = ["BoltzmannLaw"]
@@ -21,7 +22,7 @@ class _OfPosition(Protocol):
     def log_prob(self, x: Tensor) -> Tensor: ...
 
 
-class BoltzmannLaw:
+class BoltzmannLaw(DrawnLaw):
     """p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)) of states (batch, 2, *event); coordinates of the event are independent.
 
     Args:
@@ -34,32 +35,22 @@ class BoltzmannLaw:
         self.of_position, self.temperature = of_position, temperature
         self.position, self.velocity = position, velocity
 
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        seed: int | torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Independent draws of the given ``shape`` (batch, 2, *event)."""
-        shape, dtype = checked_shape(shape), checked_dtype(dtype)
-        self._require_event(shape[1:])
-        noise, part = NoiseStream(seed, "prior"), (shape[0], *shape[2:])
+    def drawn(self, shape: tuple[int, ...], noise: NoiseStream) -> Tensor:
+        part = (shape[0], *shape[2:])
         positions = self.of_position.quantile(noise.uniform(part, torch.float64))
         velocities = math.sqrt(self.temperature) * noise.normal(part, torch.float64)
-        both = (positions, velocities) if self.position == 0 else (velocities, positions)
-        return torch.stack(both, dim=1).to(device=device, dtype=dtype or torch.get_default_dtype())
+        return torch.stack((positions, velocities) if self.position == 0 else (velocities, positions), dim=1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x, v) in nats, (batch,) in float64, for states (batch, 2, *event); -inf outside the domain."""
         x = checked_point(x, sides=2)
-        self._require_event(tuple(x.shape[1:]))
+        self.require_event(tuple(x.shape[1:]))
         positions, velocities = (x[:, i].double().reshape(len(x), -1) for i in (self.position, self.velocity))
         constant = 0.5 * math.log(2.0 * math.pi * self.temperature)
         of_velocity = -0.5 * velocities.square() / self.temperature - constant
         return self.of_position.log_prob(positions) + of_velocity.sum(1)
 
-    def _require_event(self, event: tuple[int, ...]) -> None:
+    def require_event(self, event: tuple[int, ...]) -> None:
         if event[0] != 2:
             raise DataError(f"this prior is of states (batch, 2, *event), position and velocity, not (batch, {event}).")
 

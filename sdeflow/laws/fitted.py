@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError
-from sdeflow.numerics.checks import checked_dtype, checked_point, checked_shape
+from sdeflow.laws.drawn import DrawnLaw
+from sdeflow.numerics.checks import checked_point
 from sdeflow.numerics.noise import NoiseStream
 
 __all__ = ["FittedPrior"]
@@ -24,7 +25,7 @@ _ROUNDS, _PROGRESS = 200, 1e-5  # of EM: the most rounds, and the gain in nats p
 _FLOOR = 1e-5  # of a component's variance, in units of the variance of all states
 
 
-class FittedPrior:
+class FittedPrior(DrawnLaw):
     """A mixture of Gaussians fitted to states by EM: of whole events of up to 8 numbers, else of each coordinate.
 
     Args:
@@ -52,29 +53,20 @@ class FittedPrior:
         self._weights, self._centres, self._roots = (torch.cat(part) for part in zip(*fits, strict=True))
         self.ks = self._distances(self._grouped(others.double()))
 
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        seed: int | torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Samples of the given ``shape`` (batch, *event)."""
-        shape, dtype = checked_shape(shape), checked_dtype(dtype)
-        self._require_event(shape[1:])
-        noise, (groups, _, size) = NoiseStream(seed, "prior"), self._centres.shape
+    def drawn(self, shape: tuple[int, ...], noise: NoiseStream) -> Tensor:
+        groups, _, size = self._centres.shape
         uniform = noise.uniform((shape[0], groups, 1), torch.float64)
         chosen = (uniform > self._weights.cumsum(1)[:, :-1]).sum(2)
         z = noise.normal((shape[0], groups, size), torch.float64)
         index = torch.arange(groups)
         u = self._centres[index, chosen] + (self._roots[index, chosen] @ z[..., None])[..., 0]
         x = self._mean[:, 0] + self._scale[:, 0] * u  # (batch, groups, size)
-        return x.mT.reshape(shape).to(device=device, dtype=dtype or torch.get_default_dtype())
+        return x.mT.reshape(shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
         x = checked_point(x, sides=2)
-        self._require_event(tuple(x.shape[1:]))
+        self.require_event(tuple(x.shape[1:]))
         u = (self._grouped(x.double().cpu()) - self._mean) / self._scale
         log_p = torch.logsumexp(_log_joint(u, self._weights, self._centres, self._roots), dim=2)
         return (log_p - self._scale.log().sum(2)).sum(0).to(x.device)
@@ -94,7 +86,7 @@ class FittedPrior:
         rank = torch.arange(1, n + 1, dtype=torch.float64)[:, None] / n
         return torch.maximum((cdf - rank).abs(), (cdf - rank + 1.0 / n).abs()).amax(1).mT.reshape(self.event)
 
-    def _require_event(self, event: tuple[int, ...]) -> None:
+    def require_event(self, event: tuple[int, ...]) -> None:
         if event != self.event:
             raise DataError(f"this prior is of states of shape {self.event}, not {event}.")
 

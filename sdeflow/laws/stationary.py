@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.laws.boltzmann import BoltzmannLaw
-from sdeflow.numerics.checks import checked_dtype, checked_point, checked_shape
+from sdeflow.laws.drawn import DrawnLaw
+from sdeflow.numerics.checks import checked_point
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.parameters import Declared, Values
@@ -218,7 +219,7 @@ class _Table:
         return 2.0 * f / g**2 * dx
 
 
-class StationaryLaw:
+class StationaryLaw(DrawnLaw):
     """The stationary law p ∝ exp(∫ 2 f / g²) / g² of an elementwise SDE; coordinates are independent.
 
     Attributes:
@@ -250,17 +251,9 @@ class StationaryLaw:
         log_p = self._potential(u) - 2.0 * g.abs().log() - self._log_z
         return torch.where(inside, log_p, -math.inf).flatten(1).sum(1)
 
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        seed: int | torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Independent draws of the given ``shape`` (batch, *event), by inversion of the distribution function."""
-        shape, dtype = checked_shape(shape), checked_dtype(dtype)
-        uniform = NoiseStream(seed, "prior").uniform(shape, torch.float64)
-        return self.quantile(uniform).to(device=device, dtype=dtype or torch.get_default_dtype())
+    def drawn(self, shape: tuple[int, ...], noise: NoiseStream) -> Tensor:
+        """By inversion of the distribution function."""
+        return self.quantile(noise.uniform(shape, torch.float64))
 
     def quantile(self, probability: Tensor) -> Tensor:
         """The quantile function, the inverse of :meth:`cdf`, in the shape of ``probability``, in float64."""
