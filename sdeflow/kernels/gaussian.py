@@ -155,9 +155,9 @@ class Kernel:
         return self.numbers.half_log_snr_rate(self._times(t))
 
     def bounded_log_snr(self, t: Tensor | float) -> Tensor:
-        """:meth:`half_log_snr` as solvers take it: at least ``FORGOTTEN``, but where it is a mean over coordinates.
+        """:meth:`half_log_snr` for solvers: not below ``FORGOTTEN``, except where it is a mean over coordinates.
 
-        Over a long horizon it falls by thousands, and alpha below the range of float64, while nothing is left to do.
+        Over a long horizon it falls by thousands, long after x_0 is forgotten, and alpha leaves the range of float64.
         """
         level = self.half_log_snr(t)
         return level if self.coupled or self.values.shape else level.clamp_min(FORGOTTEN)
@@ -396,7 +396,7 @@ class Kernel:
         return self.maps.scaling(self.of_state(std) if self.coupled and not std.ndim else std, x)
 
     def data_level(self, mean: Tensor, x: Tensor) -> Tensor | None:
-        """The data's mean in the basis, ready to be taken off states like ``x``; None where it is 0."""
+        """The data's mean in the basis, shaped to be subtracted from states like ``x``; None where it is 0."""
         if not mean.ndim and not float(mean):
             return None
         mean = mean.to(device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""What all kernels that are not Gaussian answer alike, so that callers need not ask of which kind one is."""
+"""What all kernels that are not Gaussian have in common, so that callers need not ask which kind a kernel is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotGaussian(ABC):
         gaussian: None; of a Gaussian kernel the kernel itself.
         exact: whether p(x_t | x_0) is known over any time, so that scores are learned from it.
         basis: None: only an affine SDE may be declared in a basis.
-        has_offset: False: there is no part of the mean to take off the state.
+        has_offset: False: no part of the mean is subtracted from the state.
     """
 
     declaration: Declaration
@@ -39,7 +39,7 @@ class NotGaussian(ABC):
 
     @property
     def also(self) -> str:
-        """What a refusal adds to the reason why there is no Gaussian kernel, in a clause."""
+        """A clause that errors add to the reason why there is no Gaussian kernel; empty by default."""
         return ""
 
     @property
@@ -52,7 +52,7 @@ class NotGaussian(ABC):
         raise self.declaration.not_affine(purpose, self.also)
 
     def require_event(self, event: tuple[int, ...]) -> None:  # noqa: B027 - any event is right by default
-        """Nothing: an event of any shape is taken."""
+        """Accepts an event of any shape."""
 
     def to_basis(self, x: Tensor) -> Tensor:
         """The state itself."""

@@ -99,7 +99,7 @@ class ScoreFunction(nn.Module):
         return self
 
     def of_batch(self, samples: int) -> Self:
-        """This score for a batch of ``samples`` samples, told before a solve.
+        """This score for a batch of ``samples`` samples; a solve calls it once, before anything else.
 
         Raises:
             DataError: where it holds conditions of another number of samples.
@@ -108,25 +108,25 @@ class ScoreFunction(nn.Module):
 
     @property
     def samples(self) -> int | None:
-        """For how many samples it holds conditions; None for any number."""
+        """The number of samples that it holds conditions for; None where it serves a batch of any size."""
         return None
 
     def conditions(self, x: Tensor) -> Tensor | None:
-        """Which samples of a batch x (batch, *event) have a condition in common: (batch,), the same number for those.
+        """The samples of a batch x (batch, *event) grouped by condition: (batch,), equal numbers for equal conditions.
 
-        None where all samples have the same score. By default, where :meth:`rows` gives another score, each sample has
-        a condition of its own.
+        None where all samples have the same score. By default that is where :meth:`rows` returns the score itself;
+        where it returns another one, each sample is a group of its own.
         """
         return None if self.rows(slice(0, len(x))) is self else torch.arange(len(x))
 
     @property
     def bare(self) -> object:
-        """The user's own score, beneath what a solve wraps around it. What is measured is kept as long as it lives."""
+        """The user's own score, without what a solve wraps around it. Pilot grids are kept for as long as it lives."""
         return self
 
     @property
     def wrapping(self) -> tuple:
-        """What is wrapped around :attr:`bare`, as a key: scores with the same ``bare`` and ``wrapping`` are equal."""
+        """A key of what is wrapped around :attr:`bare`: two scores with the same of both are equal."""
         return ()
 
     @property
@@ -186,7 +186,7 @@ class ScoreFunction(nn.Module):
 
 
 class Wrapping(ScoreFunction):
-    """A score made of another one, ``score``, sample by sample: what it is asked about samples, that one answers."""
+    """A score that changes another one, ``score``, sample by sample. Questions about samples are passed on to that."""
 
     def __init__(self, score: ScoreFunction) -> None:
         super().__init__(score)
@@ -235,11 +235,13 @@ class _Part(NamedTuple):
 class CallableScore(ScoreFunction):
     """Any function (x, t) -> ∇ log p_t(x) as a score. It sees x (batch, *event) and t (batch,).
 
-    A function may be tied to the n samples of its batch, because it holds a condition for each. It cannot be cut, so
-    where some of the samples are asked for, it is called with n states, of which only those count; samples that are
-    asked for m times take m calls. It counts as tied where it does not take a batch of another size, which is tried
-    once for each n. A function that takes any batch, and gives sample i what belongs to its own i-th condition, looks
-    like one without conditions and would be wrong in chunks: make it a :class:`ScoreFunction` with ``rows``.
+    A function may be tied to the n samples of its batch, because it holds a condition for each. Such a function cannot
+    be asked for some of the samples: it is called with n states, and the other values are dropped. A sample that is
+    asked for m times takes m calls. A function counts as tied if it fails for a batch of another size; this is tried
+    once for each n.
+
+    A function that takes any batch, but has a condition for sample i, is not recognised, and is wrong where a solve is
+    cut into chunks. Make it a :class:`ScoreFunction` with ``rows``.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], sde: DeclaredSDE) -> None:

@@ -126,13 +126,13 @@ class Score(ScoreFunction):
             )
 
     def set_data_moments(self, mean: Tensor | float, std: Tensor | float) -> None:
-        """Declares the data's mean and standard deviation, whatever they were."""
+        """Sets the data's mean and standard deviation, also where they were declared before."""
         mean, std = (checked_finite(checked_numbers(v, name), name) for v, name in ((mean, "mean"), (std, "std")))
         self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
         self.moments_known = torch.ones_like(self.moments_known)
 
     def measure(self, mean: Tensor | float, std: Tensor | float) -> None:
-        """Takes the moments of the training data, where none are known; one that was declared stays."""
+        """Sets those moments of the data that were not declared to the ones given, measured on the training data."""
         if not bool(self.moments_known):
             declared = zip(self._declared, (self.data_mean, self.data_std), (mean, std), strict=True)
             self.set_data_moments(*(given if stays else measured for stays, given, measured in declared))

@@ -101,7 +101,7 @@ class Batches:
             iterator = iter(loader)
 
     def fingerprint(self) -> list:
-        """What JSON can hold of the data, to tell other data from the same: shape and moments of some samples."""
+        """Shape and moments of some samples, as JSON holds them: a resumed run compares them with its own data."""
         x = self.first.double()
         return [*self.first.shape, float(f"{float(x.mean()):.9g}"), float(f"{float(x.std(correction=0)):.9g}")]
 

@@ -109,7 +109,8 @@ def fit(
         schedule: "cosine" to zero, "constant", or a function of the fraction of steps done: a factor of the learning
             rates, after a warm-up over the first 2 % of the steps. None is "cosine" for Adam, none for another.
         ema: the decay of the average, reached gradually.
-        clip: the largest norm of the gradient of the loss over its value at an error of eps of unit variance.
+        clip: the largest norm of the gradient. Before it is taken, the loss is divided by its value at an error of eps
+            of unit variance.
         seed: of the order, the times and the noise; the global random state is left as it was.
         out: a folder for checkpoints.
         resume: whether to go on from the newest checkpoint in ``out``, if there is one.

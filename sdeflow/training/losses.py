@@ -13,9 +13,9 @@ An SDE without a Gaussian kernel gives pairs (x_t, target), the target with the 
 of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated path (:mod:`sdeflow.solving.simulate`).
 Then
 
-    L = E ‖rootᵀ (s(x_t, t) - target)‖²,    root a function of (x_t, t) alone,
+    L = E ‖rootᵀ (s(x_t, t) - target)‖²,    root a function of (x_t, t) alone.
 
-for with a weight that knew x_0, such as the kernel's own standard deviation, the minimiser would be
+The weight must not depend on x_0, as the kernel's own standard deviation does. The minimiser would then be
 E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
 
 **Where paths reach an end of the domain** (a square-root process of dimension delta < 2, a Jacobi process with A or

@@ -199,7 +199,7 @@ def drawn_steps(
     done: int,
     accelerator: Accelerator,
 ) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
-    """The batch of each step from ``done`` on, what its samples count and their labels; global generators are seeded.
+    """The batch of each step from ``done`` on, its samples' weights and labels; global generators are seeded.
 
     A block of steps is drawn at once, and from its first step whatever ``done`` is, so that it never differs.
     """

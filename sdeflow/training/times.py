@@ -1,7 +1,7 @@
 r"""Where training looks: densities p(t) of times on [cutoff, T], drawn in strata.
 
-The objective of a weighting is c ∫ L(t) dt (:mod:`sdeflow.training.weightings`). A time drawn from p(t) counts L(t) /
-p(t), so that p changes the variance alone.
+The objective of a weighting is c ∫ L(t) dt (:mod:`sdeflow.training.weightings`). The loss at a time drawn from p(t) is
+divided by p(t), so that p changes the variance alone.
 
 ==============  ====================================================================================================
 "t"             uniform in t
@@ -107,7 +107,7 @@ class TimeLaw:
 
 
 class WeightedTimes:
-    """Times of training steps, each with what its loss counts.
+    """Times of training steps, each with the weight of its loss.
 
     Args:
         times: a name or a density.

@@ -128,8 +128,8 @@ class Objective(ABC):
 
         Each sample is used once, at its own time of n strata and with its own noise. These depend on the seed and the
         batch size alone, so that two scores are compared at the same draws. With v_i the samples' losses in the order
-        of their times, the squared standard error is Σ (v_{i+1} - v_i)² / (2 (n - 1) n), to which the spread of the
-        losses over the strata does not count.
+        of their times, the squared standard error is Σ (v_{i+1} - v_i)² / (2 (n - 1) n). It leaves out how the loss
+        varies with time, which strata remove from the error.
 
         Args:
             score: any score of an SDE that the objective serves.
