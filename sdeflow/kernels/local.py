@@ -41,12 +41,11 @@ _SINGULAR = 1e-6  # of a pivot, relative to the component's standard deviation
 _FIRST = 1e-3  # of the horizon: the first time that is visited where P0 = 0 and none was declared
 
 UNKNOWN = frozenset({
-    "alpha", "offset", "mean", "var", "std", "log_snr", "rules", "shown", "moments", "sample", "advance", "transition",
-    "log_prob", "score", "marginal", "lift", "path", "scale", "data_level", "of_state", "equation", "coefficients",
-    "sde_coefficients", "numbers", "components", "half_log_snr", "half_log_snr_rate", "bounded_log_snr", "time_of",
+    "mean", "var", "std", "rules", "shown", "moments", "sample", "advance", "transition", "log_prob", "score", "lift",
+    "path", "scale", "data_level", "of_state", "equation", "numbers", "components", "bounded_log_snr",
     "log_snr_falls", "require_times", "times_for", "inner", "reduction", "transport", "restore", "restore_inside",
-    "line_moments", "line_score", "pushed_moments", "pushed_log_prob", "pearson", "family", "shape", "ends", "attained",
-    "unbounded", "damping", "require_inside", "pinned",
+    "line_moments", "line_score", "pushed_moments", "pushed_log_prob", "pearson", "family", "shape", "ends",
+    "attained", "unbounded", "damping", "require_inside", "pinned",
 })  # fmt: skip
 """What exact kernels tell, and a :class:`LocalKernel` cannot."""
 

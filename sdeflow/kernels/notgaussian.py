@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NoReturn
+from typing import NoReturn, overload
 
 from torch import Tensor
+from typing_extensions import Self
 
 from sdeflow.numerics.parameters import Values
 from sdeflow.symbolic.declaration import Declaration
@@ -13,8 +14,27 @@ from sdeflow.symbolic.declaration import Declaration
 __all__ = ["NotGaussian", "present_only"]
 
 
+class _GaussianOnly:
+    """An attribute of Gaussian kernels: asked of another, it raises the error that says why the kernel is none."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, kernel: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, kernel: NotGaussian, owner: type) -> NoReturn: ...
+
+    def __get__(self, kernel: NotGaussian | None, owner: type) -> Self:
+        return self if kernel is None else kernel.require_gaussian(f"kernel.{self.name}")
+
+
 class NotGaussian(ABC):
     """A kernel that is not Gaussian: solvers carry the state itself, not centred and in no basis.
+
+    What users may ask of a Gaussian kernel alone (``alpha``, ``half_log_snr``, ...) raises a
+    :class:`~sdeflow.errors.NotAffineError`.
 
     Attributes:
         declaration: dx = f dt + g dw.
@@ -31,6 +51,10 @@ class NotGaussian(ABC):
     exact = True
     basis: None = None
     has_offset = False
+
+    alpha, offset, log_snr, marginal = _GaussianOnly(), _GaussianOnly(), _GaussianOnly(), _GaussianOnly()
+    coefficients, sde_coefficients = _GaussianOnly(), _GaussianOnly()
+    half_log_snr, half_log_snr_rate, time_of = _GaussianOnly(), _GaussianOnly(), _GaussianOnly()
 
     @property
     @abstractmethod

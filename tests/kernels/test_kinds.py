@@ -56,6 +56,14 @@ def test_a_local_kernel_refuses_all_that_exact_kernels_tell():
         local.alfa  # noqa: B018
 
 
+@pytest.mark.parametrize("kind", ["reducible", "pearson", "general"])
+def test_what_gaussian_kernels_alone_tell_is_refused_with_the_reason(kind):
+    kernel = KINDS[kind][0]().kernel
+    for name in ("alpha", "offset", "log_snr", "half_log_snr", "half_log_snr_rate", "time_of", "coefficients"):
+        with pytest.raises(NotAffineError, match=rf"kernel\.{name}: .*no Gaussian perturbation kernel"):
+            getattr(kernel, name)
+
+
 def test_a_local_kernel_knows_short_steps():
     """Of dx = -sin(x) dt + dw the law of a step is that of the SDE linearised there, by hand."""
     kernel = SDE(-sp.sin(x), 1).kernel
