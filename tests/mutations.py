@@ -311,7 +311,7 @@ MUTATIONS = (
     _m("form at present values for a tensor", "kernels/reducible.py",
        "if found.at_values and values.tensors else found",
        "if False else found", (), ("tests/kernels/test_pearson.py", "-k", "tensor_parameter")),
-    _m("what a local kernel cannot tell", "kernels/local.py", '"bounded_log_snr", "time_of",', '"bounded_log_snr",', (),
+    _m("what a local kernel cannot tell", "kernels/local.py", '"numbers", "components",', '"numbers",', (),
        ("tests/kernels/test_kinds.py",)),
     _m("refusals lost with the cutoff", "kernels/local.py", "LocalKernel(declaration, self.values, self.refusals)",
        "LocalKernel(declaration, self.values)", (), ("tests/kernels/test_kinds.py",)),

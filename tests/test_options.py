@@ -335,7 +335,7 @@ TABLE = {
         "steps": ({}, {"steps": 5}),
         "seed": ({}, {"seed": 1}),
     }),
-    "SDE.fit_prior": (SDE.fit_prior, None, {"n": "as fit_prior", "seed": "as fit_prior"}),
+    "SDE.fit_prior": (SDE.fit_prior, None, dict.fromkeys(("n", "components", "steps", "seed"), "as fit_prior")),
     "ReverseSDE.sample": (ReverseSDE.sample, stochastic, {
         **CONFIGURED, **DENOISED, **OF_STATE,
         "solver": ({"steps": 4}, {"solver": "euler"}),
@@ -494,6 +494,9 @@ TABLE = {
     }),
     "Kernel.transition": (Kernel.transition, lambda **o: SDE(-x, 1, P0=0.5).kernel.transition(
         X, 0.0, 0.5, **o).sigma.values, {
+        "exactly": ({}, {"exactly": True}),
+    }),
+    "Bridge.law": (Bridge.law, lambda **o: SDE(-x, 1, P0=0.5).bridge(0.3).law(X, 0.0, 0.5, **o)[0], {
         "exactly": ({}, {"exactly": True}),
     }),
     "Bridge.sample": (Bridge.sample, lambda **o: ou().bridge(0.3).sample(X, 0.5, **o), {
@@ -732,7 +735,7 @@ def test_the_table_holds_every_public_name():
 FORWARDED = {
     "FlowODE.log_prob": "log_prob", "FlowODE.data_log_prob": "data_log_prob", "FlowODE.bits_per_dim": "bits_per_dim",
     "FlowODE.interpolate": "FlowODE.encode", "FlowODE.round_trip_error": "FlowODE.encode", "ReverseSDE.elbo": "elbo",
-    "ReverseSDE.kl_bound": "kl_bound", "SDE.simulate": "simulate", "SDE.fit_prior": "fit_prior",
+    "ReverseSDE.kl_bound": "kl_bound", "SDE.simulate": "simulate",
     "data_log_prob": "log_prob", "bits_per_dim": "log_prob", "Exponential.along": "Exponential",
     "SDE.with_params": None,
 }  # fmt: skip
