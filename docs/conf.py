@@ -2,6 +2,8 @@
 
 import re
 
+from sphinx.pycode.parser import VariableCommentPicker
+
 from sdeflow import __version__
 
 project = "sdeflow"
@@ -25,6 +27,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True  # attributes as fields: they need no separate index entries
 python_maximum_signature_line_length = 100
+# Where a function has overloads, the signature of the function itself is shown: it lists every option.
+VariableCommentPicker.is_overload = lambda self, decorators: False
 
 # `sphinx -b doctest docs docs/_build` runs every >>> on the pages.
 doctest_global_setup = "import torch; from sdeflow.nets import UNet; torch.set_num_threads(1)"

@@ -5,40 +5,51 @@ r"""The reverse-time SDE and the probability-flow ODE of a declaration, bound to
 Both carry noise at t = T to data at t = cutoff with the same marginals. They print as equations, give
 their ``drift`` and ``diffusion`` as SymPy, and solve themselves once they have a score. A sample at the
 cutoff follows the model whose density ``FlowODE.log_prob`` measures; ``denoise=True`` replaces it by
-E[x_0 | x], which looks cleaner and has another law. What a solve may do beside is in :mod:`sdeflow.solving.run`.
+E[x_0 | x], which looks cleaner and has another law.
+
+``solve`` returns a :class:`~sdeflow.solving.solution.Solution`; ``sample``, ``encode`` and ``decode`` take the same
+options (:mod:`sdeflow.solving.options`) and return its tensors alone.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import sympy as sp
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError
-from sdeflow.likelihood import LogProb, bits_per_dim, data_log_prob, log_prob
-from sdeflow.likelihood.bounds import Elbo, KLBound, elbo, kl_bound
-from sdeflow.numerics.brownian import BrownianPath
-from sdeflow.numerics.checks import checked_count, checked_dtype, checked_shape
+from sdeflow.errors import DataError, OptionError
+from sdeflow.likelihood import LogProb, bits, measure
+from sdeflow.likelihood.bounds import BoundOptions, Elbo, ElboOptions, KLBound, elbo, kl_bound
+from sdeflow.likelihood.options import BitsOptions, DataOptions, LogProbOptions
+from sdeflow.numerics.checks import checked_count, checked_dtype, checked_flag, checked_shape
 from sdeflow.numerics.noise import resolve_seed
+from sdeflow.numerics.options import takes
 from sdeflow.scores import DeclaredSDE, ScoreFunction
-from sdeflow.scores.thresholded import Threshold
-from sdeflow.solvers import Exponential, Grid, Solver, resolve
+from sdeflow.solvers import Exponential, Solver, resolve
 from sdeflow.solving.gradients import is_meant
 from sdeflow.solving.latents import spherical
 from sdeflow.solving.model import Model
+from sdeflow.solving.options import DrawOptions, NoiseOptions, Options, WayOptions
 from sdeflow.solving.pilot import Pilot, pilot
 from sdeflow.solving.prior_of import Prior
-from sdeflow.solving.run import Answer, Callback, Options, field, run
+from sdeflow.solving.run import field, run
+from sdeflow.solving.solution import Answer, Solution
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs, Unpack
 
 __all__ = ["FlowODE", "ReverseSDE"]
 
-Seed = int | torch.Generator | None
 AnyScore = ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None
+AnySolver = str | Solver | None
+Shape = tuple[int, ...]
+No = Literal[False]
+Yes = Literal[True]
 
 
 class _Bound:
@@ -65,8 +76,8 @@ class _Bound:
 
     def pilot(
         self,
-        event: tuple[int, ...],
-        solver: str | Solver | None = None,
+        event: Shape,
+        solver: AnySolver = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Pilot:
@@ -84,25 +95,17 @@ class _Bound:
     def _repr_latex_(self) -> str:
         return self.equation._repr_latex_()
 
-    def _field(self, event: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    def _field(self, event: Shape, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
         return field(self.model, self.equation, event, dtype)
 
-    def _drawn(
-        self,
-        shape: tuple[int, ...],
-        options: Options,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        seed: int,
-        noisy: bool,
-    ) -> Answer:
+    def _drawn(self, shape: Shape, options: Options, noisy: bool) -> Solution:
         """Solved from draws of the prior, with noise on the way where it is ``noisy``."""
-        model = self.model.of_batch(checked_shape(shape)[0])
-        dtype = checked_dtype(dtype) or model.state_dtype
+        seed, model = resolve_seed(options.seed), self.model.of_batch(checked_shape(shape)[0])
+        dtype = checked_dtype(options.dtype) or model.state_dtype
 
         def start() -> Tensor:
-            x = model.initial_state(shape, seed, dtype, device)
+            x = model.initial_state(shape, seed, dtype, options.device)
             model.require_dtype(x)
             return x
 
@@ -121,77 +124,12 @@ class ReverseSDE(_Bound):
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
         super().__init__(reverse_time(sde.declaration), Model.of(sde, score, prior))
 
-    @overload
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        noise: BrownianPath | None = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: Literal[False] = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: Literal[False] = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        noise: BrownianPath | None = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Answer: ...
-
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        noise: BrownianPath | None = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Answer:
-        """Samples at t = cutoff, by simulating the reverse SDE from the prior.
+    @takes(NoiseOptions, Options)
+    def solve(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[NoiseOptions],
+    ) -> Solution:  # fmt: skip
+        """Solves the reverse SDE from draws of the prior to t = cutoff.
 
         Args:
             shape: (batch, *event).
@@ -199,50 +137,59 @@ class ReverseSDE(_Bound):
                 :func:`sdeflow.solving.plan.default_solver`.
             steps: of a solver of fixed steps; without a solver, the number of calls of the score, which has a default.
                 A solver that is given a tensor for ``grid`` may do without: it takes the steps between its times.
-            seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
-            noise: a :class:`~sdeflow.BrownianPath` to follow, for solves of one path in different steps; ``seed`` is
-                then that of the prior's draw alone.
-            rtol, atol: without ``steps``, tolerances of an adaptive solve.
-            grid: the variable in which steps are uniform: "angle", "log_snr", "karras", "t" or "pilot", measured once
-                for a score (:mod:`sdeflow.solving.pilot`); by default what the solver prefers, or else the angle. A
-                tensor of times, rising or falling, means steps in t between exactly these.
-            max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
-            trajectory: whether to return (states, times) instead, the state after each step and its time: states
-                (steps + 1, batch, *event) from t = T to the cutoff, both included, and times (steps + 1,) in float64.
-            callback: called as callback(step, t, x) after each step, step counting from 1, with a copy of the state
-                (batch, *event); with chunks, through all steps of each chunk in turn. What it returns is ignored, and
-                what it raises ends the solve.
-            denoise: whether to return E[x_0 | x] in place of the state at the end (Tweedie).
-            return_denoised: whether to return E[x_0 | x_t] of each state returned as well, shaped alike, as the last of
-                a tuple. A call of the score for each, which is not counted among the solver's.
-            threshold: keeps E[x_0 | x_t] in range on the way: (low, high) clips it, a quantile in (0, 1) is Imagen's
-                dynamic rule for data in [-1, 1]; for other data pass a :class:`~sdeflow.scores.thresholded.Thresholded`
-                score yourself.
-            chunk: how many samples to solve at once; by default all, up to 2^24 elements. Solvers that choose steps for
-                the whole batch take no chunks.
-            progress: a progress bar; None shows it on a terminal only.
-            dtype, device: of the state; by default the score's.
-
-        Returns:
-            x (batch, *event), or (x, denoised), (states, times), (states, times, denoised), as asked for.
+            trajectory: whether to keep the state after each step and its time.
+            denoise: whether E[x_0 | x] takes the place of the state at the end (Tweedie).
+            return_denoised: whether to find E[x_0 | x_t] of each state returned as well. It takes a call of the score
+                for each, beside those of the solver.
+            options: see :class:`~sdeflow.solving.options.NoiseOptions`.
 
         Raises:
+            OptionError: for an option of another name.
             TypeError, ValueError: for an option that makes no sense, or does not fit the solver or the SDE.
             NotAffineError: for denoised predictions of an SDE without a Gaussian kernel.
             SolverError: where the solve went wrong, with the time, calls and samples.
         """
-        options = Options(
-            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
-            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
-            progress=progress, noise=noise,
-        )  # fmt: skip
-        return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=True)
+        asked = Options(solver, steps, trajectory, denoise, return_denoised, **options)
+        return self._drawn(shape, asked, noisy=True)
 
-    def elbo(self, x: Tensor, **options: object) -> Elbo:
+    @overload
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: No = False,
+        denoise: bool = False, return_denoised: No = False, **options: Unpack[NoiseOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[NoiseOptions],
+    ) -> Answer: ...  # fmt: skip
+
+    @takes(NoiseOptions, Options)
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[NoiseOptions],
+    ) -> Answer:  # fmt: skip
+        """Samples at t = cutoff: what :meth:`solve` finds, as tensors.
+
+        Args:
+            shape: (batch, *event).
+            solver, steps, trajectory, denoise, return_denoised, options: as of :meth:`solve`.
+
+        Returns:
+            x (batch, *event), or as asked for (x, denoised), (states, times), (states, times, denoised): states
+            (steps + 1, batch, *event) from t = T to the cutoff, both included, their times (steps + 1,) in float64, and
+            denoised predictions shaped as the states.
+        """
+        asked = Options(solver, steps, trajectory, denoise, return_denoised, **options)
+        return self._drawn(shape, asked, noisy=True).asked_for
+
+    @takes(ElboOptions, elbo)
+    def elbo(self, x: Tensor, **options: Unpack[ElboOptions]) -> Elbo:
         """A lower bound on log p of this SDE's samples, in nats; see :func:`sdeflow.likelihood.bounds.elbo`."""
         return elbo(self.model, x, **options)
 
-    def kl_bound(self, data: Tensor, score_of_data: AnyScore = None, **options: object) -> KLBound:
+    @takes(BoundOptions, kl_bound)
+    def kl_bound(self, data: Tensor, score_of_data: AnyScore = None, **options: Unpack[BoundOptions]) -> KLBound:
         """An upper bound on KL(data || this SDE's samples), in nats; see :func:`sdeflow.likelihood.bounds.kl_bound`."""
         return kl_bound(self.model, data, score_of_data, **options)
 
@@ -259,196 +206,112 @@ class FlowODE(_Bound):
     def __init__(self, sde: DeclaredSDE, score: AnyScore = None, prior: Prior | None = None) -> None:
         super().__init__(probability_flow(sde.declaration), Model.of(sde, score, prior))
 
-    @overload
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        denoise: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        max_calls: int | None = None,
-        trajectory: Literal[False] = False,
-        callback: Callback | None = None,
-        return_denoised: Literal[False] = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        denoise: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-    ) -> Answer: ...
-
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        seed: Seed = None,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        denoise: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        progress: bool | None = None,
-    ) -> Answer:
-        """Samples at t = cutoff: :meth:`decode` of draws from the prior, with its options."""
-        options = Options(
-            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
-            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
-            progress=progress,
-        )  # fmt: skip
-        return self._drawn(shape, options, dtype, device, resolve_seed(seed), noisy=False)
-
-    @overload
-    def decode(
-        self,
-        z: Tensor,
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: Literal[False] = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: Literal[False] = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        gradient: str | None = None,
-        progress: bool | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self,
-        z: Tensor,
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        gradient: str | None = None,
-        progress: bool | None = None,
-    ) -> Answer: ...
-
-    def decode(
-        self,
-        z: Tensor,
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        denoise: bool = False,
-        return_denoised: bool = False,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        gradient: str | None = None,
-        progress: bool | None = None,
-    ) -> Answer:
-        """x at t = cutoff from z = x_T, shaped as z.
+    @takes(DrawOptions, Options)
+    def solve(
+        self, z: Shape | Tensor, solver: AnySolver = None, steps: int | None = None, *, encode: bool = False,
+        trajectory: bool = False, denoise: bool = False, return_denoised: bool = False, gradient: str | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> Solution:  # fmt: skip
+        """Solves the flow from z = x_T to t = cutoff, or with ``encode`` the other way.
 
         Args:
-            z: (batch, *event).
+            z: (batch, *event); or the shape of draws from the prior.
             solver: a name that ``sdeflow.solvers.names_for("ode")`` lists, or a solver object; by default dopri5, and
                 with ``steps`` that of :func:`sdeflow.solving.plan.default_solver`.
             steps: of a solver of fixed steps; without a solver, the number of calls of the score.
-            rtol, atol: of an adaptive method, per sample; 1e-5 by default.
-            grid, max_calls, trajectory, callback, denoise, return_denoised, threshold, chunk, progress: as
-                :meth:`ReverseSDE.sample`. The steps of an adaptive method are those it accepted.
-            gradient: "backprop" for a result that can be differentiated in z and in the parameters of the score,
-                exactly through the steps taken, which keeps the graph of every call. By default where z requires grad;
-                parameters alone have to be meant.
-
-        Returns:
-            As :meth:`ReverseSDE.sample`.
+            encode: whether ``z`` is a state x at t = cutoff, and x_T is to be found.
+            trajectory: whether to keep the state after each step and its time; of an adaptive method, after each step
+                that it accepted.
+            denoise, return_denoised: as of :meth:`ReverseSDE.solve`; not with ``encode``.
+            gradient: see :class:`~sdeflow.solving.options.WayOptions`; of a given state.
+            options: see :class:`~sdeflow.solving.options.DrawOptions`; ``seed``, ``dtype`` and ``device`` are of draws.
 
         Raises:
             DataError: for a state that is not a finite floating tensor (batch, *event).
-            TypeError, ValueError, SolverError: as :meth:`ReverseSDE.sample`.
+            OptionError: for an option of another name, or one that is of draws alone or of states alone.
+            TypeError, ValueError, SolverError: as :meth:`ReverseSDE.solve`.
             ValueError, ScoreError: where a gradient is asked for and cannot be had.
         """
-        options = Options(
-            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
-            callback=callback, denoise=denoise, return_denoised=return_denoised, threshold=threshold, chunk=chunk,
-            progress=progress, gradient=gradient,
-        )  # fmt: skip
-        return self._transported(z, options, backward=True)
+        asked = Options(solver, steps, trajectory, denoise, return_denoised, gradient=gradient, **options)
+        checked_flag(encode, "encode")
+        if _is_shape(z):
+            _refused("draws from the prior", encode=encode, gradient=gradient)
+            return self._drawn(z, asked, noisy=False)
+        _refused("a given state", seed=asked.seed, dtype=asked.dtype, device=asked.device)
+        if encode:
+            _refused("encoding", denoise=denoise, return_denoised=return_denoised)
+        return self._transported(z, asked, backward=not encode)
 
+    @overload
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: No = False,
+        denoise: bool = False, return_denoised: No = False, **options: Unpack[DrawOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[DrawOptions],
+    ) -> Answer: ...  # fmt: skip
+
+    @takes(DrawOptions, Options)
+    def sample(
+        self, shape: Shape, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[DrawOptions],
+    ) -> Answer:  # fmt: skip
+        """Samples at t = cutoff: :meth:`decode` of draws from the prior (batch, *event).
+
+        For the options see :meth:`solve`; what is returned is as of :meth:`ReverseSDE.sample`.
+        """
+        asked = Options(solver, steps, trajectory, denoise, return_denoised, **options)
+        return self._drawn(shape, asked, noisy=False).asked_for
+
+    @overload
+    def decode(
+        self, z: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: No = False,
+        denoise: bool = False, return_denoised: No = False, **options: Unpack[WayOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def decode(
+        self, z: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[WayOptions],
+    ) -> Answer: ...  # fmt: skip
+
+    @takes(WayOptions, Options)
+    def decode(
+        self, z: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        denoise: bool = False, return_denoised: bool = False, **options: Unpack[WayOptions],
+    ) -> Answer:  # fmt: skip
+        """x at t = cutoff from z = x_T, shaped as z: what :meth:`solve` finds, as tensors.
+
+        For the arguments see :meth:`solve`, and :class:`~sdeflow.solving.options.WayOptions`; what is returned is as of
+        :meth:`ReverseSDE.sample`.
+        """
+        asked = Options(solver, steps, trajectory, denoise, return_denoised, **options)
+        return self._transported(z, asked, backward=True).asked_for
+
+    @overload
     def encode(
-        self,
-        x: Tensor,
-        solver: str | Solver | None = None,
-        steps: int | None = None,
-        *,
-        rtol: float | None = None,
-        atol: float | None = None,
-        grid: Grid = None,
-        max_calls: int | None = None,
-        trajectory: bool = False,
-        callback: Callback | None = None,
-        threshold: Threshold | None = None,
-        chunk: int | None = None,
-        gradient: str | None = None,
-        progress: bool | None = None,
-    ) -> Answer:
-        """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`; times increase."""
-        options = Options(
-            solver, steps, rtol=rtol, atol=atol, grid=grid, max_calls=max_calls, trajectory=trajectory,
-            callback=callback, threshold=threshold, chunk=chunk, progress=progress, gradient=gradient,
-        )  # fmt: skip
-        return self._transported(x, options, backward=False)
+        self, x: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: No = False,
+        **options: Unpack[WayOptions],
+    ) -> Tensor: ...  # fmt: skip
 
-    def _transported(self, x: Tensor, options: Options, *, backward: bool) -> Answer:
+    @overload
+    def encode(
+        self, x: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        **options: Unpack[WayOptions],
+    ) -> Answer: ...  # fmt: skip
+
+    @takes(WayOptions, Options)
+    def encode(
+        self, x: Tensor, solver: AnySolver = None, steps: int | None = None, *, trajectory: bool = False,
+        **options: Unpack[WayOptions],
+    ) -> Answer:  # fmt: skip
+        """z = x_T from x at t = cutoff, shaped as x, not whitened. Arguments as :meth:`decode`; times increase."""
+        return self._transported(x, Options(solver, steps, trajectory, **options), backward=False).asked_for
+
+    def _transported(self, x: Tensor, options: Options, *, backward: bool) -> Solution:
         """The flow between T and cutoff, from x on."""
         x = self.model.states(x, "z" if backward else "x")
         graph = is_meant(options.gradient, x)
@@ -456,21 +319,26 @@ class FlowODE(_Bound):
             self.model.of_batch(len(x)), self.equation, lambda: x, x.dtype, options, backward=backward, graph=graph
         )
 
-    def round_trip_error(self, x: Tensor, solver: str | Solver | None = None, **options: object) -> Tensor:
+    @takes(WayOptions, Options)
+    def round_trip_error(
+        self, x: Tensor, solver: AnySolver = None, steps: int | None = None, **options: Unpack[WayOptions]
+    ) -> Tensor:
         """How far decode(encode(x)) is from x in each sample, (batch,): the root mean square over the event.
 
         Args:
             x: (batch, *event).
-            solver: of both ways, with the ``options`` of :meth:`encode`.
+            solver, steps, options: of both ways, as of :meth:`encode`.
         """
         x = self.model.states(x)
-        there = self.encode(x, solver, **options)
-        back = self.decode(there, solver, **options)
+        there = self.encode(x, solver, steps, **options)
+        back = self.decode(there, solver, steps, **options)
         return (back - x).double().flatten(1).square().mean(1).sqrt()
 
+    @takes(WayOptions, Options)
     def interpolate(
-        self, x_a: Tensor, x_b: Tensor, points: int = 9, solver: str | Solver | None = None, **options: object
-    ) -> Tensor:
+        self, x_a: Tensor, x_b: Tensor, points: int = 9, solver: AnySolver = None, steps: int | None = None,
+        **options: Unpack[WayOptions],
+    ) -> Tensor:  # fmt: skip
         """States from x_a to x_b along the sphere of the prior, (points, batch, *event), both ends included.
 
         Both are encoded, whitened by the Gaussian prior, interpolated by :func:`sdeflow.solving.latents.spherical` and
@@ -479,7 +347,7 @@ class FlowODE(_Bound):
         Args:
             x_a, x_b: (batch, *event) each, at t = cutoff.
             points: how many, at least 2.
-            solver: of both ways, with the ``options`` of :meth:`encode`.
+            solver, steps, options: of both ways, as of :meth:`encode`.
 
         Raises:
             DataError: for states of different shapes.
@@ -490,9 +358,9 @@ class FlowODE(_Bound):
         if x_a.shape != x_b.shape:
             raise DataError(f"x_a is {tuple(x_a.shape)} and x_b {tuple(x_b.shape)}: they must be of one shape.")
         model, rows = self.model.of_batch(len(x_a)), torch.arange(len(x_a))
-        ends = self._of(model.rows(rows.repeat(2))).encode(torch.cat([x_a, x_b]), solver, **options)
-        path = spherical(model.prior_for(x_a), *ends.chunk(2), points)
-        x = self._of(model.rows(rows.repeat(points))).decode(path.flatten(0, 1), solver, **options)
+        z = self._of(model.rows(rows.repeat(2))).encode(torch.cat([x_a, x_b]), solver, steps, **options)
+        path = spherical(model.prior_for(x_a), z[: len(x_a)], z[len(x_a) :], points)
+        x = self._of(model.rows(rows.repeat(points))).decode(path.flatten(0, 1), solver, steps, **options)
         return x.reshape(path.shape)
 
     def latent_log_prob(self, z: Tensor) -> Tensor:
@@ -506,26 +374,52 @@ class FlowODE(_Bound):
         other.model = model
         return other
 
-    @overload
-    def log_prob(self, x: Tensor, *, full: Literal[False] = False, **options: object) -> Tensor: ...
+    @takes(LogProbOptions, measure.log_prob)
+    def likelihood(self, x: Tensor, **options: Unpack[LogProbOptions]) -> LogProb:
+        """log p(x) in nats with its error budget: :func:`sdeflow.likelihood.log_prob` with ``full``."""
+        return measure.likelihood(self.model, self.equation, x, **options)
 
     @overload
-    def log_prob(self, x: Tensor, *, full: Literal[True], **options: object) -> LogProb: ...
+    def log_prob(self, x: Tensor, *, full: No = False, **options: Unpack[LogProbOptions]) -> Tensor: ...
 
-    def log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
+    @overload
+    def log_prob(self, x: Tensor, *, full: Yes, **options: Unpack[LogProbOptions]) -> LogProb: ...
+
+    @takes(LogProbOptions, measure.log_prob)
+    def log_prob(self, x: Tensor, *, full: bool = False, **options: Unpack[LogProbOptions]) -> Tensor | LogProb:
         """log p(x) in nats, (batch,) in float64; see :func:`sdeflow.likelihood.log_prob` for the options."""
-        return log_prob(self.model, self.equation, x, **options)
+        return measure.log_prob(self.model, self.equation, x, full=full, **options)
 
     @overload
-    def data_log_prob(self, x: Tensor, *, full: Literal[False] = False, **options: object) -> Tensor: ...
+    def data_log_prob(self, x: Tensor, *, full: No = False, **options: Unpack[DataOptions]) -> Tensor: ...
 
     @overload
-    def data_log_prob(self, x: Tensor, *, full: Literal[True], **options: object) -> LogProb: ...
+    def data_log_prob(self, x: Tensor, *, full: Yes, **options: Unpack[DataOptions]) -> LogProb: ...
 
-    def data_log_prob(self, x: Tensor, **options: object) -> Tensor | LogProb:
+    @takes(DataOptions, measure.data_log_prob)
+    def data_log_prob(self, x: Tensor, *, full: bool = False, **options: Unpack[DataOptions]) -> Tensor | LogProb:
         """A lower bound on log p of the data component; see :func:`sdeflow.likelihood.data_log_prob`."""
-        return data_log_prob(self.model, self.equation, x, **options)
+        return measure.data_log_prob(self.model, self.equation, x, full=full, **options)
 
-    def bits_per_dim(self, images: Tensor, *, levels: int, low: float, high: float, **options: object) -> Tensor:
+    @overload
+    def bits_per_dim(self, images: Tensor, *, full: No = False, **options: Unpack[BitsOptions]) -> Tensor: ...
+
+    @overload
+    def bits_per_dim(self, images: Tensor, *, full: Yes, **options: Unpack[BitsOptions]) -> LogProb: ...
+
+    @takes(BitsOptions, bits.bits_per_dim)
+    def bits_per_dim(self, images: Tensor, *, full: bool = False, **options: Unpack[BitsOptions]) -> Tensor | LogProb:
         """Bits per dimension of integer images, (batch,); see :func:`sdeflow.likelihood.bits_per_dim`."""
-        return bits_per_dim(self.model, self.equation, images, levels=levels, low=low, high=high, **options)
+        return bits.bits_per_dim(self.model, self.equation, images, full=full, **options)
+
+
+def _is_shape(z: Shape | Tensor) -> TypeIs[Shape]:
+    """Whether z is the shape of a state; a list or tuple of integers alone is never a state."""
+    return isinstance(z, tuple | list) and all(isinstance(n, int) for n in z)
+
+
+def _refused(what: str, **given: object) -> None:
+    """An OptionError for the first option that was given although it means nothing for ``what``."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise OptionError(f"{name} means nothing for {what}.")

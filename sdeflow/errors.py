@@ -29,6 +29,7 @@ __all__ = [
     "MissingPriorError",
     "NonFiniteStateError",
     "NotAffineError",
+    "OptionError",
     "PriorMismatchWarning",
     "ScheduleError",
     "ScoreError",
@@ -77,6 +78,10 @@ class ScoreError(SdeflowError, ValueError):
 
 class DataError(SdeflowError, ValueError):
     """Data or a state has the wrong kind, shape or values."""
+
+
+class OptionError(SdeflowError, TypeError):
+    """A function was called with an option that it does not have."""
 
 
 class WeightingError(SdeflowError, ValueError):

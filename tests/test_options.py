@@ -35,6 +35,7 @@ from sdeflow.likelihood import bits_per_dim, data_log_prob, log_prob
 from sdeflow.likelihood.bounds import elbo, kl_bound
 from sdeflow.likelihood.dequantisation import TruncatedNormal, Uniform, Variational, bits_from
 from sdeflow.likelihood.dequantisation import bits_per_dim as bits_of_density
+from sdeflow.likelihood.options import LogProbOptions
 from sdeflow.numerics.basis import DCT
 from sdeflow.numerics.traces import Hadamard, Hutchinson, HutchPP
 from sdeflow.scores import GaussianMixture
@@ -235,6 +236,7 @@ def calls(run):
     return counted
 
 
+AS_ENCODE = dict.fromkeys({*CONFIGURED, "gradient"} - {"solver", "trajectory"}, "as FlowODE.encode")
 LEARNED = {"learned": True, "solver": "euler", "steps": 2}
 
 
@@ -284,6 +286,8 @@ def geometric_kernel():
 def square_root_kernel():
     return SDE(1 - x, sp.sqrt(x)).kernel
 
+
+AS_LOG_PROB = dict.fromkeys(LogProbOptions.__annotations__, "as log_prob")
 
 # (the function whose signature it is, how it is called, its options: what to set, and what to change then, or a reason)
 TABLE = {
@@ -345,6 +349,13 @@ TABLE = {
         "atol": (TORCHSDE, {"atol": 1e-4}),
         "max_calls": (TORCHSDE, {"max_calls": 2}),
     }),
+    "ReverseSDE.solve": (ReverseSDE.solve, None, dict.fromkeys(
+        {*CONFIGURED, *DENOISED, *OF_STATE, "seed", "noise"}, "as ReverseSDE.sample")),
+    "FlowODE.solve": (FlowODE.solve, lambda **o: flow().solve(X, "euler", 4, **o).x, {
+        **dict.fromkeys({*CONFIGURED, *DENOISED, *OF_STATE, "seed"}, "as FlowODE.sample"),
+        "encode": ({}, {"encode": True}),
+        "gradient": "as FlowODE.decode",
+    }),
     "FlowODE.sample": (FlowODE.sample, lambda **o: calls(flow().sample)(shape=(3, D), **{"seed": 0, **o}), {
         **CONFIGURED, **DENOISED, **OF_STATE,
         "seed": ({"steps": 4}, {"seed": 1}),
@@ -358,11 +369,13 @@ TABLE = {
         "gradient": (LEARNED, {"gradient": "backprop"}),
     }),
     "FlowODE.interpolate": (FlowODE.interpolate, lambda **o: flow().interpolate(X, -X, **{"steps": 4, **o}), {
+        **AS_ENCODE,
         "points": ({}, {"points": 4}),
         "solver": ({}, {"solver": "heun"}),
     }),
     "FlowODE.round_trip_error": (FlowODE.round_trip_error, lambda **o: flow().round_trip_error(
         X, **{"steps": 4, **o}), {
+        **AS_ENCODE,
         "solver": ({}, {"solver": "heun"}),
     }),
     "FlowODE.pilot": (FlowODE.pilot, lambda **o: str(vars(flow().pilot((D,), **o))), {
@@ -392,12 +405,14 @@ TABLE = {
     }),
     "data_log_prob": (data_log_prob, lambda **o: cld().data_log_prob(
         X[:, :1], **{"steps": 4, "seed": 0, "samples": 2, **o}), {
+        **AS_LOG_PROB,
         "samples": ({}, {"samples": 3}),
         "seed": ({}, {"seed": 1}),
         "full": ({}, {"full": True}),
     }),
     "bits_per_dim": (bits_per_dim, lambda **o: (cld() if "samples" in o else flow()).bits_per_dim(
         IMAGES[:, :1] if "samples" in o else IMAGES, levels=4, low=-1.0, high=1.0, **{"steps": 4, "seed": 0, **o}), {
+        **AS_LOG_PROB,
         "full": ({}, {"full": True}),
         "dequantise": ({}, {"dequantise": TruncatedNormal(0.1)}),
         "draws": ({}, {"draws": 2}),
@@ -420,7 +435,6 @@ TABLE = {
         "seed": ({}, {"seed": 1}),
         "progress": SHOWN,
     }),
-    "ReverseSDE.kl_bound": (ReverseSDE.kl_bound, None, {"score_of_data": "as kl_bound"}),
     "fit": (fit, trained, {
         "batch_size": ({}, {"batch_size": 4}),
         "weighting": ({"weighting": "likelihood"}, {"weighting": "score"}),
@@ -733,21 +747,21 @@ def test_the_table_holds_every_public_name():
 
 # What takes **options, and whose options they are; None where they are no options.
 FORWARDED = {
-    "FlowODE.log_prob": "log_prob", "FlowODE.data_log_prob": "data_log_prob", "FlowODE.bits_per_dim": "bits_per_dim",
-    "FlowODE.interpolate": "FlowODE.encode", "FlowODE.round_trip_error": "FlowODE.encode", "ReverseSDE.elbo": "elbo",
-    "ReverseSDE.kl_bound": "kl_bound", "SDE.simulate": "simulate",
-    "data_log_prob": "log_prob", "bits_per_dim": "log_prob", "Exponential.along": "Exponential",
+    "SDE.simulate": "simulate", "Exponential.along": "Exponential",
     "SDE.with_params": None,
 }  # fmt: skip
 SAME = {  # methods whose options are those of another, which the table holds
     "_Bridge.sample": "Bridge.sample", "_Bridge.paths": "Bridge.paths",
+    "FlowODE.log_prob": "log_prob", "FlowODE.likelihood": "log_prob", "FlowODE.data_log_prob": "data_log_prob",
+    "FlowODE.bits_per_dim": "bits_per_dim", "ReverseSDE.elbo": "elbo", "ReverseSDE.kl_bound": "kl_bound",
     "FlowODE.__init__": "SDE.flow_ode", "ReverseSDE.__init__": "SDE.reverse",
 }  # fmt: skip
 # Modules of the reference whose parts are called by the library: what users hand in reaches them through the others.
 PARTS = {
     "numerics.checks", "numerics.compile", "numerics.linear", "numerics.noise", "numerics.noncentral",
     "numerics.traces", "kernels.kinds", "kernels.coefficients", "kernels.square_root", "kernels.jacobi",
-    "kernels.ancestral", "solving.boundary", "solving.pilot", "storage", "symbolic.declaration", "symbolic.arguments",
+    "kernels.ancestral", "solving.boundary", "solving.pilot", "solving.options",
+    "likelihood.options", "storage", "symbolic.declaration", "symbolic.arguments",
     "symbolic.grammar", "symbolic.tree", "symbolic.equations", "likelihood", "likelihood.nodes", "likelihood.adjoint",
     "likelihood.budget", "likelihood.dequantisation", "solvers.exponential.weights", "solvers.clock",
     "solvers.problem", "training.weightings", "training.times", "proof.explanation", "proof.derivation",

@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
-WRONG = "wrong: str = sde.reverse(score).sample((2, 2))"  # seen only where the package's types are
+WRONG = (  # seen only where the package's types are
+    "wrong: str = sde.reverse(score).sample((2, 2))",
+    "sde.reverse(score).sample((2, 2), seat=0)",
+    "sde.flow_ode(score).log_prob(data, rtoll=1e-3)",
+)
 USED = '''
 """What calls return: mypy takes Any for nothing here."""
 
@@ -19,7 +23,9 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 from sdeflow import SDE, Gaussian, Score, fit, objectives, x
+from sdeflow.likelihood import LogProb
 from sdeflow.scores import Conditional, GaussianMixture, ScoreFunction
+from sdeflow.solving.solution import Answer, Solution
 from sdeflow.training.run import Fit
 
 sde, z = SDE(f=-x, g=1.4, T=3), torch.randn(64, 2)
@@ -53,7 +59,15 @@ for each in (exact, score, score.given(1)):
 assert_type(fit(score, (z, torch.zeros(64)), 10, objective=objectives.Denoising("edm")), Fit)
 assert_type(fit(score, z, 10).losses, list[float])
 assert_type(objectives.Denoising().value(exact, z), tuple[float, float])
-assert_type(sde.flow_ode(score).log_prob(z), Tensor)
+flow = sde.flow_ode(score)
+assert_type(flow.log_prob(z), Tensor)
+assert_type(flow.log_prob(z, full=True), LogProb)
+assert_type(flow.likelihood(z, steps=8), LogProb)
+assert_type(flow.solve((2, 2), steps=8, seed=0), Solution)
+assert_type(flow.solve(z, "euler", 8, encode=True).x, Tensor)
+assert_type(flow.decode(flow.encode(z, steps=8), steps=8, denoise=True), Tensor)
+assert_type(flow.sample((2, 2), trajectory=True), Answer)
+assert_type(flow.bits_per_dim(z.long(), levels=4, low=0.0, high=1.0), Tensor)
 
 
 class Guided(ScoreFunction):
@@ -77,13 +91,13 @@ assert_type(sde.reverse(Guided(sde, z)).sample((64, 2)), Tensor)
 @pytest.mark.slow
 def test_programs_type_check(tmp_path):
     lines = "\n".join(BLOCK.findall((ROOT / "README.md").read_text())).splitlines()
-    (tmp_path / "program.py").write_text("\n".join([*lines, WRONG, ""]))
+    (tmp_path / "program.py").write_text("\n".join([*lines, *WRONG, ""]))
     (tmp_path / "used.py").write_text(USED)
     options = ["--config-file=", "--ignore-missing-imports", f"--cache-dir={ROOT / '.mypy_cache' / 'readme'}"]
     command = [sys.executable, "-m", "mypy", *options, "program.py", "used.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # found as an installed package is
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
     errors = [line for line in found.splitlines() if ": error:" in line]
-    assert len(errors) == 1, found
-    assert errors[0].startswith(f"program.py:{len(lines) + 1}:")
-    assert "Tensor" in errors[0]
+    assert all(error.startswith("program.py:") for error in errors), found
+    assert {int(error.split(":")[1]) - len(lines) for error in errors} == {1, 2, 3}, found
+    assert "Tensor" in errors[0] and "seat" in errors[1] and "rtoll" in found

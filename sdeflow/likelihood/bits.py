@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sdeflow.likelihood.dequantisation import Dequantisation, Uniform, bits_from
 from sdeflow.likelihood.measure import of_data, of_states, warn_if_noisy
-from sdeflow.likelihood.options import Options
+from sdeflow.likelihood.options import LogProbOptions, Options
 from sdeflow.likelihood.result import LogProb
 from sdeflow.numerics.checks import checked_count, checked_flag, checked_images, checked_methods
-from sdeflow.numerics.noise import resolve_seed
+from sdeflow.numerics.options import takes
 from sdeflow.solving.model import Model
 from sdeflow.symbolic.equations import Equation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["bits_per_dim"]
 
 _NOISY_BITS = 0.01  # bits per dimension
 
 
+@takes(LogProbOptions, Options)
 def bits_per_dim(
     model: Model, equation: Equation, images: Tensor, *, levels: int, low: float, high: float, full: bool = False,
-    dequantise: Dequantisation | None = None, draws: int = 1, importance: bool | None = None,
-    samples: int = 16, seed: int | torch.Generator | None = None, **options: object,
+    dequantise: Dequantisation | None = None, draws: int = 1, importance: bool | None = None, samples: int = 16,
+    **options: Unpack[LogProbOptions],
 ) -> Tensor | LogProb:  # fmt: skip
     """Bits per dimension of integer images by dequantisation, an upper bound on the discrete code length.
 
@@ -49,9 +54,8 @@ def bits_per_dim(
         importance: whether draws are averaged as weights; by default where log p is no estimate itself, since noise in
             it would be taken for probability.
         samples: draws of the auxiliary components.
-        seed: of the dequantisation and the probes.
-        options: as :func:`~sdeflow.likelihood.log_prob`, in nats; a standard error of the trace above 0.01 bits
-            per dimension warns by default.
+        options: as :func:`~sdeflow.likelihood.log_prob`, in nats; ``seed`` is of the dequantisation too, and a standard
+            error of the trace above 0.01 bits per dimension warns by default.
 
     Raises:
         DataError: for images that are not integers in 0 .. levels - 1.
@@ -60,7 +64,8 @@ def bits_per_dim(
     images = checked_images(images)
     auxiliary, d = model.declaration.auxiliary, math.prod(images.shape[1:])
     nats = d * math.log(2.0)
-    asked = Options(**{"warn_above": _NOISY_BITS * nats, **options, "seed": resolve_seed(seed)})
+    options.setdefault("warn_above", _NOISY_BITS * nats)
+    asked = Options(full=full, **options).seeded()
     dtype = model.state_dtype
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"bits_per_dim needs a network in float32 or float64: {dtype} cannot hold k + u.")
@@ -69,9 +74,9 @@ def bits_per_dim(
     importance = checked_flag(importance, "importance", optional=True)
     draws, samples = checked_count(draws, "draws"), checked_count(samples, "samples")
     part = {"first_row": asked.first_row} if asked.first_row else {}
-    drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=asked.seed, draws=draws, dtype=dtype, **part)
+    drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=asked.key, draws=draws, dtype=dtype, **part)
     x = drawn.x.transpose(0, 1).flatten(0, 1)  # the draws of an image in a row
-    asked = replace(asked, full=full, first_row=asked.first_row * draws)
+    asked = replace(asked, first_row=asked.first_row * draws)
     of_draw = model.of_batch(len(images)).rows(torch.arange(len(images)).repeat_interleave(draws))
     if auxiliary:
         found = of_data(of_draw, equation, x, samples, asked)
@@ -95,5 +100,5 @@ def bits_per_dim(
 
     return LogProb(
         bits.value, bits.stderr, mean(found.solver_error), mean(found.truncation), mean(found.prior_mismatch),
-        found.nfe, mean(found.prior_error),
+        found.nfe, mean(found.prior_error), "bits per dimension",
     )  # fmt: skip

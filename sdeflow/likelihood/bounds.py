@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ from sdeflow.scores import ScoreFunction, as_score, evaluating
 from sdeflow.solving.model import Model
 from sdeflow.solving.prior_of import Prior
 
-__all__ = ["Elbo", "KLBound", "elbo", "kl_bound"]
+__all__ = ["BoundOptions", "Elbo", "ElboOptions", "KLBound", "elbo", "kl_bound"]
 
 _NODES = 1025  # of the map from uniform numbers to times
 _ROWS = 1024  # states in one call of the score, unless the batch itself is larger
@@ -111,6 +111,21 @@ class KLBound:
     kind: str
     nfe: int
     error: float
+
+
+class BoundOptions(TypedDict, total=False):
+    """Options of :func:`kl_bound`, with their meaning there."""
+
+    draws: int
+    times: str
+    seed: int | torch.Generator | None
+    progress: bool | None
+
+
+class ElboOptions(BoundOptions, total=False):
+    """Options of :func:`elbo`, with their meaning there."""
+
+    at: str
 
 
 def elbo(

@@ -153,13 +153,13 @@ def fixed_probes(x: Tensor, rows: Tensor, options: Options, probes: int, round: 
     """
     event, left = tuple(x.shape[1:]), 1.0
     first, purpose = int(rows.min()) if len(rows) else 0, "probe" if round == 0 else f"probe {round}"
-    stream = NoiseStream(options.seed, purpose, first)
+    stream = NoiseStream(options.key, purpose, first)
     draw = stream.rademacher if options.law == "rademacher" else stream.normal
     count, d = int(rows.max()) + 1 - first if len(rows) else 0, math.prod(event)
     few = options.law == "rademacher" and are_few(d, probes)
     drawn = draw((count, 1 if few else probes, *event), torch.float64)[rows.cpu() - first]
     if few:
-        order = columns_of(d, options.seed, purpose)
+        order = columns_of(d, options.key, purpose)
         columns = order[:probes]
         drawn = drawn * hadamard(torch.arange(d), columns).reshape(-1, *event)
         left = 1.0 - len(columns) / len(order)

@@ -70,7 +70,7 @@ def carrier_of(model: Model, x: Tensor, options: Options, on_call: Callable[[], 
     trace = estimator(x, options)
     if isinstance(trace, Given):
         trace = trace.mapped(model.kernel.to_basis, tuple(x.shape[1:]))
-    return Carrier(trace, chosen, clock, steps, options.seed, x.dtype, on_call)
+    return Carrier(trace, chosen, clock, steps, options.key, x.dtype, on_call)
 
 
 def _steps(options: Options) -> int | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,44 +17,40 @@ from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
 from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
 from sdeflow.likelihood.exponential import by_exponential, carrier_of
 from sdeflow.likelihood.nodes import Carrier
-from sdeflow.likelihood.options import Options, estimator, stands_still
+from sdeflow.likelihood.options import DataOptions, LogProbOptions, Options, estimator, stands_still
 from sdeflow.likelihood.result import LogProb
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.linear import Blocks
-from sdeflow.numerics.noise import NoiseStream, resolve_seed
-from sdeflow.numerics.traces import Exact, Given, Hutchinson, Trace, widening
+from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.options import takes
+from sdeflow.numerics.traces import Exact, Given, Hutchinson, widening
 from sdeflow.scores import evaluating
-from sdeflow.solvers import Grid, Solver
 from sdeflow.solving.model import Model
 from sdeflow.symbolic.equations import Equation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
 _LARGEST = 2**22  # elements of states carried at once
 
 
+@overload
 def log_prob(
-    model: Model,
-    equation: Equation,
-    x: Tensor,
-    *,
-    trace: str | Trace | Tensor | None = None,
-    probes: int | str | Tensor | None = None,
-    probe: str | None = None,
-    solver: str | Solver | None = None,
-    steps: int | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    grid: Grid = None,
-    at: str = "cutoff",
-    gradient: str | None = None,
-    seed: int | torch.Generator | None = None,
-    first_row: int = 0,
-    chunk: int | None = None,
-    full: bool = False,
-    max_calls: int | None = None,
-    progress: bool | None = None,
-    warn_above: float = 0.1,
+    model: Model, equation: Equation, x: Tensor, *, full: Literal[False] = False, **options: Unpack[LogProbOptions]
+) -> Tensor: ...
+
+
+@overload
+def log_prob(
+    model: Model, equation: Equation, x: Tensor, *, full: bool, **options: Unpack[LogProbOptions]
+) -> Tensor | LogProb: ...
+
+
+@takes(LogProbOptions, Options)
+def log_prob(
+    model: Model, equation: Equation, x: Tensor, *, full: bool = False, **options: Unpack[LogProbOptions]
 ) -> Tensor | LogProb:
     """log p(x) in nats under the probability flow. Works inside ``torch.no_grad()`` and ``torch.inference_mode()``.
 
@@ -66,36 +63,9 @@ def log_prob(
         model: the SDE with its score and prior.
         equation: its probability flow.
         x: (batch, *event), finite.
-        trace: "exact", "hutchinson", "hadamard", "hutch++", or an object of :mod:`sdeflow.numerics.traces`; None is
-            exact up to 128 dimensions, and Hutchinson's with 16 probes above. The last three go with the exponential
-            solver.
-            A tensor holds probes that are taken as they are, at every node and with every solver: (m, *event), or
-            (m, batch, *event) for probes of each sample.
-        probes: how many at each node; giving it chooses Hutchinson. "auto" adds probes until the standard error of
-            each sample is at most ``warn_above``, doubling them (Hadamard's, where no trace is named). Or a tensor of
-            probes, as for ``trace``.
-        probe: "rademacher", the default, or "gaussian"; giving it chooses Hutchinson, of which alone it is.
-        solver: a method of torchdiffeq, or an :class:`~sdeflow.solvers.Exponential` of eta 0.
-        steps: steps of the solver; without one, calls of the score (at least 2), by the exponential solver.
-        atol: alone, the error of log p itself in nats, of each sample.
-        rtol: with or without ``atol``, tolerances of torchdiffeq's dopri5, per sample, of the state and of log p alike.
-        grid: as ``FlowODE.decode``; with ``atol`` alone "pilot" by default.
-        at: "cutoff" measures log p of the flow at the cutoff, in x itself. "data" measures the data's own density: x is
-            taken along the data's mean path to the cutoff, and the blur of the cutoff's noise is taken off to second
-            order (:mod:`sdeflow.likelihood.budget`); two calls more.
-        gradient: "backprop" or "adjoint", for a result that can be differentiated in x and in the parameters of the
-            score (once). Backpropagation goes through the steps taken, exactly, and keeps the graph of every call;
-            "adjoint" solves the adjoint equation on the same nodes when the gradient is asked for. By default
-            "adjoint" where x requires grad and the solver allows it, else none: parameters alone have to be meant.
-        seed: of the probes.
-        first_row: the number of the first sample where x is a part of a larger set, whose probes it then takes.
-        chunk: how many samples to solve at once; by default as many as make 4 million numbers. It changes no result
-            but for the tolerance.
         full: whether to return a :class:`LogProb`, with all that is known of the error. It takes a finer solve where
             the steps are given, a call with its divergence at the cutoff, and fourteen calls or more at T.
-        max_calls: the budget of an adaptive solve (of each chunk), 10,000 by default.
-        progress: a progress bar; None shows it on a terminal only.
-        warn_above: the standard error in nats above which a plain call warns.
+        options: see :class:`~sdeflow.likelihood.options.LogProbOptions`.
 
     Returns:
         (batch,) in float64, or a :class:`LogProb`.
@@ -103,18 +73,23 @@ def log_prob(
     Raises:
         DataError: for a state that is not a finite floating tensor (batch, *event).
         ScoreError: for a score through which no gradient flows.
+        OptionError: for an option of another name.
         ValueError: for options that make no sense.
         SolverError: for a solve that did not end well; never a number then.
     """
     x = model.states(x)
-    options = Options(
-        trace, probes, probe, solver, steps, rtol, atol, grid, at, gradient, 0, first_row, chunk, full, max_calls,
-        progress, warn_above,
-    ).seeded(seed, x)  # fmt: skip
-    found = of_states(model, equation, x, options)
-    if not full:
-        warn_if_noisy(found.stderr, warn_above)
-    return found if full else found.value
+    asked = Options(full=full, **options).seeded(x)
+    found = of_states(model, equation, x, asked)
+    if full:
+        return found
+    warn_if_noisy(found.stderr, asked.warn_above)
+    return found.value
+
+
+def likelihood(model: Model, equation: Equation, x: Tensor, **options: Unpack[LogProbOptions]) -> LogProb:
+    """:func:`log_prob` with ``full``."""
+    x = model.states(x)
+    return of_states(model, equation, x, Options(full=True, **options).seeded(x))
 
 
 def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> LogProb:
@@ -176,7 +151,7 @@ def _chunk(
     value, left, mismatch = found.value + volume, unknown, (unknown, unknown)
     if options.full or from_data:
         of_cutoff = estimator(x, options) if carrier is not None else Hutchinson() if found.stderr.any() else Exact()
-        change, left = truncation(model, x, of_cutoff, seed=options.seed, rows=rows, from_data=from_data)
+        change, left = truncation(model, x, of_cutoff, seed=options.key, rows=rows, from_data=from_data)
         value, left = (value + change, left) if from_data else (value, change)
     if options.full:
         mismatch = prior_mismatch(model, found.x_T, x.dtype)
@@ -244,16 +219,23 @@ def warn_if_noisy(stderr: Tensor, limit: float) -> None:
     warn(message, TraceErrorWarning)
 
 
+@overload
 def data_log_prob(
-    model: Model,
-    equation: Equation,
-    x: Tensor,
-    *,
-    samples: int = 16,
-    seed: int | torch.Generator | None = None,
-    full: bool = False,
-    **options: object,
-) -> Tensor | LogProb:
+    model: Model, equation: Equation, x: Tensor, *, full: Literal[False] = False, **options: Unpack[DataOptions]
+) -> Tensor: ...
+
+
+@overload
+def data_log_prob(
+    model: Model, equation: Equation, x: Tensor, *, full: bool, **options: Unpack[DataOptions]
+) -> Tensor | LogProb: ...
+
+
+@takes(LogProbOptions, Options)
+def data_log_prob(
+    model: Model, equation: Equation, x: Tensor, *, samples: int = 16, full: bool = False,
+    **options: Unpack[LogProbOptions],
+) -> Tensor | LogProb:  # fmt: skip
     """A lower bound on log p(x) of the data component alone, in nats, (batch,): E_q [log p(x, v) - log q(v | x)].
 
     q is the kernel's own law of the other components at the cutoff given x_0 = x. The average over ``samples`` draws of
@@ -264,18 +246,17 @@ def data_log_prob(
         model, equation: as :func:`log_prob`.
         x: data (batch, *event).
         samples: draws of the auxiliary components for each sample.
-        seed: of the draws and the probes.
-        options: as :func:`log_prob`, with at="cutoff"; gradients flow as there.
+        full: whether to return a :class:`LogProb`.
+        options: as :func:`log_prob`, with at="cutoff"; ``seed`` is of the draws too, and gradients flow as there.
 
     Raises:
         DataError, ValueError, SolverError: as :func:`log_prob`.
     """
     if not model.declaration.auxiliary:
-        return log_prob(model, equation, x, seed=seed, full=full, **options)
+        return log_prob(model, equation, x, full=full, **options)
     samples = checked_count(samples, "samples")
     x = model.states(x)
-    asked = Options(seed=resolve_seed(seed), full=full, **options)
-    found = of_data(model, equation, x, samples, asked)
+    found = of_data(model, equation, x, samples, Options(full=full, **options).seeded())
     return found if full else found.value
 
 
@@ -289,7 +270,7 @@ def of_data(model: Model, equation: Equation, x: Tensor, samples: int, options: 
     auxiliary = list(model.declaration.auxiliary)
     root = Blocks(torch.linalg.cholesky(path.sigma.gram.values[auxiliary][:, auxiliary]))
     level = (path.alpha(states) + path.offset)[:, auxiliary]
-    stream = NoiseStream(options.seed, "auxiliary", options.first_row * samples)
+    stream = NoiseStream(options.key, "auxiliary", options.first_row * samples)
     noise = stream.normal(tuple(level.shape), torch.float64, x.device)
     states[:, auxiliary] = level + root(noise)
     options = replace(options, first_row=options.first_row * samples)

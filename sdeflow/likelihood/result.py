@@ -15,7 +15,7 @@ __all__ = ["LogProb", "Solved"]
 
 @dataclass(frozen=True)
 class LogProb:
-    """A log-likelihood and its error budget, each (batch,) in nats and float64; two bars cover 95 % of the samples.
+    """A log-likelihood and its error budget, each (batch,) in float64; two bars cover 95 % of the samples.
 
     Attributes:
         value: log p(x), at the cutoff or of the data, as asked for.
@@ -31,6 +31,7 @@ class LogProb:
         nfe: calls of the score for ``value``, those of all grids where the steps were chosen; the budget takes some
             more.
         prior_error: what ``prior_mismatch`` itself may be off by, an estimate of its own.
+        unit: of all of these: "nats", or of :func:`~sdeflow.likelihood.bits_per_dim` "bits per dimension".
     """
 
     value: Tensor
@@ -40,6 +41,7 @@ class LogProb:
     prior_mismatch: Tensor = field(default_factory=lambda: torch.zeros(()))
     nfe: int = 0
     prior_error: Tensor = field(default_factory=lambda: torch.zeros(()))
+    unit: str = "nats"
 
     @property
     def error(self) -> Tensor:

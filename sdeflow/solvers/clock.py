@@ -85,6 +85,7 @@ class Clock:
         normalised: u -> t and ζ ζ'/(c² + ζ²), for methods that carry u / √(alpha² c² + sigma²); None without.
         check: of rising times, and the method that visits them if it does not know the kernel; raises where they cannot
             do, and warns where they hardly can.
+        name: what it is uniform in, or the times that were given.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class Clock:
         stops: tuple[np.ndarray, np.ndarray] | None = None,
         normalised: Curve | None = None,
         check: Callable[[np.ndarray, Plain | None], None] | None = None,
+        name: str | Tensor = "t",
     ) -> None:
+        self.name = name
         self.cutoff, self.T, self.given, self._first = cutoff, T, given, first
         self._curve, self._levels = curve, levels
         self._breaks, self._stops, self.normalised, self._check = breaks, stops, normalised, check
@@ -226,7 +229,7 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
         normalised, first = None if many_scales else where, _first(kernel, curve)
         check = _check(kernel, variable.name, scale)
-        return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check)
+        return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check, variable.name)
 
 
 def _breaks(kernel: Kernel) -> np.ndarray:
@@ -268,17 +271,17 @@ def smooth_clock(times: Tensor, kernel: Kernel, name: str, scale: float = 1.0) -
     through, corners = _Cubics.through(u, points), _corners(kernel, points, u)
     at = corners[1][np.isin(corners[0], breaks)]
     stops = (breaks, at) if _many_scales(kernel) and 0 < len(breaks) == len(at) else None
-    check = _check(kernel, name, scale)
+    others = {"breaks": breaks, "stops": stops, "check": _check(kernel, name, scale), "name": name}
     if _Variable(kernel, "log_snr", 1.0).curve() is not None:
         curve = _Cubics.through(*corners[::-1], at)
-        return Clock(kernel.cutoff, kernel.T, curve, None, None, _first(kernel, curve), breaks, stops, check=check)
+        return Clock(kernel.cutoff, kernel.T, curve, first=_first(kernel, curve), **others)
 
     def levels(u: np.ndarray) -> np.ndarray:
         return np.array([through(v)[0] for v in u]).clip(kernel.cutoff, kernel.T)
 
     back = _Cubics.through(*corners, breaks)
     mixture = _mixture(kernel, lambda t: np.array([back(v) for v in t]).T, levels)
-    return Clock(kernel.cutoff, kernel.T, mixture, levels, None, _first(kernel, mixture), breaks, stops, check=check)
+    return Clock(kernel.cutoff, kernel.T, mixture, levels, first=_first(kernel, mixture), **others)
 
 
 def _corners(kernel: Kernel, times: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -552,7 +555,8 @@ def _integral(table: PiecewiseChebyshev, row: int) -> float:
 
 def _of_times(times: Tensor, cutoff: float, T: float, breaks: np.ndarray | None) -> Clock:
     points = _checked(times, cutoff, T)
-    return Clock(cutoff, T, _Cubics.through(np.linspace(0.0, 1.0, len(points)), points), given=points, breaks=breaks)
+    curve = _Cubics.through(np.linspace(0.0, 1.0, len(points)), points)
+    return Clock(cutoff, T, curve, given=points, breaks=breaks, name=torch.as_tensor(points))
 
 
 def _checked(times: Tensor, cutoff: float, T: float) -> np.ndarray:

@@ -31,8 +31,11 @@ def is_meant(gradient: str | None, x: Tensor) -> bool:
     return gradient is not None or (x.requires_grad and torch.is_grad_enabled())
 
 
-def require_reach(model: Model, x: Tensor) -> None:
+def require_reach(model: Model, x: Tensor) -> int:
     """An error where the flow's gradient would miss something that requires grad.
+
+    Returns:
+        How often the score was called to know.
 
     Raises:
         ValueError: for parameters of the SDE that require grad.
@@ -44,7 +47,7 @@ def require_reach(model: Model, x: Tensor) -> None:
             "requires_grad_(False), or differentiate simulate()."
         )
     if not (x.requires_grad and len(x)):
-        return
+        return 0
     one = model.rows(slice(0, 1))
     with torch.enable_grad(), evaluating(model.score):
         state = x[:1].detach().clone().requires_grad_(True)
@@ -52,6 +55,7 @@ def require_reach(model: Model, x: Tensor) -> None:
         reached = output.requires_grad and torch.autograd.grad(output.sum(), state, allow_unused=True)[0] is not None
     if not reached:
         raise ScoreError("no gradient flows through the score to the state (a detach or no_grad inside?).")
+    return 1
 
 
 def require_graph(x: Tensor, sources: Iterable[Tensor] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One solve of the reverse SDE or the flow as its user asked for it: options, chunks, trajectories and callbacks.
+"""One solve of the reverse SDE or the flow as its user asked for it: chunks, trajectories and callbacks.
 
 Batches too large for memory are solved in chunks. Each row draws its noise as in the whole batch
 (:mod:`sdeflow.numerics.noise`), so that no sample depends on where the batch was cut. A trajectory is the state after
@@ -8,6 +8,7 @@ each of the solver's steps, as the solver tells it; nothing is interpolated.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,69 +19,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.errors import SolverError
-from sdeflow.numerics.brownian import BrownianPath, BrownianRows
-from sdeflow.numerics.checks import checked_count, checked_flag
+from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.noise import BLOCK, NoiseStream
 from sdeflow.scores import evaluating
-from sdeflow.scores.thresholded import Threshold, Thresholded
+from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import Clock, Grid, Problem, Solver
-from sdeflow.solvers.clock import as_grid
 from sdeflow.solvers.registry import demands_of, require
 from sdeflow.solving.gradients import require_graph, require_reach
 from sdeflow.solving.model import Model
+from sdeflow.solving.options import Options
 from sdeflow.solving.pilot import pilot
 from sdeflow.solving.plan import Plan, make_plan
+from sdeflow.solving.solution import Solution
 from sdeflow.symbolic.equations import Equation
 
-__all__ = ["Answer", "Callback", "Options", "demand_of_path", "field", "run"]
-
-Callback = Callable[[int, float, Tensor], object]
-Answer = Tensor | tuple[Tensor, ...]
+__all__ = ["demand_of_path", "field", "run"]
 
 _LARGEST = 2**24  # elements of a state that are solved at once
-
-
-@dataclass(frozen=True)
-class Options:
-    """What sampling, decoding and encoding take alike; :meth:`sdeflow.dynamics.ReverseSDE.sample` documents it.
-
-    Raises:
-        TypeError, ValueError: for a value that makes no sense.
-    """
-
-    solver: str | Solver | None = None
-    steps: int | None = None
-    rtol: float | None = None
-    atol: float | None = None
-    grid: Grid = None
-    max_calls: int | None = None
-    trajectory: bool = False
-    callback: Callback | None = None
-    denoise: bool = False
-    return_denoised: bool = False
-    threshold: Threshold | None = None
-    chunk: int | None = None
-    progress: bool | None = None
-    noise: BrownianPath | None = None
-    gradient: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "max_calls", "chunk"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, checked_count(getattr(self, name), name))
-        object.__setattr__(self, "grid", as_grid(self.grid))
-        for name in ("trajectory", "denoise", "return_denoised"):
-            object.__setattr__(self, name, checked_flag(getattr(self, name), name))
-        if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback must be callable as callback(step, t, x), not {self.callback!r}.")
-        if not (self.noise is None or isinstance(self.noise, BrownianPath)):
-            raise TypeError(f"noise must be a sdeflow.BrownianPath, not {self.noise!r}; seed= is for the rest.")
-        object.__setattr__(self, "progress", checked_flag(self.progress, "progress", optional=True))
-
-    @property
-    def observed(self) -> bool:
-        """Whether anyone looks at the states on the way."""
-        return self.trajectory or self.callback is not None
 
 
 @torch.inference_mode(False)  # what is kept for later calls must be able to carry gradients
@@ -94,7 +49,7 @@ def run(
     backward: bool = True,
     seed: int | None = None,
     graph: bool = False,
-) -> Answer:
+) -> Solution:
     """The state at the other end, and what else ``options`` ask for.
 
     Args:
@@ -106,33 +61,34 @@ def run(
         backward: whether t runs from T down to the cutoff.
         seed: of the noise, for an SDE; None for an ODE.
         graph: whether the result is to be differentiated.
-
-    Returns:
-        x, (x, denoised), (states, times) or (states, times, denoised).
     """
+    began = time.perf_counter()
     if options.threshold is not None:
         model = model.with_score(Thresholded(model.score, options.threshold))
     with torch.no_grad():
         plan = _plan(model, "ode" if seed is None else "sde", options, dtype, graph)
         x = start()
         clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x.detach())
+    checks = 0
     if graph:
         x = x.clone() if x.is_inference() else x
-        require_reach(model, x)
+        checks = require_reach(model, x)
     with torch.enable_grad() if graph else torch.no_grad():
-        answer = _run(model, equation, x, clock, plan, options, backward, seed)
+        found = _chunks(model, equation, x, clock, plan, options, backward, seed)
     if graph:
-        require_graph(answer[0] if isinstance(answer, tuple) else answer)
-    return answer
+        require_graph(found.x if found.states is None else found.states)
+    seconds = time.perf_counter() - began
+    calls = checks + found.calls
+    return Solution(found.x, found.states, found.times, found.denoised, calls, plan.solver, clock.name, seconds)
 
 
-def _run(
+def _chunks(
     model: Model, equation: Equation, x: Tensor, clock: Clock, plan: Plan, options: Options, backward: bool,
     seed: int | None,
-) -> Answer:  # fmt: skip
+) -> _Found:  # fmt: skip
     """The solves of all chunks, joined."""
     if not len(x):
-        return _answer(options, [_of_no_samples(x, plan, clock, backward, options)])
+        return _of_no_samples(x, plan, clock, backward, options)
     event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)
     noise = {} if seed is None else model.noise(equation, event)
     calls = None if plan.expected_calls is None else plan.expected_calls * len(pieces)
@@ -148,7 +104,7 @@ def _run(
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
                 found.append(_solve(part, x[first:last], make_problem, plan, options))
-    return _answer(options, found)
+    return found[0] if len(found) == 1 else _joined(found)
 
 
 def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | BrownianRows | None:
@@ -240,12 +196,13 @@ def _rows_counted_from(first: int) -> Iterator[None]:
 
 @dataclass
 class _Found:
-    """What a solve finds: the state at its end; states and times from its start on; E[x_0 | x] of what is returned."""
+    """What a solve finds, as in :class:`~sdeflow.solving.solution.Solution`."""
 
     x: Tensor
     states: Tensor | None = None
     times: Tensor | None = None
     denoised: Tensor | None = None
+    calls: int = 0
 
 
 def _solve(model: Model, x: Tensor, make_problem: Callable[..., Problem], plan: Plan, options: Options) -> _Found:
@@ -257,28 +214,32 @@ def _solve(model: Model, x: Tensor, make_problem: Callable[..., Problem], plan: 
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     y = model.to_solver(y, start).flatten(1)
     y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-    found = _Found(model.from_solver(y.reshape(x.shape), end).to(x.dtype))
+    found = _Found(model.from_solver(y.reshape(x.shape), end).to(x.dtype), calls=problem.nfe)
     if options.trajectory:
         if not watch.times:
             raise ValueError(f"trajectory=True: {plan.solver} did not call problem.observe after its steps.")
         found.states = torch.stack([x, *watch.states[:-1], found.x])
         found.times = torch.tensor([start, *watch.times[:-1], end], dtype=torch.float64)
-    return _denoised(model, found, end, options)
-
-
-def _denoised(model: Model, found: _Found, end: float, options: Options) -> _Found:
-    """With E[x_0 | x] of every state that is returned, and in place of the last, where that was asked for."""
-    denoise = model.score.denoise
-    if options.return_denoised and options.trajectory:
-        found.denoised = torch.stack([denoise(x, t) for x, t in zip(found.states, found.times.tolist(), strict=True)])
-    elif options.return_denoised or options.denoise:
-        found.denoised = denoise(found.x, end)
-    if options.denoise:
-        last = found.denoised[-1] if options.trajectory and options.return_denoised else found.denoised
-        found.x = last.clone() if options.return_denoised else last
-        if options.trajectory:
-            found.states[-1] = found.x
+    if options.denoise or options.return_denoised:
+        _denoise(model, found, end, options)
     return found
+
+
+def _denoise(model: Model, found: _Found, end: float, options: Options) -> None:
+    """Adds E[x_0 | x] of every state that is returned, and puts it in place of the last, where that was asked for."""
+    denoise = model.score.denoise
+    if options.return_denoised and found.states is not None and found.times is not None:
+        found.denoised = torch.stack([denoise(x, t) for x, t in zip(found.states, found.times.tolist(), strict=True)])
+        found.calls += len(found.states)
+        last = found.denoised[-1]
+    else:
+        last = denoise(found.x, end)
+        found.calls += 1
+        found.denoised = last if options.return_denoised else None
+    if options.denoise:
+        found.x = last.clone() if options.return_denoised else last
+        if found.states is not None:
+            found.states[-1] = found.x
 
 
 class _Watch:
@@ -300,20 +261,22 @@ class _Watch:
 
 def _of_no_samples(x: Tensor, plan: Plan, clock: Clock, backward: bool, options: Options) -> _Found:
     """As :func:`_solve` for an empty batch, which is given to no solver."""
-    times = torch.as_tensor(clock.times(plan.steps or 1))
-    times = times.flip(0) if backward else times
-    states = x.new_empty(len(times), *x.shape)
-    return _Found(x, states, times, states if options.trajectory else x)
-
-
-def _answer(options: Options, found: list[_Found]) -> Answer:
-    """What was asked for, of all chunks together."""
-
-    def joined(name: str, dim: int) -> Tensor:
-        parts = [getattr(part, name) for part in found]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-    denoised = (joined("denoised", int(options.trajectory)),) if options.return_denoised else ()
+    found = _Found(x)
     if options.trajectory:
-        return joined("states", 1), found[0].times, *denoised
-    return (joined("x", 0), *denoised) if denoised else joined("x", 0)
+        times = torch.as_tensor(clock.times(plan.steps or 1))
+        found.times = times.flip(0) if backward else times
+        found.states = x.new_empty(len(times), *x.shape)
+    if options.return_denoised:
+        found.denoised = x if found.states is None else found.states
+    return found
+
+
+def _joined(found: list[_Found]) -> _Found:
+    """What the solves of all chunks found."""
+
+    def whole(name: str, dim: int) -> Tensor | None:
+        parts = [getattr(part, name) for part in found]
+        return None if parts[0] is None else torch.cat(parts, dim)
+
+    x, states, times = torch.cat([part.x for part in found]), whole("states", 1), found[0].times
+    return _Found(x, states, times, whole("denoised", 0 if states is None else 1), sum(part.calls for part in found))

@@ -1,0 +1,58 @@
+"""Options that several functions take alike: each is a key of one TypedDict, with its type and its meaning.
+
+A function that takes them is written ``def solve(self, x, **options: Unpack[SolveOptions])``, so that editors list them
+and a type checker refuses others. :func:`takes` does the same where the function is called, and where it is looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sdeflow.errors import OptionError
+
+__all__ = ["takes"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes(options: type, like: Callable[..., object]) -> Callable[[F], F]:
+    """A decorator for a function that takes ``**options``: its signature then lists them, with their defaults.
+
+    Args:
+        options: the TypedDict whose keys are the options.
+        like: a function or dataclass that has all of them as arguments, for their defaults.
+
+    Raises:
+        OptionError: where the function is called with an argument of another name.
+    """
+    theirs = inspect.signature(like).parameters
+    listed = [theirs[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in options.__annotations__]
+    listed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)  # what has no default is first
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        signature = signature.replace(parameters=[*own, *listed])
+        known = frozenset(signature.parameters)
+
+        @functools.wraps(function)
+        def checked(*args: object, **given: object) -> object:
+            if not known.issuperset(given):
+                raise _unknown(function.__name__, [*given], [name for name in signature.parameters if name != "self"])
+            return function(*args, **given)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def _unknown(function: str, given: list[str], known: list[str]) -> OptionError:
+    name = next(name for name in given if name not in known)
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return OptionError(f"{function} has no option {name}.{meant} It takes {', '.join(known)}.")
