@@ -103,7 +103,7 @@ def from_dict(data: Mapping) -> tuple[Declaration, Values, Basis | None]:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         if isinstance(error, DeclarationError):
             raise
-        raise UnsafeExpressionError(f"this is no stored declaration: {type(error).__name__}: {error}") from error
+        raise UnsafeExpressionError(f"this is not a stored declaration: {type(error).__name__}: {error}") from error
     return _checked(Declaration(f, g, T, cutoff, P0, tuple(symbols.values()), components, path)), values, basis
 
 
@@ -123,7 +123,7 @@ def _checked(declaration: Declaration) -> Declaration:
     ):
         raise UnsafeExpressionError(f"f, g and P0 do not have the {k} components of the state.")
     if not declaration.T > 0 or not (declaration.cutoff is None or 0 <= declaration.cutoff < declaration.T):
-        raise UnsafeExpressionError(f"T = {declaration.T} and cutoff = {declaration.cutoff} make no sense.")
+        raise UnsafeExpressionError(f"T = {declaration.T} and cutoff = {declaration.cutoff} are not consistent.")
     if min(declaration.initial_variances) < 0:
         raise UnsafeExpressionError("P0 must not be negative.")
     return declaration
@@ -179,7 +179,7 @@ def _value_in(value: object, name: str) -> float | Tensor:
         return _number(value)
     shape = [_integer(size) for size in value["shape"]]
     if value["dtype"] not in _DTYPES or not isinstance(value["learned"], bool) or any(size < 0 for size in shape):
-        raise UnsafeExpressionError(f"the parameter {name} is no stored tensor.")
+        raise UnsafeExpressionError(f"the parameter {name} is not a stored tensor.")
     if math.prod(shape) != len(value["data"]) or math.prod(shape) > _LARGEST_TENSOR:
         raise UnsafeExpressionError(f"the parameter {name} holds {len(value['data'])} numbers for the shape {shape}.")
     numbers = [_number(number) for number in value["data"]]

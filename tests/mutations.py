@@ -189,7 +189,7 @@ MUTATIONS = (
     _m("A Aᵀ in a root", "numerics/linear.py", "one + self.values @ self.values.mT",
        "one + self.values.mT @ self.values",
        ("noise matrix",)),
-    _m("mean of a prior's draws", "laws/gaussian.py", "self._mean_for(noise) + self._moved(noise.device)(noise)",
+    _m("mean of a prior's draws", "laws/gaussian.py", "self._mean_for(noise) + self.root.to(noise.device)(noise)",
        "self._moved(noise.device)(noise)", ("offset",)),
     _m("constant of a Gaussian", "laws/gaussian.py", "- log_det - 0.5 * d", "- log_det - d",
        (), ("tests/likelihood/test_likelihood.py", "-k", "gaussian_data_is_exact")),

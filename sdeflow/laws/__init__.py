@@ -1,1 +1,1 @@
-"""Laws of a state, p(x): what priors and marginals are."""
+"""Laws of a state, p(x), for priors and marginals."""

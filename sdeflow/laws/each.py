@@ -75,7 +75,7 @@ class EachSample:
     def _gaussians(self) -> tuple[Gaussian, ...]:
         found = tuple(law for law in self.laws if isinstance(law, Gaussian))
         if len(found) < len(self.laws):
-            raise DataError("this needs Gaussian laws, and not all of this prior's are.")
+            raise DataError("this needs Gaussian laws, but some laws of this prior are not Gaussian.")
         return found
 
     def coloured(self, noise: Tensor) -> Tensor:

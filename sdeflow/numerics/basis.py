@@ -57,7 +57,7 @@ class DCT:
 
     def _transformed(self, x: Tensor, *, transpose: bool) -> Tensor:
         if x.ndim <= self.sides:
-            raise DataError(f"this basis transforms {self.sides} sides of an event; x is {tuple(x.shape)}.")
+            raise DataError(f"this basis transforms {self.sides} dims of an event; x is {tuple(x.shape)}.")
         for dim in range(-self.sides, 0):
             matrix = _cosines(x.shape[dim]).to(device=x.device, dtype=x.dtype)
             x = torch.tensordot(x, matrix if transpose else matrix.mT, dims=([dim], [0])).movedim(-1, dim)

@@ -84,7 +84,7 @@ def require_time(name: str) -> None:
     if time_left() <= 0:
         raise ScheduleError(
             f"{name} takes too long to resolve: after seconds of processor time its panels are still too wide. Choose "
-            "a smaller T, or give what depends on t alone as a table: beta = sdeflow.schedule((times, values))."
+            "a smaller T, or give the part that depends on t alone as a table: sdeflow.schedule((times, values))."
         )
 
 

@@ -232,7 +232,7 @@ def _converted(x: object, name: str, dtype: torch.dtype | None) -> Tensor:
         raise DataError(f"{wanted} (its parts are of different shapes or kinds).")
     kind = array.dtype.kind
     if kind in "bc" or (kind in "iu" and not isinstance(x, Real)):
-        remedy = "write 1.0 for 1, say" if isinstance(x, list | tuple) and kind in "iu" else _remedy(array.dtype, name)
+        remedy = "write 1.0 for 1" if isinstance(x, list | tuple) and kind in "iu" else _remedy(array.dtype, name)
         raise DataError(f"{name} must be floating, not {array.dtype}: {remedy}.")
     if kind == "f" and array.dtype.itemsize > 8:
         raise DataError(f"{name} is of {array.dtype}, which PyTorch does not have: write {name}.astype('float64').")
@@ -377,7 +377,7 @@ def checked_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
         raise TypeError(f"{name} must be a torch.dtype, such as torch.float32, not {dtype!r}.")
     if dtype not in FLOATING:
         allowed = ", ".join(sorted(map(str, FLOATING)))
-        raise DataError(f"{name} is that of a state, which is floating ({allowed}), not {dtype}.")
+        raise DataError(f"{name} must be a floating dtype ({allowed}), not {dtype}.")
     return dtype
 
 

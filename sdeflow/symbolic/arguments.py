@@ -102,7 +102,7 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
             left = left[::-1]
     if clash:
         raise DeclarationError(
-            f"{name} is a function of ({', '.join(names)}), whose names do not tell which argument is the time: write "
+            f"{name} is a function of ({', '.join(names)}), whose names do not show which argument is the time: write "
             f"a function of ({', '.join(symbol.name for symbol in symbols)}), in any order."
         )
     rest = iter(left)

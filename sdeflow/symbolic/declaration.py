@@ -117,8 +117,8 @@ class Declaration:
         if not self.state_dependent_noise:
             return ""
         return (
-            " A step may have left the states where f and g are real, as x < 0 for √x: take more steps; "
-            'simulate() takes boundary="truncate", "reflect" or "absorb", and solver="exact" where there is a kernel.'
+            " A step may have left the states where f and g are real, such as x < 0 for √x: take more steps; "
+            'simulate() takes boundary="truncate", "reflect" or "absorb", and solver="exact" if there is a kernel.'
         )
 
     @property
@@ -164,7 +164,7 @@ class Declaration:
         """The error that says why this SDE has no Gaussian kernel, and what can be done instead."""
         why = f"{self.obstacle}; {also}" if also else self.obstacle
         return NotAffineError(
-            f"{purpose}: this SDE has no Gaussian perturbation kernel, for {why}. Still available: "
+            f"{purpose}: this SDE has no Gaussian perturbation kernel, because {why}. Still available: "
             "sde.simulate(), sde.reverse() and sde.flow_ode() as equations, training by simulation (fit on a "
             'Score that predicts="score"), and with a score their sample(), encode(), decode() and log_prob().'
         )

@@ -86,8 +86,8 @@ def _add(found: list[dict], factor: sp.Expr, state: tuple[sp.Symbol, ...]) -> No
     base = factor.base if factor.is_Pow else factor
     if len(held) > 1 or not base.is_polynomial(state[held[0]]) or sp.degree(base, state[held[0]]) > 2:
         raise DeclarationError(
-            f"the domain where {factor} > 0 is not told by ends of each component by itself, as boundary= needs it: "
-            "declare f and g so that they hold wherever a step may lead (sqrt(Max(x, 0)), say)."
+            f"the domain {factor} > 0 is not an interval of each component, which boundary= needs: "
+            "declare f and g so that they are defined wherever a step may go (sqrt(Max(x, 0)), say)."
         )
     for root in _roots(base, state[held[0]]):
         found[held[0]].setdefault(root, base)

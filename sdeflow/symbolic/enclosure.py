@@ -384,6 +384,6 @@ def _require_rules(expressions: Sequence[sp.Expr]) -> None:
     for node in {node for e in expressions for node in sp.preorder_traversal(e) if node.args and node.free_symbols}:
         if isinstance(node, Schedule):
             if node.order and node.table is None:
-                raise NoEnclosure(f"{node} is the derivative of a schedule that is no formula.")
+                raise NoEnclosure(f"{node} is the derivative of a schedule without a formula.")
         elif type(node) not in known and type(node) not in special_functions():
             raise NoEnclosure(f"{node}: no bounds of {type(node).__name__} are known.")

@@ -99,7 +99,7 @@ def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
         return _PLAIN[expr.func](*arguments)
     if isinstance(expr, Schedule):
         if not expr.known:
-            raise UnknownValue(f"{expr} is the derivative of a schedule that is no formula.")
+            raise UnknownValue(f"{expr} is the derivative of a schedule without a formula.")
         return expr.values(np.asarray(arguments[0], dtype=np.float64).reshape(-1)).reshape(np.shape(arguments[0]))
     return np.vectorize(lambda *numbers: _one(expr, numbers), otypes=[np.float64])(*arguments)
 

@@ -39,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 y = sp.Dummy("y", real=True)  # a Dummy: no parameter can be the same symbol
-"""The state on the line, where the SDE is affine."""
+"""The new state, on the line, in which the SDE is affine."""
 
 line_mean = sp.Dummy("m", real=True)
 """The mean of y."""
@@ -262,7 +262,7 @@ def _square(c: sp.Expr, lead: sp.Expr, k: sp.Expr, numbers: dict) -> Map | str:
 def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | str:
     """g = c sqrt(lead ((x - middle)² + spread))."""
     if sign_at(lead, numbers) != 1:
-        return f"the factor {lead} of x² in g² must be positive, for else y = ∫ dx / g covers a part of the line only"
+        return f"the factor {lead} of x² in g² must be positive: else y = ∫ dx / g covers only a part of the line"
     side = sign_at(spread, numbers)
     if not side:
         return _unsigned(spread)
@@ -283,7 +283,7 @@ def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, num
 def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | str:
     """g = c lead ((x - middle)² + spread) between its two zeros."""
     if sign_at(spread, numbers) != -1:
-        return "g has no two zeros with the state between them, and y = ∫ dx / g covers a part of the line only"
+        return "g does not have two zeros with the state between them, so y = ∫ dx / g covers only a part of the line"
     r = sp.sqrt(-spread)
     to_line = sp.log((x - middle + r) / (middle + r - x))
     log_slope = sp.log(r / 2) - 2 * sp.log(sp.cosh(y / 2))

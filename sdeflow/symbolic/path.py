@@ -88,7 +88,7 @@ def _declared(
     found = patiently(_path_coefficients, alpha, sigma)
     if found is None:
         raise DeclarationError(
-            f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g of: declare these."
+            f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g from them: declare f and g."
         )
     rate, gram = found
     start, initial = (_at_start(e) for e in (alpha, sigma))

@@ -106,7 +106,7 @@ def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pe
 def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:
     square = sp.expand(g**2)
     if not square.has(x) or not square.is_polynomial(x):
-        return "g² is no polynomial of x"
+        return "g² is not a polynomial of x"
     affine = Declaration(f, sp.Integer(1)).affine
     coefficients = sp.Poly(square, x).all_coeffs()
     if affine is None:
@@ -139,7 +139,7 @@ def _square_root(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: d
 def _jacobi(a: sp.Expr, b: sp.Expr, coefficients: list[sp.Expr], numbers: dict) -> Pearson | str:
     s, middle = -coefficients[0], _constant(-coefficients[1] / (2 * coefficients[0]))
     if sign_at(s, numbers) != 1:
-        return f"the factor {-s} of x² in g² must be negative, for elsewhere the spectrum has a continuous part"
+        return f"the factor {-s} of x² in g² must be negative: else the spectrum has a continuous part"
     squared = None if middle is None else _constant(coefficients[2] / s + middle**2)  # the square of half the interval
     if squared is None:
         return "the zeros of g² move with t, or are not finite"

@@ -21,12 +21,12 @@ from sdeflow.symbolic.symbols import require_plain
 __all__ = ["CALLS", "MAX_KNOTS", "Schedule", "schedule", "table_of"]
 
 MAX_KNOTS = 20_000
-"""Times that a table may have: each is an edge of a panel of the quadrature."""
+"""The most times of a table: each is an edge of a panel of the quadrature."""
 
 CALLS: list[Callable[[Callable, np.ndarray], np.ndarray]] = []
-"""Further ways to call a function at times (n,), for one that takes neither arrays nor numbers.
+"""Other ways to call a function at times (n,), if it takes neither arrays nor numbers.
 
-The layer that knows tensors adds its own.
+The layer that has tensors adds its own.
 """
 
 _unnamed = count(1)

@@ -79,10 +79,10 @@ _EXPONENTIAL = (sp.exp, sp.sinh, sp.cosh, sp.gamma, sp.erfi)
 _HYPERBOLIC = (sp.sinh, sp.cosh, sp.tanh, sp.coth, sp.sech, sp.csch)
 
 FUNCTIONS: dict[str, type[sp.Basic]] = {function.__name__: function for function in _ELEMENTARY + _SPECIAL}
-"""The functions that trees and text may hold: those that the compiler can compute."""
+"""The functions that are allowed in trees and text: the compiler can compute all of them."""
 
 OF_TIME_ALONE = tuple(function for function in _SPECIAL if function not in (sp.gamma, sp.loggamma))
-"""The functions that torch lacks: their arguments may not hold the state."""
+"""The functions that torch lacks: their arguments must not contain the state."""
 
 _RELATIONS = {"<": sp.Lt, "<=": sp.Le, ">": sp.Gt, ">=": sp.Ge, "==": sp.Eq, "!=": sp.Ne}
 _LOGIC = {"And": sp.And, "Or": sp.Or, "Not": sp.Not}
@@ -357,7 +357,8 @@ class _Builder:
                 moderate = number == 0 or 1 / limit**2 <= _size(number) <= limit
                 if not moderate or number.has(*_SPECIAL) or (limit == _MAX_OF_TWO and number.is_negative):
                     raise UnsafeExpressionError(
-                        f"{function.__name__} of the number {number}: too large, small or hard."
+                        f"{function.__name__} of the number {number}: it is too large, too small "
+                        "or too slow to compute."
                     )
         elif function in _HYPERBOLIC and not (args[0].is_extended_real or _is_simple(args[0])):
             raise UnsafeExpressionError(
@@ -481,7 +482,7 @@ def _require_tame_power(base: sp.Expr, exponent: sp.Expr) -> None:
         critical += [power.args[-1] for power in base.atoms(sp.Pow, sp.exp)]
     if any(_reach(term, False) > math.log2(MAX_EXPONENT) for term in critical):
         raise UnsafeExpressionError(
-            f"the power {base}**({exponent}) may come to hold a number to a power above {MAX_EXPONENT}."
+            f"the power {base}**({exponent}) may become a number to a power above {MAX_EXPONENT}."
         )
     # SymPy takes 12**(p/q) as a root of 2**(2*p % q) * 3**(p % q).
     if any(_root_bits(term) > _MAX_ROOT_BITS for term in critical):

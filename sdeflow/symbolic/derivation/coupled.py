@@ -32,7 +32,7 @@ def coupled_moments(
     """
     Phi, P, m = Notation("Φ"), Notation("P"), vector("m")
     how = (
-        ", the matrix exponential where F commutes with itself at all times."
+        ", the matrix exponential if F commutes with itself at all times."
         if closed
         else "; F does not commute with itself by any rule here, so that Φ is defined by its equation, and its numbers "
         "come by quadrature."
@@ -48,7 +48,7 @@ def coupled_moments(
     return [
         Step(
             "The fundamental matrix",
-            f"The homogeneous equation carries a start to Φ times it{how}",
+            f"The homogeneous equation maps a start u₀ to Φ u₀{how}",
             tuple(fundamental),
             *proofs[0],
         ),
@@ -82,7 +82,7 @@ def _stationary(declaration: Declaration, numbers: Numbers) -> list[Step]:
     return [
         Step(
             "The stationary covariance",
-            "Where P does not change any more, it solves the algebraic Lyapunov equation.",
+            "If P is constant, it solves the algebraic Lyapunov equation.",
             (equals(_F * name + name * _F_T + _GRAM, sp.Integer(0)), equals(name, S)),
             "a linear system for S",
             *verify([(F * S + S * F.T + Q, sp.zeros(*S.shape))], numbers, declaration.T),

@@ -56,7 +56,7 @@ def equation_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
     return [
         Step(
             "The Fokker-Planck equation",
-            "It says how the density p of all states at once moves: carried by f, spread by g.",
+            "It is the equation of the density p, which f transports and g spreads.",
             (equals(derivative(p, t), sp.Add(*terms)),),
         ),
         Step(
@@ -70,7 +70,7 @@ def equation_steps(declaration: Declaration, numbers: Numbers) -> list[Step]:
         ),
         Step(
             "The probability-flow ODE",
-            "With half of that correction no noise is needed: its flux is f p - ½ ∇·(g gᵀ p), the "
+            "With half of that correction no noise is needed: the flux is f p - ½ ∇·(g gᵀ p), the "
             "right-hand side of Fokker-Planck, for any p.",
             _differential(flow),
             "arXiv:2011.13456, eq. 13",
@@ -94,7 +94,7 @@ def is_smooth(declaration: Declaration) -> bool:
 
 def general_steps(declaration: Declaration, numbers: Numbers, why: str) -> list[Step]:
     """The steps of an SDE without an exact kernel; ``why`` is a clause that says why it has none."""
-    text = f"There is no Gaussian kernel, for {declaration.obstacle}; nor another exact one, for {why}."
+    text = f"There is no Gaussian kernel, because {declaration.obstacle}, and no other exact kernel, because {why}."
     steps = [declared(declaration), Step("Classification", text, (), "general")]
     if is_smooth(declaration):
         steps.append(_local(declaration, numbers))
@@ -134,7 +134,7 @@ def _stationary_law(declaration: Declaration, numbers: Numbers) -> Step:
     log_slope = 2 * f / q - sp.diff(q, x) / q
     return Step(
         "The stationary law",
-        "Where this can be normalised, by Z, it carries no flux: f p = ½ ∂(g² p)/∂x.",
+        "If this can be normalised, by Z, its flux is 0: f p = ½ ∂(g² p)/∂x.",
         (equals("Z p(x)", law),),
         "zero flux",
         *verify([(f, (sp.diff(q, x) + q * log_slope) / 2)], numbers, declaration.T),

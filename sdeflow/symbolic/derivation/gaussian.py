@@ -47,7 +47,8 @@ def kernel_steps(declaration: Declaration, moments: Moments, numbers: Numbers) -
         Step(
             "Its score and the weighting",
             "The score of the kernel is linear in the state. E|∇ log p|² = -E[∇·∇ log p] is "
-            "the inverse variance (per coordinate), so that λ(t), which makes every time count alike, is the variance.",
+            "the inverse variance (per coordinate), so that λ(t), which gives every time equal weight, is this "
+            "variance.",
             score,
             "",
             *slopes,

@@ -72,7 +72,7 @@ def _classification(declaration: Declaration, numbers: Numbers) -> Step:
     return Step(
         "Classification",
         "The drift is affine in the state and the diffusion does not hold it, so that the state given its start is "
-        "Gaussian: a mean and a variance tell everything.",
+        "Gaussian: its mean and variance determine it.",
         tuple(names),
         "f affine in the state, g a function of t alone",
         *verify([(sp.Matrix(declaration.drifts), F * u + b)], numbers, declaration.T),

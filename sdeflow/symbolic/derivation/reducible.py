@@ -46,7 +46,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
         declared(declaration),
         Step(
             "The change of state (Lamperti)",
-            f"y = ∫ dx / h with g = c(t) h(x, t) takes the state out of the noise. {both} "
+            f"y = ∫ dx / h with g = c(t) h(x, t) makes the noise independent of the state. {both} "
             f"Here x lies in ({change.lower}, {change.upper}).",
             (equals("y", H), equals("x", X)),
             f"the map {change.name!r}",

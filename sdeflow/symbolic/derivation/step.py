@@ -21,7 +21,7 @@ SIGNS = {
     "τ": r"\tau", "χ": r"\chi", "Σ": r"\Sigma", "Φ": r"\Phi", "∂": r"\partial", "∇": r"\nabla", "∫": r"\int",
     "·": r"\cdot", "√": r"\sqrt{\ }", "→": r"\to", "≤": r"\le", "≥": r"\ge",
 }  # fmt: skip
-"""LaTeX, in math mode, of the signs that texts are written with."""
+"""LaTeX, in math mode, of the signs in texts."""
 
 _WORDS = {
     "log ": r"\log ", " | ": r" \mid ", "E[": r"\mathbb{E}[", "Var[": r"\mathrm{Var}[", "offset": r"\mathrm{offset}",

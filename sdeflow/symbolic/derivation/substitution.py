@@ -136,5 +136,5 @@ def _defect(left: sp.Expr, right: sp.Expr) -> float:
     """The difference of two numbers, relative to their size."""
     size = float(abs(left) + abs(right))
     if not math.isfinite(size):
-        raise ValueError(f"{left} and {right} are no numbers")
+        raise ValueError(f"{left} and {right} are not numbers")
     return float(abs(left - right)) / size if size > 1e-25 else 0.0
