@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 import sympy as sp
@@ -15,6 +15,8 @@ from sdeflow.numerics.basis import DCT
 from sdeflow.sde import SDE
 from sdeflow.symbolic.patience import rehearsed, small
 from sdeflow.symbolic.symbols import state, t, x
+
+Matrix: TypeAlias = sp.MatrixBase | np.ndarray | Sequence[Sequence[float | sp.Expr]]
 
 __all__ = [
     "EDM",
@@ -109,7 +111,7 @@ def CriticallyDampedLangevin(
 
 
 def from_recipe(
-    D: sp.MatrixBase | list, Q: sp.MatrixBase | list, S: sp.MatrixBase | list | None = None, T: float = 1.0,
+    D: Matrix, Q: Matrix, S: Matrix | None = None, T: float = 1.0,
     P0: object = 0.0, names: str | Sequence[str] | None = None, params: Mapping[sp.Symbol | str, float] | None = None,
     cutoff: float | None = None,
 ) -> SDE:  # fmt: skip

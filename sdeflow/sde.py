@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import sympy as sp
 import torch
@@ -208,7 +208,7 @@ class SDE:
             other.kernel = self.kernel.with_cutoff(other.declaration)
         return other
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The declaration and its parameters' values as JSON-able data; :meth:`from_dict` is exactly the inverse.
 
         Raises:
@@ -221,7 +221,7 @@ class SDE:
         return to_dict(self.declaration, self.values, self.basis)
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> SDE:
+    def from_dict(cls, data: Mapping[str, Any]) -> SDE:
         """The SDE of which ``data`` is the :meth:`to_dict`; nothing in it is evaluated as text.
 
         Raises:
@@ -439,7 +439,7 @@ class SDE:
                 )
 
 
-def _nowhere_finite(compiled: Compiled, times: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+def _nowhere_finite(compiled: Compiled[torch.Tensor], times: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
     """At which times a function of t and the components is finite for none of the states (n, len(times))."""
     return ~torch.isfinite(compiled(times.expand(len(states[0]), -1), *states)).any(0)
 
@@ -472,7 +472,7 @@ def _manageable(make: Callable[..., Declaration], *arguments: object) -> Declara
     return make(*arguments) if declaration is None else declaration
 
 
-def _written(make: Callable[..., Declaration], arguments: tuple, declaration: Declaration | None) -> bool:
+def _written(make: Callable[..., Declaration], arguments: tuple[object, ...], declaration: Declaration | None) -> bool:
     """Writes what every SDE writes, once."""
     declaration = declaration or make(*arguments)
     probability_flow(declaration)

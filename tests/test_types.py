@@ -57,7 +57,7 @@ for each in (exact, score, score.given(1)):
     assert_type(each.denoise(z, 0.5), Tensor)
 
 assert_type(fit(score, (z, torch.zeros(64)), 10, objective=objectives.Denoising("edm")), Fit)
-assert_type(fit(score, z, 10).losses, list[float])
+assert_type(fit(score, z.numpy(), 10).losses, list[float])
 assert_type(objectives.Denoising().value(exact, z), tuple[float, float])
 flow = sde.flow_ode(score)
 assert_type(flow.log_prob(z), Tensor)

@@ -59,7 +59,7 @@ _REPRESENTATIVES = 32  # entries of tensor parameters from which the panels are 
 class _Panels(NamedTuple):
     """The panels of a table."""
 
-    version: tuple  # of the values that they were made for
+    version: tuple[object, ...]  # of the values that they were made for
     edges: np.ndarray
     resolved: bool  # whether they resolve the root of a coupled state's covariance
 
@@ -218,13 +218,13 @@ class Coefficients:
                     break
         return t.clamp(self.cutoff, self.T)
 
-    def compile_closed(self, moments: Moments) -> Compiled:
+    def compile_closed(self, moments: Moments) -> Compiled[tuple[Tensor, ...]]:
         """alpha, offset, sigma and log alpha of closed moments."""
         middle = {**self.values.numbers, time_symbol: self.T / 2}
         outputs = moments.alpha, moments.offset, square_root(moments.var, middle), moments.log_alpha
         return compile_expressions(outputs, (time_symbol,), self.values, self.T)
 
-    def agrees(self, compiled: Compiled, points: np.ndarray, tolerance: float) -> bool:
+    def agrees(self, compiled: Compiled[tuple[Tensor, ...]], points: np.ndarray, tolerance: float) -> bool:
         """Whether a compiled closed form gives the table's numbers at ``points``, relatively.
 
         Besides ``tolerance`` they may differ by what the rounding of t moves them: where alpha falls to nothing at the
@@ -246,7 +246,7 @@ class Coefficients:
             and ((log_alpha - true_log_alpha).abs() <= tolerance * (1 + true_log_alpha.abs()) + moved * a.abs()).all()
         )
 
-    def _evaluated(self, compiled: Compiled, t: Tensor) -> tuple[Tensor, ...]:
+    def _evaluated(self, compiled: Compiled[tuple[Tensor, ...]], t: Tensor) -> tuple[Tensor, ...]:
         """Functions of t and the parameters, (*t.shape, *parameters) each."""
         t = t.to(torch.float64)
         if not self.values.tensors:
@@ -553,7 +553,7 @@ class Coefficients:
         std = self.table(t)[1].clamp_min(0).sqrt()
         return std if std.ndim == t.ndim else std.flatten(t.ndim).amin(-1)
 
-    def _compile_closed_form(self, derived: Moments) -> Compiled | None:
+    def _compile_closed_form(self, derived: Moments) -> Compiled[tuple[Tensor, ...]] | None:
         """The rules' closed form compiled, if its numbers agree with quadrature on [cutoff, T]; else None."""
         if not derived.closed:
             return None

@@ -320,10 +320,10 @@ class Kernel:
         state = ", ".join(symbol.name for symbol in self.declaration.state)
         return rf"$\displaystyle p({state}_t \mid {state}_0) = \mathcal{{N}}\left({mean},\; {var}\right)$"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return Kernel, (self.declaration, self.values, self.basis)
 
-    def __deepcopy__(self, memo: dict) -> Kernel:
+    def __deepcopy__(self, memo: dict[int, object]) -> Kernel:
         """Copies of a score share its kernel, unless they bring their own learned parameters."""
         values = copy.deepcopy(self.values, memo)
         return self if values is self.values else self.with_values(values)

@@ -166,7 +166,9 @@ def _log_weight(law: Standard) -> Tensor:
     return torch.special.xlogy(A - 1.0, u) + torch.special.xlog1py(B - 1.0, -u) - constant
 
 
-def _distribution(u: np.ndarray, u_0: np.ndarray, tau: np.ndarray, A: np.ndarray, B: np.ndarray) -> tuple:
+def _distribution(
+    u: np.ndarray, u_0: np.ndarray, tau: np.ndarray, A: np.ndarray, B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P(u_t <= u | u_0), its density, and the rounding error of the first."""
     total, _, integral, _, size = _numbers(u, u_0, tau, A, B)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):

@@ -119,7 +119,7 @@ class LocalLaw:
         """The map that multiplies states like ``x`` by a number for each sample."""
         return self.maps.identity(x).to(x.device).times_each(factor, x)
 
-    def _values(self, compiled: Compiled, x: Tensor, t: Tensor) -> list[Tensor]:
+    def _values(self, compiled: Compiled[tuple[Tensor, ...]], x: Tensor, t: Tensor) -> list[Tensor]:
         """The compiled expressions at x (batch, ...) and t (batch,), each shaped as a component."""
         components = x.unbind(1) if self.coupled else (x,)
         values = compiled(self._side(t, x).to(x.dtype), *components)
@@ -231,10 +231,10 @@ class LocalKernel(NotGaussian):
     def __repr__(self) -> str:
         return f"LocalKernel(short steps alone, for {'; '.join(filter(None, (self.declaration.obstacle, self.also)))})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return LocalKernel, (self.declaration, self.values, self.refusals)
 
-    def __deepcopy__(self, memo: dict) -> LocalKernel:
+    def __deepcopy__(self, memo: dict[int, object]) -> LocalKernel:
         """Copies of a score share its kernel, unless they bring their own learned parameters."""
         values = copy.deepcopy(self.values, memo)
         return self if values is self.values else LocalKernel(self.declaration, values, self.refusals)

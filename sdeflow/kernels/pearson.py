@@ -220,10 +220,10 @@ class PearsonKernel(NotGaussian, ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, x = {self.pearson.origin} + {self.pearson.scale} u)"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.declaration, self.values)
 
-    def __deepcopy__(self, memo: dict) -> PearsonKernel:
+    def __deepcopy__(self, memo: dict[int, object]) -> PearsonKernel:
         """Copies of a score share its kernel, unless they bring their own learned parameters."""
         values = copy.deepcopy(self.values, memo)
         return self if values is self.values else type(self)(self.declaration, values, like=self)

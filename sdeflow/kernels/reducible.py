@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 import sympy as sp
@@ -115,7 +116,15 @@ class ReducibleKernel(NotGaussian):
             )
         return found
 
-    def _compile(self, expressions: sp.Expr | tuple[sp.Expr, ...], *state: sp.Symbol) -> Compiled:
+    @overload
+    def _compile(self, expressions: tuple[sp.Expr, ...], *state: sp.Symbol) -> Compiled[tuple[Tensor, ...]]: ...
+
+    @overload
+    def _compile(self, expressions: sp.Expr, *state: sp.Symbol) -> Compiled[Tensor]: ...
+
+    def _compile(
+        self, expressions: sp.Expr | tuple[sp.Expr, ...], *state: sp.Symbol
+    ) -> Compiled[Tensor] | Compiled[tuple[Tensor, ...]]:
         return compile_expressions(expressions, (*state, time_symbol), self.values, self.T)
 
     @property
@@ -127,10 +136,10 @@ class ReducibleKernel(NotGaussian):
         change = self.reduction.map
         return f"ReducibleKernel(x_t = {change.to_state}, y = {change.to_line}, {self.inner!r})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return ReducibleKernel, (self.declaration, self.values)
 
-    def __deepcopy__(self, memo: dict) -> ReducibleKernel:
+    def __deepcopy__(self, memo: dict[int, object]) -> ReducibleKernel:
         values = copy.deepcopy(self.values, memo)
         return self if values is self.values else ReducibleKernel(self.declaration, values, like=self)
 

@@ -99,7 +99,7 @@ def require_dropout(dropout: object) -> None:
         raise ValueError(f"dropout={dropout!r}: give a probability in [0, 1)")
 
 
-def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
+def checked_input(x: object, weight: Tensor, what: str = "x") -> Tensor:
     """x as a floating tensor of the dtype of ``weight``. Arrays and lists are converted.
 
     Raises:
@@ -109,8 +109,10 @@ def checked_input(x: Tensor, weight: Tensor, what: str = "x") -> Tensor:
         if hasattr(x, "filled"):  # a masked array: torch would drop its mask silently
             raise TypeError(f"{what} is a masked array, with entries without a value: pass {what}.filled(value)")
         try:
-            rows = isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x)
-            x = torch.stack([torch.as_tensor(part) for part in x]) if rows else torch.tensor(x)
+            if isinstance(x, list | tuple) and any(hasattr(part, "shape") for part in x):
+                x = torch.stack([torch.as_tensor(part) for part in x])
+            else:
+                x = torch.tensor(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{what} must be a tensor or an array, not {type(x).__name__}: {error}") from error
         x = x.to(weight.dtype) if x.is_floating_point() else x

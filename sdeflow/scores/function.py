@@ -125,7 +125,7 @@ class ScoreFunction(nn.Module):
         return self
 
     @property
-    def wrapping(self) -> tuple:
+    def wrapping(self) -> tuple[object, ...]:
         """A key of what is wrapped around :attr:`bare`: two scores with the same of both are equal."""
         return ()
 
@@ -218,7 +218,7 @@ class Wrapping(ScoreFunction):
         return self.score.bare
 
     @property
-    def wrapping(self) -> tuple:
+    def wrapping(self) -> tuple[object, ...]:
         return self.score.wrapping
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
@@ -277,7 +277,7 @@ class CallableScore(ScoreFunction):
         return self.function
 
     @property
-    def wrapping(self) -> tuple:
+    def wrapping(self) -> tuple[object, ...]:
         part = self._part
         if part is None or not self._tied.get(part.size, part.chosen is not None):
             return ()

@@ -327,7 +327,7 @@ class Conditional(Wrapping):
         return torch.unique(self.y.cpu(), return_inverse=True, dim=0)[1] if self.y.ndim else super().conditions(x)
 
     @property
-    def wrapping(self) -> tuple:
+    def wrapping(self) -> tuple[object, ...]:
         return ("given", tuple(self.y.shape), *self.y.flatten().tolist(), *super().wrapping)
 
     def _labels(self, x: Tensor) -> Tensor:

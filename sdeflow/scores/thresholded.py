@@ -87,7 +87,7 @@ class Thresholded(Wrapping):
         return self.in_range(self.score.denoise(x, t))
 
     @property
-    def wrapping(self) -> tuple:
+    def wrapping(self) -> tuple[object, ...]:
         return ("threshold", self.quantile, self.low, self.high, *super().wrapping)
 
     def in_range(self, denoised: Tensor) -> Tensor:

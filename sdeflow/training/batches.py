@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
@@ -16,12 +17,15 @@ from sdeflow.numerics.noise import NoiseStream
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Batch", "Batches", "Samples"]
+__all__ = ["Batch", "Batches", "SampleData", "Samples"]
 
 _LOOK = 10_000  # rows of a tensor, from which moments are measured
 _LOOK_ITEMS = 512  # items of a Dataset
 
 Batch = tuple[Tensor, Tensor | None]
+Rows = Tensor | ArrayLike
+SampleData = Rows | tuple[Rows, Rows] | Dataset[Any]
+"""Samples (n, *event), such with labels (n, ...), or a Dataset with a length."""
 T = TypeVar("T")
 
 
@@ -53,7 +57,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Tensor | tuple[Tensor, Tensor] | Dataset | DataLoader,
+        data: SampleData | DataLoader[Any],
         batch_size: int,
         seed: int,
         accelerator: Accelerator,
@@ -83,7 +87,7 @@ class Batches:
         # Made now: a DataLoader's iterator draws from the global random state when it begins.
         return self._checked(iter(loader), loader, step)
 
-    def _checked(self, iterator: Iterator, loader: DataLoader, step: int) -> Iterator[Batch]:
+    def _checked(self, iterator: Iterator[object], loader: DataLoader[Any], step: int) -> Iterator[Batch]:
         device, event = self._accelerator.device, tuple(self.first.shape[1:])
         checked_already = isinstance(self._loader.dataset, _Rows)
         while True:
@@ -100,13 +104,13 @@ class Batches:
                 step += 1
             iterator = iter(loader)
 
-    def fingerprint(self) -> list:
+    def fingerprint(self) -> list[float]:
         """Shape and moments of some samples, as JSON holds them: a resumed run compares them with its own data."""
         x = self.first.double()
         return [*self.first.shape, float(f"{float(x.mean()):.9g}"), float(f"{float(x.std(correction=0)):.9g}")]
 
 
-def _first_batch(loader: DataLoader) -> Batch:
+def _first_batch(loader: DataLoader[Any]) -> Batch:
     """The first batch of a loader, for shape and scale."""
     for batch in loader:
         x, y = _split(batch)
@@ -140,7 +144,7 @@ class Samples:
         DataError: for data of another kind, and for an empty one.
     """
 
-    def __init__(self, data: Tensor | tuple[Tensor, Tensor] | Dataset) -> None:
+    def __init__(self, data: SampleData) -> None:
         if isinstance(data, DataLoader | IterableDataset):
             raise DataError(
                 f"samples are needed by their indices, which a {type(data).__name__} has not: pass a tensor, (x, y) or "
@@ -198,7 +202,7 @@ def _labelled(data: object) -> Batch:
     return x, y
 
 
-class _Rows(Dataset):
+class _Rows(Dataset[Tensor | tuple[Tensor, Tensor]]):
     """Rows of a tensor, and of their labels, a batch of indices at once."""
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
@@ -213,7 +217,7 @@ class _Rows(Dataset):
     __getitems__ = __getitem__
 
 
-class _Shuffled(Sampler):
+class _Shuffled(Sampler[list[int]]):
     """Batches of indices, a permutation per epoch from (seed, epoch), from any step on.
 
     Attributes:

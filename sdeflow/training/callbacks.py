@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sdeflow.errors import CheckpointError, CheckpointMismatch, warn
 from sdeflow.numerics.checks import checked_count
-from sdeflow.training.batches import Samples
+from sdeflow.training.batches import SampleData, Samples
 from sdeflow.training.checkpoint import Checkpoint, latest_checkpoint, packed, unpacked, write_checkpoint
 from sdeflow.training.run import Run, recent
 
@@ -77,7 +76,7 @@ class Validation:
         seed: of the draws.
     """
 
-    def __init__(self, data: Tensor | tuple[Tensor, Tensor] | Dataset, every: int, seed: int = 0) -> None:
+    def __init__(self, data: SampleData, every: int, seed: int = 0) -> None:
         Samples(data)  # an error now rather than after some steps
         self.data, self.every, self.seed = data, checked_count(every, "every"), seed
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sdeflow.errors import DataError, DataScaleWarning, ScoreError, warn
 from sdeflow.numerics.checks import (
@@ -40,7 +40,7 @@ from sdeflow.numerics.noise import resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.storage import tables_of
-from sdeflow.training.batches import Batches
+from sdeflow.training.batches import Batches, SampleData
 from sdeflow.training.callbacks import Callback, Checkpoints, Progress, Validation, checked_callbacks
 from sdeflow.training.checkpoint import run_lock
 from sdeflow.training.ema import MovingAverage
@@ -65,7 +65,7 @@ OptimiserFactory = Callable[[list[torch.nn.Parameter]], Optimizer]
 @torch.enable_grad()
 def fit(
     score: Score,
-    data: Tensor | tuple[Tensor, Tensor] | Dataset | DataLoader,
+    data: SampleData | DataLoader[Any],
     steps: int,
     batch_size: int = 64,
     weighting: Weighting | None = None,
@@ -86,7 +86,7 @@ def fit(
     gap: int | None = None,
     simulation_steps: int | None = None,
     callbacks: Iterable[Callback] = (),
-    validation: Tensor | tuple[Tensor, Tensor] | Dataset | None = None,
+    validation: SampleData | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains ``score`` in place, inside ``no_grad`` too; then its weights are the moving average, in eval mode.

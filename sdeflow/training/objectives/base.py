@@ -15,13 +15,13 @@ from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import ScoreFunction
 from sdeflow.scores.function import evaluating
 from sdeflow.solving.simulate import start
-from sdeflow.training.batches import Samples
+from sdeflow.training.batches import SampleData, Samples
 from sdeflow.training.losses import data_std_of
 from sdeflow.training.times import Times, WeightedTimes, default_times, require_times
 from sdeflow.training.weightings import Weighting, mean_weight, of_times, require_weighting, share
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    pass
 
 __all__ = ["Batch", "Draws", "Objective"]
 
@@ -122,7 +122,7 @@ class Objective(ABC):
         )
 
     def value(
-        self, score: ScoreFunction, data: Tensor | tuple[Tensor, Tensor] | Dataset, seed: int = 0, batch_size: int = 256
+        self, score: ScoreFunction, data: SampleData, seed: int = 0, batch_size: int = 256
     ) -> tuple[float, float]:
         """The objective and its standard error over data, times and noise, the network in eval mode.
 
