@@ -94,7 +94,7 @@ def score_symbols(components: Sequence[sp.Symbol]) -> tuple[sp.Expr, ...]:
 def require_not_the_start(name: str, components: Iterable[str]) -> None:
     """Raises a DeclarationError if ``name`` is that of a component at t = 0, such as x_0."""
     if name in {f"{component}_0" for component in components}:
-        raise DeclarationError(f"{name} is the name of the state at t = 0: choose another name.")
+        raise DeclarationError(f"{name} is the state at t = 0: choose another name.")
 
 
 def unused(name: str, taken: Iterable[sp.Basic]) -> str:
