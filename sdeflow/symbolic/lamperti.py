@@ -283,7 +283,7 @@ def _hyperbolic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, num
 def _logistic(c: sp.Expr, lead: sp.Expr, middle: sp.Expr, spread: sp.Expr, numbers: dict) -> Map | str:
     """g = c lead ((x - middle)² + spread) between its two zeros."""
     if sign_at(spread, numbers) != -1:
-        return "g does not have two zeros with the state between them, so y = ∫ dx / g covers only a part of the line"
+        return "g has no two zeros with the state between them, so y = ∫ dx / g covers only a part of the line"
     r = sp.sqrt(-spread)
     to_line = sp.log((x - middle + r) / (middle + r - x))
     log_slope = sp.log(r / 2) - 2 * sp.log(sp.cosh(y / 2))

@@ -106,7 +106,7 @@ def _classified(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pe
 def _classify(f: sp.Expr, g: sp.Expr, numbers: dict[sp.Symbol, sp.Expr]) -> Pearson | str:
     square = sp.expand(g**2)
     if not square.has(x) or not square.is_polynomial(x):
-        return "g² is not a polynomial of x"
+        return "g² is no polynomial of x"
     affine = Declaration(f, sp.Integer(1)).affine
     coefficients = sp.Poly(square, x).all_coeffs()
     if affine is None:
