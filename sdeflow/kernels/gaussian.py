@@ -104,7 +104,7 @@ class Kernel:
         like: Kernel | None = None,
     ) -> None:
         self.declaration = declaration
-        self.values = values if isinstance(values, Values) else Values(values or {})
+        self.values = Values.of(values)
         self.basis = basis
         self.T = declaration.T
         self.coupled = declaration.coupled

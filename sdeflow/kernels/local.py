@@ -191,7 +191,7 @@ class LocalKernel(NotGaussian):
         refusals: tuple[str, ...] = (),
     ) -> None:
         self.declaration, self.refusals = declaration, refusals
-        self.values = values if isinstance(values, Values) else Values(values or {})
+        self.values = Values.of(values)
         self.T, self.coupled = declaration.T, declaration.coupled
 
     @property

@@ -90,7 +90,7 @@ def pearson_kernel(
 
     Where it is one only for the values that the parameters have, they must be numbers.
     """
-    found = pearson_kernel_or_reason(declaration, values if isinstance(values, Values) else Values(values or {}))
+    found = pearson_kernel_or_reason(declaration, Values.of(values))
     return None if isinstance(found, str) else found
 
 
@@ -146,7 +146,7 @@ class PearsonKernel(NotGaussian, ABC):
         like: PearsonKernel | Pearson | None = None,
     ) -> None:
         self.declaration = declaration
-        self.values = values if isinstance(values, Values) else Values(values or {})
+        self.values = Values.of(values)
         shared = like if isinstance(like, PearsonKernel) else None
         self.pearson = self._classify() if like is None else like if isinstance(like, Pearson) else like.pearson
         if declaration.P0 > 0:

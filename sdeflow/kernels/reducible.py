@@ -84,7 +84,7 @@ class ReducibleKernel(NotGaussian):
         like: ReducibleKernel | Reduction | None = None,
     ) -> None:
         self.declaration = declaration
-        self.values = values if isinstance(values, Values) else Values(values or {})
+        self.values = Values.of(values)
         if isinstance(like, ReducibleKernel):
             self.reduction, self.inner = like.reduction, like.inner.with_values(self.values)
         else:

@@ -45,6 +45,11 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
             shapes = ", ".join(f"{symbol}: {tuple(v.shape)}" for symbol, v in self.tensors.items())
             raise DeclarationError(f"the tensors of params must broadcast to one event: {shapes}.") from error
 
+    @classmethod
+    def of(cls, values: Mapping[sp.Symbol, float | Tensor] | None) -> Values:
+        """``values`` as they are if they are Values already; None stands for no parameters."""
+        return values if isinstance(values, Values) else cls(values or {})
+
     def __getitem__(self, symbol: sp.Symbol) -> float | Tensor:
         return self._values[symbol]
 
