@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sdeflow
 from sdeflow import SDE, Score, catalog, errors, fit, x
+from sdeflow.scores.thresholded import Thresholded
 from sdeflow.training.callbacks import Validation
 from sdeflow.training.checkpoint import latest_checkpoint, packed, unpacked
 from sdeflow.training.objectives import Denoising, KernelMatching, LocalMatching, Objective
@@ -113,6 +114,13 @@ def test_a_value_of_labelled_data():
     value = Denoising().value(score, (draw(64), labels))
     assert value != Denoising().value(score, (draw(64), (labels + 1) % 3))
     assert value == Denoising().value(score, TensorDataset(draw(64), labels))
+
+
+def test_a_wrapped_score_has_the_scale_of_its_data():
+    """A range that nothing leaves changes nothing, and "edm" knows the data's standard deviation all the same."""
+    exact = gaussian(catalog.VP(), STD, d=2)
+    wrapped = Thresholded(exact, (-1e3, 1e3))
+    assert Denoising("edm").value(wrapped, draw(50)) == Denoising("edm").value(exact, draw(50))
 
 
 def test_objects_names_and_options_mean_the_same():
