@@ -43,7 +43,8 @@ from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.chebyshev import PiecewiseChebyshev
 from sdeflow.numerics.checks import checked_numbers, checked_real
-from sdeflow.solvers.resolution import Plain, require_resolved, require_stable, require_turning
+from sdeflow.solvers.resolution import Plain, require_plain, require_resolved
+from sdeflow.solvers.schemes import Scheme
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
 
@@ -58,6 +59,7 @@ _MOST_DRIFT = 10.0  # of the logarithm of the state, per u
 _MISSED = 1e-6  # of the horizon
 _MOST_NODES = 6_000
 _BESIDE = 1e-13  # of the horizon, from a break point
+_BESIDE_NODE = 1e-7  # of a step
 _INSIDE = 1e-10  # of t, relative to T
 _OF_TIME = 0.25  # of t, and of its logarithm, in the mixture
 _FAR = math.log(1e4)  # of sigma / alpha relative to the data's scale: from here on "log_snr" is compressed
@@ -135,14 +137,30 @@ class Clock:
             self._check(times, None)
         return times
 
-    def nodes(self, steps: int, plain: Plain) -> tuple[np.ndarray, np.ndarray | None]:
+    def nodes(
+        self, steps: int, order: int, stochastic: bool, backward: bool, scheme: Scheme | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """u (steps + 1,) between which methods of any equation step, and at which numbers the break points are; None
-        for even steps, where there are no break points, or too many."""
+        for even steps, where there are no break points, or too many. Of the method see
+        :class:`~sdeflow.solvers.resolution.Plain`."""
         shared = _shared(np.array([u for u, _ in self.breaks]), steps) if self.breaks else None
         u, fixed = shared or (np.linspace(0.0, 1.0, steps + 1), None)
         if self._check is not None:
+            stages = partial(self._stages, u[::-1] if backward else u)
+            restarts = frozenset([] if fixed is None else (steps - fixed if backward else fixed).tolist())
+            plain = Plain(order, stochastic, backward, scheme, restarts, stages)
             self._check(np.array([self(v)[0] for v in u]), plain)
         return u, fixed
+
+    def _stages(self, u: np.ndarray, places: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """t and |dt/dr|, (len(places), steps), at places in the steps from each u to the next, of length 1 in r.
+
+        Ends of a step are taken from inside it, where f or g may jump at them.
+        """
+        inside = np.clip(places, _BESIDE_NODE, 1.0 - _BESIDE_NODE)[:, None]
+        at, length = u[:-1] + inside * np.diff(u), np.abs(np.diff(u))
+        t, rate = np.array([self(v) for v in at.ravel().tolist()]).T.reshape(2, *at.shape)
+        return t, rate * length
 
     def since_stop(self, times: np.ndarray) -> np.ndarray:
         """How many of ``times`` of a solve lie between each one and the stop before it, both included: a polynomial
@@ -303,8 +321,7 @@ def _many_scales(kernel: Kernel) -> bool:
 
 def _check(kernel: Kernel, name: str, scale: float) -> Callable[[np.ndarray, Plain | None], None] | None:
     """What is asked of the times of a grid; nothing where coordinates have schedules of their own."""
-    required = require_turning if kernel.coupled else require_stable
-    return None if kernel.values.shape else partial(required, kernel, name, scale)
+    return None if kernel.values.shape else partial(require_plain, kernel, name, scale)
 
 
 def _first(kernel: Kernel, curve: Curve) -> float:

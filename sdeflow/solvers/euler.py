@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.schemes import EULER, HEUN
 
 __all__ = ["Euler", "EulerMaruyama", "Heun"]
 
@@ -56,7 +57,7 @@ class EulerMaruyama(Solver):
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        r = problem.start(y, steps)
+        r = problem.start(y, steps, scheme=EULER)
         y = problem.to_rows(y)
         shape = (len(y), problem.motions or y.shape[1])
         for k, begin, end in problem.steps(r):
@@ -81,7 +82,7 @@ class Euler(Solver):
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        for k, begin, end in problem.steps(problem.start(y, steps)):
+        for k, begin, end in problem.steps(problem.start(y, steps, scheme=EULER)):
             y = y + problem.drift(begin, y, end - begin)
             _observe(problem, k, end, y)
         return problem.finish(y)
@@ -103,7 +104,7 @@ class Heun(Solver):
 
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        for k, begin, end in problem.steps(problem.start(y, steps, order=2)):
+        for k, begin, end in problem.steps(problem.start(y, steps, scheme=HEUN)):
             slope = problem.drift(begin, y, end - begin)
             ahead = problem.drift(end, y + slope, end - begin)
             y = y + 0.5 * (slope + ahead)

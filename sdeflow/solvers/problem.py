@@ -27,7 +27,7 @@ from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
-from sdeflow.solvers.resolution import Plain
+from sdeflow.solvers.schemes import Scheme
 
 __all__ = ["Normalised", "Problem"]
 
@@ -119,9 +119,17 @@ class Problem:
         self._part: tuple[float, float, float, float] | None = None
 
     def start(
-        self, y: Tensor, steps: int | None = None, end: float = 1.0, eager_checks: bool = False, order: int = 1
+        self,
+        y: Tensor,
+        steps: int | None = None,
+        end: float = 1.0,
+        eager_checks: bool = False,
+        order: int = 1,
+        scheme: Scheme | None = None,
     ) -> Sequence[float]:
         """Before a solve, by a method of this ``order``; ``eager_checks`` reads the finiteness at every call.
+
+        Of a method with a tableau, ``scheme``, the order is that one's, and steps that spoil Gaussian data are told.
 
         Returns:
             The rising values of r (steps + 1,) at which its steps begin and end: 0, 1, ..., steps, or t itself (-t
@@ -131,7 +139,7 @@ class Problem:
         given = steps is not None and self.clock.given is not None
         self._end = None if given else end if steps is None else float(steps)
         self.eager_checks, self._part = eager_checks, None
-        self._divide(steps, order)
+        self._divide(steps, order if scheme is None else scheme.order, scheme)
         y = y.detach()
         if not bool(torch.isfinite(y).all()):
             rows = _rows(~torch.isfinite(y).all(1))
@@ -148,7 +156,7 @@ class Problem:
         """Whether steps are of length 1 in r, as they are where the times were not given."""
         return self._end is not None
 
-    def _divide(self, steps: int | None, order: int) -> None:
+    def _divide(self, steps: int | None, order: int, scheme: Scheme | None) -> None:
         """Sets where r the break points of f and g are, and how u goes with r where its nodes are uneven for them."""
         self._nodes, self._edges = None, []
         if self._end is None:
@@ -157,7 +165,7 @@ class Problem:
             return
         at = [self._end * u for u, _ in self.clock.breaks]
         if steps is not None:
-            u, at = self.clock.nodes(steps, Plain(order, self._diffusion is not None))
+            u, at = self.clock.nodes(steps, order, self._diffusion is not None, self.backward, scheme)
             if at is None:
                 return
             self._nodes = u[::-1].copy() if self.backward else u

@@ -11,14 +11,16 @@ or the state explodes:
 
 Warned of are uniform steps in t of which one covers more than a quarter of a radian of the angle
 atan2(sigma, alpha c), of which all together cover at most π/2 (of a coupled state with the half-log-SNR for
-log(alpha / sigma)); and, for methods that do not know the kernel, steps in which data is moved far, and steps in which
-a coupled state turns so far that all of them together change its size by a quarter. In few steps, more is allowed: they
-are coarse on any grid.
+log(alpha / sigma)); and, for methods that do not know the kernel, steps in which data is moved far, steps in which
+a coupled state turns so far that all of them together change its size by a quarter, and steps after which Gaussian data
+of the scale c has another spread: its flow and its reverse SDE are linear, and what a method makes of them is known
+(:mod:`sdeflow.solvers.schemes`). In few steps, more is allowed: they are coarse on any grid.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +29,9 @@ from torch import Tensor
 
 from sdeflow.errors import CoarseStepsWarning, warn
 from sdeflow.kernels.gaussian import FORGOTTEN, Kernel
+from sdeflow.solvers.schemes import Scheme, carried
 
-__all__ = ["Plain", "require_resolved", "require_stable", "require_turning"]
+__all__ = ["Plain", "require_plain", "require_resolved"]
 
 _MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 60.0  # the last three over the number of steps
 _SINGULAR = 1e-12  # of the largest eigenvalue of Σ
@@ -37,10 +40,23 @@ _NOISE = -1.0  # the half-log-SNR from which on data counts as noise
 
 @dataclass(frozen=True)
 class Plain:
-    """A method that does not know the kernel: its order in smooth equations, and whether it solves the reverse SDE."""
+    """A method that does not know the kernel, and where it goes.
+
+    Attributes:
+        order: in smooth equations.
+        stochastic: whether it solves an SDE.
+        backward: whether t falls.
+        scheme: its tableau, where it has one.
+        restarts: the steps that begin at a break point of f or g, where methods forget earlier steps.
+        stages: places c in the steps -> the times there and dt/dr, each (len(c), steps), in the order of the solve.
+    """
 
     order: int
     stochastic: bool
+    backward: bool
+    scheme: Scheme | None
+    restarts: frozenset[int]
+    stages: Callable[[tuple[float, ...]], tuple[np.ndarray, np.ndarray]]
 
 
 def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Plain | None) -> None:
@@ -73,11 +89,10 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Pla
                 f"and noise; {remedy} More steps, or your own times in a tensor, serve too.",
                 CoarseStepsWarning,
             )
-        if not kernel.coupled:
-            if not kernel.values.shape:
-                require_stable(kernel, "t", scale, times, plain)
+        if plain is None or kernel.values.shape:
             return
-        if plain is None:
+        if not kernel.coupled:
+            require_plain(kernel, "t", scale, times, plain)
             return
         rate, at = _contraction(kernel, t, scale).max(0)
         length = (times[-1] - times[0]) / steps
@@ -87,16 +102,11 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Pla
                 f"reverse equation contracts at a rate of {float(rate):.3g}, and a step is {length:.3g}; {remedy} More "
                 "steps, your own times in a tensor, or the default solver serve too."
             )
-        require_turning(kernel, "t", scale, times, plain)
+        require_plain(kernel, "t", scale, times, plain)
 
 
-def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
-    """A warning or a ValueError where a method that does not know the kernel jumps over what f does, elementwise.
-
-    Its steps are to be short against the time in which the flow of data of the scale c moves it e-fold, 1 over S' / S
-    with S² = alpha² c² + sigma², where the data is not yet noise (f alone may be large, as noise makes up for it in a
-    variance-preserving SDE; a pulse of f alone is not made up for), and against the time in which the
-    reverse equation contracts e-fold, sigma² / g², where x_0 is forgotten. Elsewhere the angle says enough.
+def require_plain(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
+    """A warning or a ValueError where a method that does not know the kernel cannot do with these steps.
 
     Args:
         kernel: the kernel, of one schedule for all coordinates.
@@ -106,13 +116,27 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
         plain: the method; None where it knows the kernel: nothing is asked of it then.
 
     Warns:
-        CoarseStepsWarning: where the data is moved far within a step.
+        CoarseStepsWarning: where the data is moved far within a step, where a coupled state turns so far that its size
+            changes by a quarter, or where Gaussian data does not keep its spread.
 
     Raises:
         ValueError: where x_0 is forgotten and steps are longer than the contraction allows.
     """
     if plain is None:
         return
+    told = (_require_turning if kernel.coupled else _require_stable)(kernel, grid, scale, times, plain)
+    if not told and (plain.backward or not plain.stochastic):  # the forward SDE has no score
+        _require_spread(kernel, grid, scale, plain)
+
+
+def _require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain) -> bool:
+    """A warning or a ValueError where a method that does not know the kernel jumps over what f does, elementwise.
+
+    Its steps are to be short against the time in which the flow of data of the scale c moves it e-fold, 1 over S' / S
+    with S² = alpha² c² + sigma², where the data is not yet noise (f alone may be large, as noise makes up for it in a
+    variance-preserving SDE; a pulse of f alone is not made up for), and against the time in which the
+    reverse equation contracts e-fold, sigma² / g², where x_0 is forgotten. Whether it has warned.
+    """
     steps, probes = len(times) - 1, kernel.numbers.probes
     with torch.no_grad():
         level = kernel.half_log_snr(probes)
@@ -130,28 +154,18 @@ def require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, p
         raise ValueError(forgetting)
     if moving:
         warn(moving, CoarseStepsWarning)
+    return bool(moving)
 
 
-def require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
+def _require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain) -> bool:
     r"""A warning where a method that does not know the kernel loses its way as a coupled state turns.
 
     In coordinates z = L⁻¹ x in which data of the scale c has unit covariance, Σ = L Lᵀ, the flow only turns it, by the
     matrix K = ½ (W - Wᵀ), W = L⁻¹ A L, A the matrix of f; the score has no part in it. A method of order p is off
     by (h \|K\|)^{p+1} / (p+1)! in a step of length h. These errors add up, but along the reverse equation each
-    falls on as exp(-∫ tr(L⁻¹ g gᵀ L⁻ᵀ) / k dt) until the end.
-
-    Args:
-        kernel: the kernel of a coupled state.
-        grid: the name of the grid.
-        scale: the data's scale c.
-        times: rising, (n,).
-        plain: the method; None where it knows the kernel: nothing is asked of it then.
-
-    Warns:
-        CoarseStepsWarning: where the sum is more than a quarter of the state's size.
+    falls on as exp(-∫ tr(L⁻¹ g gᵀ L⁻ᵀ) / k dt) until the end. Whether it has warned, where the sum is more than a
+    quarter of the state's size.
     """
-    if plain is None:
-        return
     with torch.no_grad():
         t, steps = torch.as_tensor(times), len(times) - 1
         middle, length = 0.5 * (t[1:] + t[:-1]), t.diff()
@@ -166,13 +180,58 @@ def require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray, 
             forgotten = (whitened @ gram @ whitened.mT).diagonal(dim1=-2, dim2=-1).mean(-1) * length
             error = error * torch.exp(forgotten - forgotten.cumsum(0))
         total, (furthest, at) = float(error.sum()), turned.max(0)
-    if total > max(_MOST, _FEW / steps):
+    if coarse := total > max(_MOST, _FEW / steps):
         warn(
             f'grid="{grid}": {steps} steps are long for this solver. The state turns by up to {float(furthest):.2g} '
             f"rad in one, at t = {float(middle[at]):.4g}, and will be off by about {total:.2g} of its size; take more "
             "steps, a method of higher order, or the default solver, which is exact in what is linear in the state.",
             CoarseStepsWarning,
         )
+    return coarse
+
+
+def _require_spread(kernel: Kernel, grid: str, scale: float, plain: Plain) -> None:
+    r"""A warning where Gaussian data of the scale c ends with another spread than it should.
+
+    With the score -Σ⁻¹ x its flow is dx = (A + ½ g gᵀ Σ⁻¹) x dt, its reverse SDE dx = (A + g gᵀ Σ⁻¹) x dt + g dw. Both
+    are linear, and so is the recursion that a method makes of them. What it spoils here is spoilt for other data too.
+    """
+    if plain.scheme is None:
+        return
+    with torch.no_grad():
+        at, rate = (torch.as_tensor(part) for part in plain.stages((*plain.scheme.c, 0.0, 1.0)))
+        flat = at.reshape(-1)
+        a, _, gram = kernel.sde_coefficients(flat)
+        if not kernel.coupled:
+            a, gram = a[:, None, None], gram[:, None, None]
+        true = _covariance(kernel, flat, scale)
+        if not all(bool(torch.isfinite(part).all()) for part in (a, gram, true)):
+            return  # as at t = 0, where f or g may be infinite
+        share = 1.0 if plain.stochastic else 0.5
+        drift = a + share * gram @ torch.linalg.pinv(true, hermitian=True)
+        drift, gram, true = (part.expand_as(drift).reshape(*at.shape, *drift.shape[1:]) for part in (drift, gram, true))
+        sign, stages, rate = -1.0 if plain.backward else 1.0, len(plain.scheme.c), rate[..., None, None]
+        noise = (rate * gram if plain.stochastic else torch.zeros_like(gram))[:stages]
+        size, axes = torch.linalg.eigh(noise)
+        root = axes * size.clamp_min(0.0).sqrt()[..., None, :] @ axes.mT
+    with np.errstate(all="ignore"):
+        parts = (sign * rate * drift)[:stages].numpy(), root.numpy(), true[-2, 0].numpy()
+        found = carried(plain.scheme, *parts, plain.restarts)
+        seen = [i for i in range(len(found)) if i not in kernel.declaration.auxiliary]
+        ratios = np.sqrt(np.diagonal(found)[seen] / np.diagonal(true[-1, -1].numpy())[seen])
+    furthest, steps = max(ratios.tolist(), key=_logarithm), at.shape[1]
+    if _logarithm(furthest) > max(_MOST, _FEW / steps):
+        warn(
+            f'grid="{grid}": {steps} steps are long for this solver. Gaussian data of the scale {scale:.3g} ends '
+            f"with {furthest:.3g} times the spread that it should have; take more steps, or the default solver, which "
+            "is exact in what is linear in the state.",
+            CoarseStepsWarning,
+        )
+
+
+def _logarithm(ratio: float) -> float:
+    """How far a ratio is from 1; infinite where it is no number."""
+    return abs(math.log(ratio)) if 0.0 < ratio < math.inf else math.inf
 
 
 def _too_long(grid: str, steps: int, probes: Tensor, moved: Tensor, most: float) -> str:
@@ -200,6 +259,8 @@ def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
 def _covariance(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
     """Σ at each time, (n, k, k)."""
     alpha, sigma, _ = kernel.coefficients(t)
+    if not kernel.coupled:
+        return ((alpha * scale).square() + sigma.square())[:, None, None]
     of_data = [0.0 if i in kernel.declaration.auxiliary else scale**2 for i in range(kernel.components)]
     return alpha @ torch.diag(torch.tensor(of_data, dtype=torch.float64)) @ alpha.mT + sigma @ sigma.mT
 

@@ -1,6 +1,7 @@
 """Solvers: exact moment propagation, convergence orders, agreement of back-ends, and the adapters' promises."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import sdeflow
 from sdeflow import SDE, catalog, t, x
+from sdeflow.errors import CoarseStepsWarning
 from sdeflow.solvers import Torchdiffeq, Torchsde, make_clock
 from sdeflow.solvers.problem import Problem
 
@@ -131,6 +133,45 @@ def test_explicit_adams_does_not_explode(monkeypatch):
     assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) < 2e-3
     monkeypatch.setattr("sdeflow.solvers.adapters.torchdiffeq._ADAMS_ORDER", 12)
     assert float((flow.decode(z, "explicit_adams", 60, grid="log_snr") / truth - 1).abs()) > 1e6
+
+
+JUMPING = SDE(0, sp.Piecewise((1, t < sp.Rational(1, 2)), (20, True)))
+SPREADS = {  # an equation, a solver, steps, and whether they are too few
+    "Euler's flow": (catalog.VE(), "ode", "euler", 60, True),
+    "Heun's flow": (catalog.VE(), "ode", "heun", 12, True),
+    "midpoint": (catalog.VE(), "ode", "midpoint", 60, True),
+    "rk4": (catalog.VE(), "ode", "rk4", 10, True),
+    "rk4 in more steps": (catalog.VE(), "ode", "rk4", 20, False),
+    "heun3": (catalog.VE(), "ode", "heun3", 8, True),
+    "Adams": (catalog.VE(), "ode", "explicit_adams", 60, True),
+    "Adams over a jump": (JUMPING, "ode", "explicit_adams", 12, True),
+    "Euler-Maruyama": (catalog.VE(), "sde", "euler", 20, True),
+    "Euler-Maruyama in more steps": (catalog.VE(), "sde", "euler", 60, False),
+    "Euler-Maruyama on a coupled state": (catalog.CriticallyDampedLangevin(), "sde", "euler", 10, True),
+    "Stratonovich's midpoint": (catalog.VP(), "sde", Torchsde("midpoint"), 20, True),
+    "Stratonovich's Heun": (catalog.VE(), "sde", Torchsde("heun"), 20, True),
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_what_is_said_of_gaussian_data_is_its_spread(name):
+    sde, kind, solver, steps, coarse = SPREADS[name]
+    score, n = gaussian(sde, std=0.5), 20_000 if kind == "sde" else 1
+    true = [float(sde.kernel.marginal(0.0, 0.5, time).std.flatten()[0]) for time in (sde.T, sde.cutoff)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoarseStepsWarning)
+        if kind == "ode":
+            z = torch.full((1, 1), true[0], dtype=torch.float64)
+            found = float(sde.flow_ode(score).decode(z, solver, steps))
+        else:
+            shape = (n, 2, 1) if sde.declaration.coupled else (n, 1)
+            found = float(sde.reverse(score).sample(shape, solver, steps, seed=0)[:, 0].std())
+    assert len(caught) == coarse
+    if coarse:
+        said = float(str(caught[0].message).split(" times the spread")[0].split()[-1])
+        assert abs(abs(found) / true[1] / said - 1) < 0.006 + 4 / math.sqrt(2 * n) * (kind == "sde")
+    else:
+        assert abs(found / true[1] - 1) < 0.1
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"])

@@ -27,6 +27,7 @@ from sdeflow.errors import SolverError, StepUnderflowError
 from sdeflow.numerics.checks import checked_choice
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Normalised, Problem
+from sdeflow.solvers.schemes import ADAMS, EULER, HEUN, HEUN_3, MIDPOINT, RK4
 
 __all__ = ["Torchdiffeq"]
 
@@ -35,6 +36,9 @@ _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_s
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 _ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 _ADAMS_ORDER = 5  # their max_order: one above the explicit one's order, 4. It rises to 11 by default, which explodes
+_SCHEMES = {
+    "euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN, "heun3": HEUN_3, "rk4": RK4, "explicit_adams": ADAMS,
+}  # fmt: skip
 _UNEVEN = 1e-4  # of a step
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
@@ -97,13 +101,10 @@ class Torchdiffeq(Solver):
             self.method, 1
         )
 
-    @property
-    def _order(self) -> int:
-        return {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3}.get(self.method, 4)
-
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
-        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive, order=self._order)
+        scheme = _SCHEMES.get(self.method)
+        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive, order=4, scheme=scheme)
         flow = problem.normalised() if self.adaptive else None
         observed = None if problem.on_step is None else _Observed(problem, points[0], flow)
         if flow is not None:

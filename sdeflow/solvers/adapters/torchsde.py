@@ -26,11 +26,14 @@ from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.schemes import EULER, HEUN, MIDPOINT
 
 __all__ = ["Torchsde"]
 
 _ITO = ("euler", "milstein", "srk")
-_FIRST_ORDER = ("euler", "milstein", "euler_heun")  # where there is no noise; the others are of order 2 then
+_SCHEMES = {  # for noise that does not depend on the state; srk, of two normals, and reversible_heun have no tableau
+    "euler": EULER, "milstein": EULER, "euler_heun": EULER, "midpoint": MIDPOINT, "log_ode": MIDPOINT, "heun": HEUN,
+}  # fmt: skip
 _STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
 
 
@@ -92,7 +95,7 @@ class Torchsde(Solver):
         if self.adaptive:
             points = problem.start(y, end=float(self.initial_steps), eager_checks=True)
         else:
-            points = problem.start(y, steps, order=1 if self.method in _FIRST_ORDER else 2)
+            points = problem.start(y, steps, order=2, scheme=_SCHEMES.get(self.method))
         y = problem.to_rows(y)
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         end = float(points[-1])
