@@ -14,6 +14,8 @@ from problems import cpu_seconds, slowness
 import sdeflow
 from sdeflow import SDE, t, x
 from sdeflow.errors import CheckpointCorrupt, DeclarationError, ScheduleError, SdeflowError, TooLargeError
+from sdeflow.numerics.chebyshev import nodes_of
+from sdeflow.numerics.quadrature import integrate_coupled
 from sdeflow.solvers.clock import make_clock
 from sdeflow.symbolic.conditioned import horizon, named_drift
 from sdeflow.symbolic.declaration import _covariance
@@ -280,6 +282,18 @@ def test_a_drift_too_long_to_write_stands_as_a_function():
 def test_panels_that_take_too_long_are_refused():
     with deadline(0.0), pytest.raises(ScheduleError, match="takes too long to resolve"):
         SDE(-x, 2 + sp.sin(3 * t))
+
+
+def test_the_covariance_of_many_components_asks_whether_there_is_time():
+    """That of thirty takes 4 s on these panels."""
+    k, edges = 30, np.linspace(0.0, 1.0, 301)
+    nodes = torch.as_tensor(nodes_of(edges))[..., None, None]
+    one = torch.eye(k, dtype=torch.float64)
+    F, Q = (one.roll(1, 1) - one) * (1 + nodes), one * (1 + nodes)
+    slower, before = slowness(), cpu_seconds()
+    with deadline(0.2 * slower), pytest.raises(ScheduleError, match="covariance of the components takes too long"):
+        integrate_coupled(edges, F, F[..., 0], Q, one)
+    assert cpu_seconds() - before < 0.8 * slower
 
 
 def test_a_ring_of_twenty_components_is_declared_in_time(monkeypatch):

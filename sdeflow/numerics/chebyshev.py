@@ -80,10 +80,10 @@ def geometric_edges(start: float, stop: float, ratio: float = 4.0) -> np.ndarray
 
 
 def require_time(name: str) -> None:
-    """Raises a ScheduleError if the deadline of a declaration has passed while panels are halved for ``name``."""
+    """Raises a ScheduleError if the deadline of a declaration has passed while ``name`` is computed."""
     if time_left() <= 0:
         raise ScheduleError(
-            f"{name} takes too long to resolve: after seconds of processor time its panels are still too wide. Choose "
+            f"{name} takes too long to resolve: seconds of processor time are not enough for its panels. Choose "
             "a smaller T, or give the part that depends on t alone as a table: sdeflow.schedule((times, values))."
         )
 

@@ -50,6 +50,7 @@ _NOTHING = 1e-290  # a variance that counts as 0
 _ROOT_TOLERANCE = 1e-11
 _LARGEST_TURN = 0.75  # the largest norm of ∫ F over one panel, for Picard's iteration
 _AT_ONCE = 2**15  # values of series computed at once
+_MATRICES = "the covariance of the components"
 _ITERATIONS = (18, 8, 3)  # of Picard: 0.75^18 / 18! is 1e-18,
 _LARGEST_SIZES = np.array([0.02, 1e-6])  # and so are 0.02^8 / 8! and 1e-6^3 / 3!
 
@@ -341,9 +342,11 @@ def integrate_coupled(edges: np.ndarray, F: Tensor, b: Tensor, Q: Tensor, P0: Te
     phi, inverse = _picard(F, width)
     phi_total = one + _integral(F @ phi, width)[1]
     forced_b, total_b = _integral(inverse @ b[..., None], width)
+    require_time(_MATRICES)
     forced_q, total_q = _integral(inverse @ Q @ inverse.mT, width)
 
     def compose(later: list[Tensor], earlier: list[Tensor]) -> list[Tensor]:
+        require_time(_MATRICES)
         (G, m, N), (G0, m0, N0) = later, earlier
         return [G @ G0, m + G @ m0, N + G @ N0 @ G.mT]
 
@@ -355,7 +358,10 @@ def integrate_coupled(edges: np.ndarray, F: Tensor, b: Tensor, Q: Tensor, P0: Te
     G, m, N = (start[..., :-1, None, :, :] for start in (G, m, N))
     noise = phi @ (N + forced_q) @ phi.mT
     phi_now, offset = phi @ G, (phi @ (m + forced_b))[..., 0]
-    root = _root_of_sum(phi_now @ _root(P0), _root(noise))
+    require_time(_MATRICES)
+    noise = _root(noise)
+    require_time(_MATRICES)
+    root = _root_of_sum(phi_now @ _root(P0), noise)
     back = (-2, -1)
     return MomentTable(edges, (phi_now.movedim(back, (0, 1)), root.movedim(back, (0, 1)), offset.movedim(-1, 0)))
 
@@ -379,7 +385,8 @@ def _picard(F: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         place = torch.as_tensor(np.flatnonzero(needed == i))
         own, step = F.index_select(-4, place), width[place]
         phi, inverse = one.expand_as(own), one.expand_as(own)
-        for _ in range(_ITERATIONS[i]):
+        for _ in range(_ITERATIONS[i]):  # of tens of components each takes a part of a second
+            require_time(_MATRICES)
             phi, inverse = one + _integral(own @ phi, step)[0], one - _integral(inverse @ own, step)[0]
         parts.append((phi, inverse))
         places.append(place)
