@@ -126,7 +126,7 @@ def require_plain(kernel: Kernel, grid: str, scale: float, times: np.ndarray, pl
         return
     told = (_require_turning if kernel.coupled else _require_stable)(kernel, grid, scale, times, plain)
     if not told and (plain.backward or not plain.stochastic):  # the forward SDE has no score
-        _require_spread(kernel, grid, scale, plain)
+        _require_spread(kernel, grid, scale, times, plain)
 
 
 def _require_stable(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain) -> bool:
@@ -190,7 +190,7 @@ def _require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray,
     return coarse
 
 
-def _require_spread(kernel: Kernel, grid: str, scale: float, plain: Plain) -> None:
+def _require_spread(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain) -> None:
     r"""A warning where Gaussian data of the scale c ends with another spread than it should.
 
     With the score -Σ⁻¹ x its flow is dx = (A + ½ g gᵀ Σ⁻¹) x dt, its reverse SDE dx = (A + g gᵀ Σ⁻¹) x dt + g dw. Both
@@ -199,26 +199,24 @@ def _require_spread(kernel: Kernel, grid: str, scale: float, plain: Plain) -> No
     if plain.scheme is None:
         return
     with torch.no_grad():
-        at, rate = (torch.as_tensor(part) for part in plain.stages((*plain.scheme.c, 0.0, 1.0)))
-        flat = at.reshape(-1)
-        a, _, gram = kernel.sde_coefficients(flat)
+        at, rate = (torch.as_tensor(part) for part in plain.stages(plain.scheme.c))
+        a, _, gram = kernel.sde_coefficients(at)
         if not kernel.coupled:
-            a, gram = a[:, None, None], gram[:, None, None]
-        true = _covariance(kernel, flat, scale)
-        if not all(bool(torch.isfinite(part).all()) for part in (a, gram, true)):
+            a, gram = a[..., None, None], gram[..., None, None]
+        here, ends = (_covariance(kernel, t, scale) for t in (at, torch.as_tensor(times[[0, -1]])))
+        if not all(bool(torch.isfinite(part).all()) for part in (a, gram, here)):
             return  # as at t = 0, where f or g may be infinite
+        rate = rate[..., None, None]
         share = 1.0 if plain.stochastic else 0.5
-        drift = a + share * gram @ torch.linalg.pinv(true, hermitian=True)
-        drift, gram, true = (part.expand_as(drift).reshape(*at.shape, *drift.shape[1:]) for part in (drift, gram, true))
-        sign, stages, rate = -1.0 if plain.backward else 1.0, len(plain.scheme.c), rate[..., None, None]
-        noise = (rate * gram if plain.stochastic else torch.zeros_like(gram))[:stages]
-        size, axes = torch.linalg.eigh(noise)
+        drift = rate * (a + share * gram @ torch.linalg.pinv(here, hermitian=True))
+        size, axes = torch.linalg.eigh(rate * gram if plain.stochastic else torch.zeros_like(gram))
         root = axes * size.clamp_min(0.0).sqrt()[..., None, :] @ axes.mT
+        begin, end = (ends[1], ends[0]) if plain.backward else (ends[0], ends[1])
     with np.errstate(all="ignore"):
-        parts = (sign * rate * drift)[:stages].numpy(), root.numpy(), true[-2, 0].numpy()
+        parts = (-drift if plain.backward else drift).numpy(), root.expand_as(drift).numpy(), begin.numpy()
         found = carried(plain.scheme, *parts, plain.restarts)
         seen = [i for i in range(len(found)) if i not in kernel.declaration.auxiliary]
-        ratios = np.sqrt(np.diagonal(found)[seen] / np.diagonal(true[-1, -1].numpy())[seen])
+        ratios = np.sqrt(np.diagonal(found)[seen] / np.diagonal(end.numpy())[seen])
     furthest, steps = max(ratios.tolist(), key=_logarithm), at.shape[1]
     if _logarithm(furthest) > max(_MOST, _FEW / steps):
         warn(
@@ -257,10 +255,10 @@ def _angles(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
 
 
 def _covariance(kernel: Kernel, t: Tensor, scale: float) -> Tensor:
-    """Σ at each time, (n, k, k)."""
+    """Σ at each time, (*t.shape, k, k)."""
     alpha, sigma, _ = kernel.coefficients(t)
     if not kernel.coupled:
-        return ((alpha * scale).square() + sigma.square())[:, None, None]
+        return ((alpha * scale).square() + sigma.square())[..., None, None]
     of_data = [0.0 if i in kernel.declaration.auxiliary else scale**2 for i in range(kernel.components)]
     return alpha @ torch.diag(torch.tensor(of_data, dtype=torch.float64)) @ alpha.mT + sigma @ sigma.mT
 
