@@ -1,4 +1,4 @@
-"""What laws share whose draws are made in float64 on the CPU."""
+"""The common part of laws that are drawn in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DrawnLaw"]
 
 
 class DrawnLaw(ABC):
-    """A law p(x) of states (batch, *event) that is drawn in float64 on the CPU, whatever is asked for."""
+    """A law p(x) of states (batch, *event) that is drawn in float64 on the CPU, for every dtype and device."""
 
     def sample(
         self,
@@ -38,4 +38,4 @@ class DrawnLaw(ABC):
         """log p(x) in nats, (batch,) in float64, for x (batch, *event)."""
 
     def require_event(self, event: tuple[int, ...]) -> None:  # noqa: B027 - any event is right by default
-        """Raises a DataError for an event that this law is not of."""
+        """Raises a DataError if this law is not one of events of this shape."""

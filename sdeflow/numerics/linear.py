@@ -3,7 +3,7 @@ r"""Linear maps of states, with which each formula of a Gaussian kernel is writt
 A state is (batch, *event). A :class:`Diagonal` map multiplies each coordinate by a number, which may differ between
 samples and coordinates. A :class:`Blocks` map mixes the k components of states (batch, k, *event) by k x k matrices.
 Both have the same algebra: the square root of I + A Aᵀ, for example, is √(1 + a²) or a Cholesky factor. Each also knows
-how numbers lie beside a state: which dimension holds the samples, and which the components.
+the layout of states: which dimension holds the samples, and which the components.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Linear:
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    # ---------------------------------------------------------------- what each kind defines
+    # ---------------------------------------------------------------- defined by each kind
 
     @classmethod
     def scaling(cls, numbers: Tensor, like: Tensor) -> Self:
@@ -47,18 +47,18 @@ class Linear:
 
     @staticmethod
     def offset(numbers: Tensor, like: Tensor, batched: bool) -> Tensor:
-        """A vector's numbers, shaped to broadcast with states like ``like``.
+        """The numbers of a vector in a shape that broadcasts with states like ``like``.
 
         Args:
-            numbers: Diagonal (*parameters), Blocks (k,); with the samples or times before, where ``batched``.
+            numbers: of Diagonal (*parameters), of Blocks (k,); if ``batched``, after a dimension of samples or times.
             like: a state (batch, *event).
-            batched: whether the first dimension of ``numbers`` is of samples or times.
+            batched: whether the first dimension of ``numbers`` holds samples or times.
         """
         raise NotImplementedError
 
     @classmethod
     def shaped(cls, numbers: Tensor, like: Tensor, batched: bool = True) -> Self:
-        """A map of states like ``like``, from numbers as :meth:`offset` has them, of Blocks (k, k)."""
+        """A map of states like ``like``, from numbers as in :meth:`offset`, but (k, k) for Blocks."""
         raise NotImplementedError
 
     def __matmul__(self, other: Linear) -> Self:
@@ -100,12 +100,12 @@ class Linear:
 
     @property
     def symmetric_root(self) -> Self:
-        """The symmetric square root of such a map."""
+        """The symmetric square root of a symmetric, positive semidefinite map."""
         raise NotImplementedError
 
     @property
     def diagonal(self) -> Tensor:
-        """The entries of the diagonal; of Blocks along the last dimension."""
+        """The entries of the diagonal; for Blocks along the last dimension."""
         raise NotImplementedError
 
     @property
@@ -122,10 +122,10 @@ class Linear:
         raise NotImplementedError
 
     def at_each(self, like: Tensor) -> list[Factor]:
-        """The maps at each of n times, from ``values`` (n, ...), ready for states like ``like`` (batch, *event)."""
+        """The maps at each of n times, from ``values`` (n, ...), prepared for states like ``like`` (batch, *event)."""
         raise NotImplementedError
 
-    # ---------------------------------------------------------------- what follows for both
+    # ---------------------------------------------------------------- common to both kinds
 
     def of(self, values: Tensor) -> Self:
         """A map of the same kind."""
@@ -159,7 +159,7 @@ class Diagonal(Linear):
     """The map that multiplies each coordinate by a number.
 
     Args:
-        values: what broadcasts to the state.
+        values: a tensor that broadcasts to the state.
     """
 
     __slots__ = ()
@@ -321,28 +321,28 @@ class Blocks(Linear):
 
 
 def maps_of(coupled: bool) -> type[Diagonal] | type[Blocks]:
-    """The kind of an SDE's maps."""
+    """The kind of the maps of an SDE: Blocks if it is coupled, else Diagonal."""
     return Blocks if coupled else Diagonal
 
 
 def _summed(entries: Tensor, event: tuple[int, ...]) -> Tensor:
-    """Sums what is given per coordinate, each entry counted as often as it stands for a coordinate of the event."""
+    """The sum of ``entries`` over the coordinates of an event; an entry that broadcasts counts for each coordinate."""
     lead = entries.shape[: max(0, entries.ndim - len(event))]
     full = entries.expand(*lead, *event) if event else entries
     return full.flatten(len(lead)).sum(-1) if event else full
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """A number for each sample or time, (n,), as (n, 1, ...), to go with states like ``like`` (batch, *event)."""
+    """Numbers (n,) of samples or times in the shape (n, 1, ...), which broadcasts with states like ``like``."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 Factor = float | Tensor | Linear
-"""A linear map at one time, as cheap as it can be: a number, numbers for each coordinate, or matrices."""
+"""A linear map at one time in its cheapest form: a number, a number for each coordinate, or matrices."""
 
 
 def levels(values: Tensor, like: Tensor) -> list[float | Tensor]:
-    """What is added to states like ``like`` (batch, *event) at each of n times, from ``values`` (n, ...)."""
+    """Numbers or tensors that are added to states like ``like`` at each of n times, from ``values`` (n, ...)."""
     values = values.detach()
     if values.numel() == len(values):
         return values.reshape(-1).tolist()

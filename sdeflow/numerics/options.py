@@ -1,7 +1,8 @@
-"""Options that several functions take alike: each is a key of one TypedDict, with its type and its meaning.
+"""Options that several functions share: each is a key of one TypedDict, with its type and its meaning.
 
-A function that takes them is written ``def solve(self, x, **options: Unpack[SolveOptions])``, so that editors list them
-and a type checker refuses others. :func:`takes` does the same where the function is called, and where it is looked up.
+A function with these options is written ``def solve(self, x, **options: Unpack[SolveOptions])``. Editors then list
+them, and a type checker refuses other names. :func:`takes` checks the names in each call, and shows them in the
+signature.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def takes(options: type, like: Callable[..., object]) -> Callable[[F], F]:
 
     Args:
         options: the TypedDict whose keys are the options.
-        like: a function or dataclass that has all of them as arguments, for their defaults.
+        like: a function or dataclass that has all of them as arguments, with their defaults.
 
     Raises:
-        OptionError: where the function is called with an argument of another name.
+        OptionError: if the function is called with an argument of another name.
     """
     theirs = inspect.signature(like).parameters
     listed = [theirs[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in options.__annotations__]
-    listed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)  # what has no default is first
+    # Options without a default come first.
+    listed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
