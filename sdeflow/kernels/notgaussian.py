@@ -63,8 +63,8 @@ class NotGaussian(ABC):
 
     @property
     def also(self) -> str:
-        """A clause that errors add to the reason why there is no Gaussian kernel; empty by default."""
-        return ""
+        """A clause that errors add to the reason why there is no Gaussian kernel."""
+        return "its kernel is exact all the same, with moments, sample, score and log_prob"
 
     @property
     def score_from(self) -> float:

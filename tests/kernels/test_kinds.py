@@ -60,8 +60,9 @@ def test_a_local_kernel_refuses_all_that_exact_kernels_tell():
 def test_what_gaussian_kernels_alone_tell_is_refused_with_the_reason(kind):
     kernel = KINDS[kind][0]().kernel
     for name in ("alpha", "offset", "log_snr", "half_log_snr", "half_log_snr_rate", "time_of", "coefficients"):
-        with pytest.raises(NotAffineError, match=rf"kernel\.{name}: .*no Gaussian perturbation kernel"):
+        with pytest.raises(NotAffineError, match=rf"kernel\.{name}: .*no Gaussian perturbation kernel") as caught:
             getattr(kernel, name)
+        assert ("its kernel is exact" in str(caught.value)) == (kind != "general")
 
 
 def test_a_local_kernel_knows_short_steps():
