@@ -12,6 +12,7 @@ from torch import Tensor
 from sdeflow.errors import ScoreError, SolverError
 from sdeflow.likelihood.options import DEFAULT_PROBES, Options, is_exact
 from sdeflow.likelihood.result import Solved
+from sdeflow.likelihood.tolerance import Held, require_reached
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.traces import (
     Estimate,
@@ -34,6 +35,8 @@ from sdeflow.solving.reference import reference, reference_growth
 from sdeflow.symbolic.equations import Equation
 
 _MANY_PROBES = 8  # from here on the spread of fixed probes tells their error
+_FIRST_OF_HELD = 0.01  # times the error that log p is held to: the first tolerance of dopri5, between the next two
+_MOST_FIRST = 1e-4
 _LOOSE = 1e-3  # from this tolerance on the error does not follow the tolerance; two tighter ones tell it
 
 __all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
@@ -66,27 +69,73 @@ def by_torchdiffeq(
         dtype: in which the score is called.
         on_call: called at each call of the score.
     """
-    plan, clock = plan_of(options, dtype), model.clock(options.grid)
-    found: list[tuple[Estimate, Tensor, FixedProbes | None, int]] = []
+    plan, clock, calls = plan_of(options, dtype), model.clock(options.grid), []
+    everyone = torch.arange(len(x), device=x.device)
 
-    def run(round: int, part: Tensor) -> Estimate:
-        part = part.to(x.device)
+    def solved(part: Tensor, plan: Plan, round: int = 0, graph: bool = False) -> tuple[Estimate, Tensor]:
         vectors = _probes(model, x[part], rows[part], options, round)
-        solve = Flow(model.rows(part), equation, clock, dtype, vectors, options.gradient is not None)
-        estimate, x_T, nfe = solve(x[part], plan, on_call)
-        found.append((estimate, x_T, vectors, nfe))
-        return estimate
+        estimate, x_T, nfe = Flow(model.rows(part), equation, clock, dtype, vectors, graph)(x[part], plan, on_call)
+        calls.append(nfe)
+        return estimate, x_T
 
-    if options.target is None:
-        estimate = run(0, torch.arange(len(x)))
-    else:
-        estimate = until(run, len(x), options.target, rounds=8)
-    first, x_T, vectors, _ = found[0]
-    error = torch.full_like(first.value.detach(), math.nan)
+    def measured(part: Tensor, plan: Plan) -> tuple[Estimate, Tensor, Tensor]:
+        """log p and x_T, with probes until their error is small where that is asked for; and log p by the first."""
+        found: list[tuple[Estimate, Tensor]] = []
+
+        def run(round: int, some: Tensor) -> Estimate:
+            found.append(solved(part[some.to(part.device)], plan, round, options.gradient is not None))
+            return found[-1][0]
+
+        total = (
+            run(0, torch.arange(len(part)))
+            if options.target is None
+            else until(run, len(part), options.target, rounds=8)
+        )
+        first, x_T = found[0]
+        return total, x_T, first.value.detach()
+
+    if options.held is not None:
+        return _to_tolerance(x, plan, options, dtype, calls, solved, measured)
+    estimate, x_T, first = measured(everyone, plan)
+    error, used = torch.full_like(first, math.nan), sum(calls)
     if options.full:
-        flow = Flow(model, equation, clock, dtype, vectors, False)
-        error = _compared(first.value.detach(), plan, lambda other: flow(x.detach(), other, on_call)[0].value)
-    return Solved(estimate.value, estimate.stderr, estimate.dof, error, x_T, sum(nfe for *_, nfe in found))
+        error = _compared(first, plan, lambda other: solved(everyone, other)[0].value.detach())
+    return Solved(estimate.value, estimate.stderr, estimate.dof, error, x_T, used)
+
+
+def _to_tolerance(
+    x: Tensor, plan: Plan, options: Options, dtype: torch.dtype, calls: list[int],
+    solved: Callable[[Tensor, Plan], tuple[Estimate, Tensor]],
+    measured: Callable[[Tensor, Plan], tuple[Estimate, Tensor, Tensor]],
+) -> Solved:  # fmt: skip
+    """log p of each sample to ``atol`` nats: at tolerances of dopri5 that become tighter until two solves agree.
+
+    The tolerances are those of a solve with the probes of the first round, and without a graph; where more is asked
+    for, it is found at the tolerance that served.
+    """
+    held = Held.nothing(x)
+
+    def at(rtol: float) -> Plan:
+        return Plan(plan.solver, None, rtol, rtol, max(1, plan.max_calls - sum(calls)))
+
+    def allowed(value: Tensor) -> Tensor:
+        return torch.full_like(value, options.held)
+
+    first = min(_FIRST_OF_HELD * options.held, _MOST_FIRST)
+    with torch.no_grad():
+        left = held.settle(
+            torch.arange(len(x), device=x.device), lambda part, rtol: solved(part, at(rtol)), allowed, first, dtype
+        )
+    require_reached(left, held.value, held.error, allowed(held.value[left]), sum(calls), dtype)
+    if options.target is None and options.gradient is None:
+        return Solved(held.value, held.stderr, held.dof, held.error, held.x_T, sum(calls))
+    value, stderr, dof = torch.zeros_like(held.value), held.stderr, held.dof
+    for rtol in {*held.rtol.tolist()}:
+        part = (held.rtol == rtol).nonzero().flatten()
+        found, _, _ = measured(part, Plan(plan.solver, None, rtol, rtol, plan.max_calls))
+        value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
+        dof = dof.index_copy(0, part, found.dof)
+    return Solved(value, stderr, dof, held.error, held.x_T, sum(calls))
 
 
 def _compared(value: Tensor, plan: Plan, solve: Callable[[Plan], Tensor]) -> Tensor:

@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdeflow.errors import LongSolveWarning, MaxStepsError, SolverError, ToleranceWarning, warn
+from sdeflow.errors import LongSolveWarning, warn
 from sdeflow.likelihood import adjoint
 from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
 from sdeflow.likelihood.options import Options, estimator
 from sdeflow.likelihood.result import Solved
+from sdeflow.likelihood.tolerance import Held, not_reached, require_reached
 from sdeflow.numerics.traces import Estimate, Exact, Given, Hutchinson, until
 from sdeflow.solvers import Exponential, Torchdiffeq
 from sdeflow.solvers.clock import steps_of
@@ -33,13 +34,11 @@ _FIRST_STEPS = 20  # of the coarsest grid
 _FINER = 1.5  # each next one has so many times the steps
 _MOST_STEPS = 520  # of the finest
 _FIRST_RTOL = 1e-5  # of dopri5, where these are not enough
-_ROUNDING = 100.0  # times the tolerance: what is left above is none of rounding
 _SAFETY = 3.0  # of that the error of a finer grid falls as its defect does
 _LEAST_FALL = 0.75  # of a defect on the next grid: with less, two grids tell little
 _OF_DEFECT = 2.7, 0.04  # over the steps, and no less: this part of its defect is what a grid is off by, measured
 _UNRESOLVED = 15.0  # times its defect is what a grid is off by only where it does not resolve the flow
 _DOUBTS = 2.0  # times what the fall of the defects leaves of the difference between two grids
-_OF_TOLERANCES = 0.5  # of the difference of two solves by dopri5 is what the finer may be off by
 _LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a solve is said to be long
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
@@ -181,14 +180,14 @@ def _to_tolerance(
     """
     same, budget = _same_for_all_grids(carrier), options.max_calls or 10_000
     order = carrier.solver.convergence_order
-    value = x.detach().new_full((len(x),), math.nan)
-    stderr, error, defect, x_T = torch.zeros_like(value), value.clone(), value.clone(), x.detach().clone()
-    dof = torch.full_like(value, math.inf)
-    steps_of, rtol_of = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.zeros_like(value)
+    held = Held.nothing(x)
+    value, stderr, dof, error, x_T = held.value, held.stderr, held.dof, held.error, held.x_T
+    defect = value.clone()
+    steps_of = torch.zeros(len(x), dtype=torch.long, device=x.device)
     left, steps, calls, told = torch.arange(len(x), device=x.device), _FIRST_STEPS, 0, False
     while len(left) and steps <= _MOST_STEPS:
         if calls + steps + 1 > budget:
-            raise _not_reached(left, value, f"within the budget of {budget} calls", calls)
+            raise not_reached(left, value, f"within the budget of {budget} calls", calls)
         told = told or _told_if_long(carrier, model, options, calls, math.prod(x.shape[1:]))
         found = _alone(replace(same, steps=steps), model.rows(left), x[left], rows[left])
         before, coarse, last = value[left], defect[left], error[left]
@@ -199,27 +198,23 @@ def _to_tolerance(
             error[left] = _off_by(found, before, coarse, last, steps, order, carrier.dtype)
             left = left[~((error[left] <= _tolerance(carrier, options, value[left], x)) & ~last.isnan())]
         steps = math.ceil(_FINER * steps)
-    rtol, before = _FIRST_RTOL, torch.full_like(value, math.nan)
-    while len(left) and rtol >= (1e-9 if carrier.dtype == torch.float64 else 1e-6):
-        try:
-            found, ends, nfe = _adaptively(same, model, equation, x.detach(), rows, left, options, rtol, budget - calls)
-        except SolverError:  # noise, or the budget
-            break
+
+    def adaptively(part: Tensor, rtol: float) -> tuple[Estimate, Tensor]:
+        nonlocal calls
+        found, ends, nfe = _adaptively(same, model, equation, x.detach(), rows, part, options, rtol, budget - calls)
         calls += nfe
-        change = _OF_TOLERANCES * (found.value - before[left]).abs()
-        closer, before[left] = change < error[left], found.value
-        better = left[closer]
-        value[better], stderr[better], x_T[better] = found.value[closer], found.stderr[closer], ends[closer]
-        dof[better] = found.dof[closer]
-        error[better], rtol_of[better] = change[closer], rtol
-        left = left[~(error[left] <= _tolerance(carrier, options, value[left], x))]
-        rtol *= 0.1
-    _look_at_the_rest(carrier, options, left, value, error, x, calls)
+        return found, ends
+
+    def allowed(value: Tensor) -> Tensor:
+        return _tolerance(carrier, options, value, x)
+
+    left = held.settle(left, adaptively, allowed, _FIRST_RTOL, carrier.dtype)
+    require_reached(left, value, error, allowed(value[left]), calls, carrier.dtype)
     if same is carrier and options.gradient is None:
         return Solved(value, stderr, dof, error, x_T, calls)
     value = torch.zeros_like(value)
-    for n, rtol in {*zip(steps_of.tolist(), rtol_of.tolist(), strict=True)}:
-        part = ((steps_of == n) & (rtol_of == rtol)).nonzero().flatten()
+    for n, rtol in {*zip(steps_of.tolist(), held.rtol.tolist(), strict=True)}:
+        part = ((steps_of == n) & (held.rtol == rtol)).nonzero().flatten()
         if rtol:
             graph = options.gradient is not None and torch.is_grad_enabled()
             found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
@@ -300,27 +295,3 @@ def _tolerance(carrier: Carrier, options: Options, value: Tensor, x: Tensor) -> 
     if not isinstance(carrier.trace, Exact):
         least = max(least, _OF_TRACE * options.warn_above)
     return (_RTOL * value.abs()).clamp_min(least)
-
-
-def _look_at_the_rest(
-    carrier: Carrier, options: Options, left: Tensor, value: Tensor, error: Tensor, x: Tensor, calls: int
-) -> None:
-    """Warns of samples that did not reach the tolerance: an error where they are too far from it to be rounding."""
-    if not len(left):
-        return
-    problem = _not_reached(left, value, f"and come no closer than {float(error[left].max()):.2g}", calls)
-    if not bool((error[left] <= _ROUNDING * _tolerance(carrier, options, value[left], x)).all()):
-        raise problem
-    warn(f"{problem} (or {carrier.dtype} rounds.)", ToleranceWarning)
-
-
-def _not_reached(bad: Tensor, value: Tensor, where: str, calls: int) -> MaxStepsError:
-    """What has been found of the others is in its ``partial``."""
-    value = value.clone()
-    value[bad] = math.nan
-    return MaxStepsError(
-        f"{len(bad)} of {len(value)} samples did not reach the tolerance of log p {where}: loosen atol, raise "
-        "max_calls, or look at those samples, where the score may be rough, or the data far away. A score that draws "
-        "its own randomness never lets two solves agree.",
-        nfe=calls, bad_rows=bad.tolist(), partial=value,
-    )  # fmt: skip

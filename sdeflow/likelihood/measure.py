@@ -57,7 +57,8 @@ def log_prob(
     Without a solver its error is held to ``atol`` for each sample by exponential steps, on grids that are made finer
     until they agree, and by dopri5 where they do not. By default that is 1e-3 nats (5e-3 in float32), or 1e-4 bits per
     dimension, 1e-5 of log p, or 0.3 ``warn_above`` of an estimated trace, where that is more. An SDE without a Gaussian
-    kernel is solved by torchdiffeq's dopri5 to rtol = atol = 1e-5.
+    kernel is solved by torchdiffeq's dopri5, to rtol = atol = 1e-5 by default, and with ``atol`` at tolerances that
+    become tighter until two solves agree.
 
     Args:
         model: the SDE with its score and prior.

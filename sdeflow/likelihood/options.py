@@ -183,6 +183,11 @@ class Options:
         return self if exact else replace(self, key=resolve_seed(self.seed))
 
     @property
+    def held(self) -> float | None:
+        """The error in nats that log p of each sample is held to, or None."""
+        return self.atol if self.solver is None and self.steps is None and self.rtol is None else None
+
+    @property
     def law(self) -> str:
         """That of Hutchinson's probes."""
         return self.probe or "rademacher"

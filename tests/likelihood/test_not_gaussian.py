@@ -1,0 +1,63 @@
+"""log p under SDEs without a Gaussian kernel, on log-normal data of a geometric Brownian motion, whose p_t is known."""
+
+import math
+
+import pytest
+import torch
+
+import sdeflow
+from sdeflow import SDE, x
+
+GBM = SDE(x / 10, 3 * x / 10)
+POINTS = torch.tensor([[0.3], [0.6], [0.9], [1.0], [1.5], [3.0]], dtype=torch.float64)
+
+
+class LogNormal:
+    """The law at t of data with log x_0 ~ N(0, 0.04): log x_t ~ N(0.055 t, 0.04 + 0.09 t)."""
+
+    def __init__(self, t=1.0):
+        self.t = t
+
+    def sample(self, shape, seed=None, dtype=None, device=None):
+        normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return (0.055 * self.t + math.sqrt(0.04 + 0.09 * self.t) * normal).exp().to(dtype)
+
+    def log_prob(self, x):
+        mean, var = 0.055 * self.t, 0.04 + 0.09 * self.t
+        return (-0.5 * (x.log() - mean) ** 2 / var - 0.5 * math.log(2 * math.pi * var) - x.log()).sum(1)
+
+
+def score(x, t):
+    t = t[:, None] if isinstance(t, torch.Tensor) and t.ndim else t
+    return -(1 + (x.log() - 0.055 * t) / (0.04 + 0.09 * t)) / x
+
+
+FLOW, AT_CUTOFF = GBM.flow_ode(score, prior=LogNormal()), LogNormal(GBM.cutoff)
+
+
+@pytest.mark.parametrize("atol", [0.1, 1e-2, 1e-3, 1e-5])
+def test_atol_alone_is_the_error_of_log_p(atol):
+    found, truth = FLOW.log_prob(POINTS, atol=atol, full=True), AT_CUTOFF.log_prob(POINTS)
+    assert bool(((found.value - truth).abs() <= atol).all())
+    assert bool((found.solver_error <= atol).all()) and bool(
+        ((found.value - truth).abs() <= 2 * found.solver_error).all()
+    )
+    torch.testing.assert_close(FLOW.log_prob(POINTS, atol=atol), found.value)
+
+
+def test_atol_alone_with_a_gradient_and_with_probes():
+    y = POINTS.clone().requires_grad_(True)
+    value = FLOW.log_prob(y, atol=1e-4)
+    (gradient,) = torch.autograd.grad(value.sum(), y)
+    torch.testing.assert_close(gradient, score(POINTS, GBM.cutoff), rtol=1e-3, atol=1e-3)
+    probed = FLOW.log_prob(POINTS, atol=1e-4, probes="auto", seed=0)  # one dimension: every sign gives the trace
+    torch.testing.assert_close(probed, value.detach(), rtol=0, atol=2e-4)
+
+
+def test_an_atol_out_of_reach_is_told():
+    rough = GBM.flow_ode(lambda x, t: score(x.float(), t).to(x.dtype), prior=LogNormal())
+    with pytest.warns(sdeflow.errors.ToleranceWarning, match=r"no closer than"):
+        found = rough.log_prob(POINTS[2:4].float(), atol=2e-7, full=True)
+    assert float(found.solver_error.max()) > 2e-7
+    with pytest.raises(sdeflow.errors.MaxStepsError):
+        FLOW.log_prob(POINTS, atol=1e-6, max_calls=40)
