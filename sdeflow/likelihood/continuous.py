@@ -170,9 +170,13 @@ def _probes(model: Model, x: Tensor, rows: Tensor, options: Options, round: int)
         given = options.trace if model.gaussian is None else options.trace.mapped(model.kernel.to_basis, x.shape[1:])
         return FixedProbes(given.of_rows(rows, tuple(x.shape), x.device), 1.0, None)
     if options.trace not in (None, "exact", "hutchinson") and not isinstance(options.trace, Exact):
+        others = (
+            "others go with the exponential solver, which needs a Gaussian kernel."
+            if model.gaussian is None
+            else "others go with steps= or atol= alone."
+        )
         raise ValueError(
-            f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {options.trace!r}: others go '
-            "with steps= or atol= alone."
+            f'trace must be "exact" or "hutchinson" with a method of torchdiffeq, not {options.trace!r}: {others}'
         )
     if is_exact(x, options):
         return None

@@ -227,14 +227,17 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     grid = as_grid(grid)
     if isinstance(grid, Tensor):
         return _of_times(grid, cutoff, T, None if kernel is None else _breaks(kernel))
-    if grid is not None and grid not in GRIDS:
-        raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a tensor of times, not {grid!r}.")
+    if grid is not None and grid not in GRIDS and grid != "pilot":
+        names = f"one of {', '.join(GRIDS)}" if kernel is not None else '"t" (all that this SDE has)'
+        raise ValueError(f"grid must be {names} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
         if kernel is None:
             return Clock(cutoff, T)
         return Clock(cutoff, T, breaks=_breaks(kernel), check=partial(require_resolved, kernel, scale))
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
+    if grid == "pilot":
+        raise ValueError(f'grid="pilot" goes with an exponential solver: name one of {", ".join(GRIDS)} here.')
     checked_real(scale, "scale", "positive and finite", lambda number: 0.0 < number < math.inf)
     many_scales = _many_scales(kernel)
     variable = _Variable(kernel, grid or ("log_snr" if many_scales else "angle"), scale)

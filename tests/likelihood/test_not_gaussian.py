@@ -61,3 +61,17 @@ def test_an_atol_out_of_reach_is_told():
     assert float(found.solver_error.max()) > 2e-7
     with pytest.raises(sdeflow.errors.MaxStepsError):
         FLOW.log_prob(POINTS, atol=1e-6, max_calls=40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trace": "hadamard", "steps": 20}, "needs a Gaussian kernel"),
+        ({"trace": "hutch++", "atol": 0.1}, "needs a Gaussian kernel"),
+        ({"grid": "pilot", "steps": 20}, 'grid="pilot" needs a Gaussian kernel'),
+        ({"grid": "angel", "steps": 20}, r'grid must be "t" \(all that this SDE has\)'),
+    ],
+)
+def test_a_refusal_names_what_this_sde_has(options, message):
+    with pytest.raises(ValueError, match=message):
+        FLOW.log_prob(POINTS, **options)
