@@ -1,4 +1,4 @@
-r"""Embeddings of the two inputs of a net besides the state: the noise level and the class.
+r"""Embeddings of the two inputs of a net besides the state: the noise level and the condition.
 
 A single number t is a poor input for a network, which must react to small changes of t with bounded
 activations. So t is first mapped to Fourier features
@@ -17,8 +17,9 @@ models of Song et al. (arXiv 2011.13456). Those draw the frequencies from a Gaus
 seed and need an input of a known scale. Frequencies that are too high have a cost: the net may then vary
 quickly with t, and solvers of the probability flow need more steps.
 
-A class is a learned vector that is added to the embedding of t. The table has one vector more than there
-are classes, for "no label", as classifier-free guidance needs (Ho and Salimans, arXiv 2207.12598).
+A class is a learned vector that is added to the embedding of t, and a condition vector is added through a small
+MLP. "No label" and "no condition" have learned vectors of their own, as classifier-free guidance needs (Ho and
+Salimans, arXiv 2207.12598).
 """
 
 import math
@@ -130,31 +131,48 @@ def checked_input(x: object, weight: Tensor, what: str = "x") -> Tensor:
 class Conditioning(nn.Module):
     r"""Creates the vector that modulates the blocks of a net: SiLU(embedding of t + embedding of y).
 
+    A label has a learned vector, and so has "no label". A condition vector passes through a small MLP, after it is
+    standardised by the mean and the standard deviation that `measure` has seen (0 and 1 at first); "no condition" has a
+    learned vector too.
+
     Args:
         features: The length of the vector.
         classes: The number of classes; 0 for a net without labels.
+        condition: The length of a condition vector; 0 for a net without one.
 
     Raises:
-        ValueError: If `classes` is negative.
+        ValueError: If `classes` or `condition` is negative.
     """
 
-    def __init__(self, features: int, classes: int = 0) -> None:
+    def __init__(self, features: int, classes: int = 0, condition: int = 0) -> None:
         super().__init__()
         require_sizes("Conditioning", features=features)
         if not is_whole(classes) or classes < 0:
             raise ValueError(f"classes={classes}: give the number of classes, or 0 for none")
-        self.classes = classes
+        if not is_whole(condition) or condition < 0:
+            raise ValueError(f"condition={condition}: give the length of a condition vector, or 0 for none")
+        self.classes, self.condition = classes, condition
         self.time = TimeEmbedding(features)
         self.label = nn.Embedding(classes + 1, features) if classes else None
+        self.vector: nn.Sequential | None = None
+        if condition:
+            first = nn.Linear(condition, features)
+            self.vector = nn.Sequential(first, nn.SiLU(), nn.Linear(features, features))
+            self.no_vector = nn.Parameter(torch.zeros(features))
+            self.mean: Tensor
+            self.std: Tensor
+            self.register_buffer("mean", torch.zeros(condition))
+            self.register_buffer("std", torch.ones(condition))
 
-    def forward(self, batch: int, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, batch: int, t: Tensor, y: object = None) -> Tensor:
         r"""Embeds t and y.
 
         Args:
             batch: The number of samples, which t and y must match.
             t: The time, noise level or log-SNR, shape (batch,).
-            y: Class labels, shape (batch,), integers in [0, classes]; the label `classes` means
-                "no label", for all samples if y is None.
+            y: What the net is conditioned on; None for no condition of any sample. With `classes`, labels of shape
+                (batch,), integers in [0, classes]; the label `classes` means "no label". With `condition`, vectors of
+                shape (batch, condition); a vector of NaN means "no condition". With both, the tuple (labels, vectors).
 
         Returns:
             The vectors, shape (batch, features).
@@ -162,7 +180,7 @@ class Conditioning(nn.Module):
         Raises:
             ValueError: If t or y does not fit. Labels out of range are checked on the CPU only;
                 an accelerator reports them itself.
-            TypeError: If y does not hold integers.
+            TypeError: If labels do not hold integers, or vectors no floating numbers.
         """
         if t.shape != (batch,):
             raise ValueError(
@@ -170,25 +188,75 @@ class Conditioning(nn.Module):
                 f"shape ({batch},): pass t.expand({batch}) for a time that all samples share"
             )
         h = self.time(t)
-        if self.label is None:
-            if y is not None:
-                raise ValueError(
-                    "labels y were given to a net without classes: "
-                    "build it with classes=, the number of classes, or leave y out"
-                )
-            return F.silu(h)
+        labels, vectors = self._parts(y)
+        if self.label is not None:
+            h = h + self._of_labels(self.label, t, labels)
+        if self.vector is not None:
+            h = h + self._of_vectors(self.vector, t, vectors)
+        return F.silu(h)
+
+    def null(self, y: object) -> object:
+        """What stands for "no condition" in the place of y: labels `classes`, and vectors of NaN."""
+        labels, vectors = self._parts(y)
+        labels = torch.full_like(labels, self.classes) if isinstance(labels, Tensor) else labels
+        vectors = torch.full_like(vectors, math.nan) if isinstance(vectors, Tensor) else vectors
+        return (labels, vectors) if self.classes and self.condition else labels if self.classes else vectors
+
+    def measure(self, y: object) -> None:
+        """Takes the mean and the standard deviation of condition vectors from those of the training data."""
+        vectors = self._parts(y)[1]
+        if isinstance(vectors, Tensor):
+            seen = vectors.to(torch.float64)
+            std = seen.std(0, correction=0)
+            self.mean.copy_(seen.mean(0))
+            self.std.copy_(torch.where(std > 0, std, 1.0))
+
+    def _parts(self, y: object) -> tuple[object, object]:
+        """The labels and the vectors of y."""
+        if y is not None and not (self.classes or self.condition):
+            raise ValueError(
+                "a condition y was given to a net without any: build it with classes=, the number of classes, or "
+                "condition=, the length of a vector, or leave y out"
+            )
+        if self.classes and self.condition:
+            if y is None:
+                return None, None
+            if not isinstance(y, tuple | list) or len(y) != 2:
+                raise ValueError("y must be the tuple (labels, vectors) of a net with classes= and condition=")
+            return y[0], y[1]
+        return (y, None) if self.classes else (None, y)
+
+    def _of_labels(self, table: nn.Embedding, t: Tensor, y: object) -> Tensor:
+        """The embedding of labels."""
         if y is None:
             y = torch.full_like(t, self.classes, dtype=torch.long)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"labels y are {type(y).__name__}, a net takes a tensor of integers")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(f"labels y are {y.dtype}, a net takes integers: pass y.long()")
         if y.shape != t.shape:
             raise ValueError(
-                f"labels y have shape {tuple(y.shape)}, a net takes one label per sample, shape ({batch},)"
+                f"labels y have shape {tuple(y.shape)}, a net takes one label per sample, shape ({len(t)},)"
             )
         try:
-            return F.silu(h + self.label(y))
+            return table(y)
         except IndexError as error:
             raise ValueError(
                 f"labels y lie in [{y.min()}, {y.max()}], this net takes 0 to {self.classes - 1}, "
                 f"and {self.classes} for no label"
             ) from error
+
+    def _of_vectors(self, embed: nn.Sequential, t: Tensor, y: object) -> Tensor:
+        """The embedding of condition vectors."""
+        if y is None:
+            return self.no_vector.expand(len(t), -1)
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            what = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"condition vectors y are {what}, a net takes a floating tensor ({len(t)}, {self.condition})")
+        if y.shape != (len(t), self.condition):
+            raise ValueError(
+                f"condition vectors y have shape {tuple(y.shape)}, this net takes ({len(t)}, {self.condition})"
+            )
+        none = y.isnan().all(1, keepdim=True)
+        seen = (torch.where(none, self.mean.to(y.dtype), y) - self.mean.to(y.dtype)) / self.std.to(y.dtype)
+        return torch.where(none, self.no_vector, embed(seen.to(self.no_vector.dtype)))

@@ -49,11 +49,13 @@ class MLP(nn.Module):
         width: The length of the hidden vectors.
         depth: The number of residual blocks, each of two layers.
         classes: The number of classes; 0 for a net without labels.
+        condition: The length of a condition vector; 0 for a net without one. With `classes` too, y is the tuple
+            (labels, vectors).
         dropout: The probability of dropping a hidden unit in training.
         out_features: The length of the output; by default that of the state.
 
     Raises:
-        ValueError: If a size is not positive, or `dropout` not in [0, 1).
+        ValueError: If a size is not positive, a number negative, or `dropout` not in [0, 1).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class MLP(nn.Module):
         depth: int = 3,
         classes: int = 0,
         *,
+        condition: int = 0,
         dropout: float = 0.0,
         out_features: int | None = None,
     ) -> None:
@@ -71,7 +74,7 @@ class MLP(nn.Module):
         require_sizes("MLP", features=features, width=width, depth=depth, out_features=out_features)
         require_dropout(dropout)
         self.features = features
-        self.conditioning = Conditioning(width, classes)
+        self.conditioning = Conditioning(width, classes, condition)
         self.stem = nn.Linear(features, width)
         # Inputs of unit size should reach the curved part of SiLU; otherwise fine structure is learned last.
         nn.init.normal_(self.stem.weight, std=3 / features**0.5)
@@ -80,13 +83,22 @@ class MLP(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def null(self, y: object) -> object:
+        """What stands for "no condition" in the place of y."""
+        return self.conditioning.null(y)
+
+    def measure(self, y: object) -> None:
+        """Takes the scale of condition vectors from those of the training data; `fit` calls it."""
+        self.conditioning.measure(y)
+
+    def forward(self, x: Tensor, t: Tensor, y: object = None) -> Tensor:
         r"""Evaluates the net.
 
         Args:
             x: The state, shape (batch, features).
             t: The time, noise level or log-SNR, shape (batch,).
-            y: Class labels, shape (batch,), integers; None for no label.
+            y: Class labels, shape (batch,), integers; condition vectors, shape (batch, condition); or the tuple of
+                both. None for no condition.
 
         Returns:
             A tensor of shape (batch, out_features).

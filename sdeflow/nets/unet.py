@@ -150,6 +150,8 @@ class UNet(nn.Module):
             coarsest.
         spatial_dims: 1 for signals, 2 for images, 3 for volumes.
         classes: The number of classes; 0 for a net without labels.
+        condition: The length of a condition vector; 0 for a net without one. With `classes` too, y is the tuple
+            (labels, vectors).
         dropout: The probability of dropping a value in training. It helps if there are few data.
         out_channels: The channels of the output; by default those of the state.
         head_width: The channels per attention head. If it does not divide the channels of a level, that
@@ -174,6 +176,7 @@ class UNet(nn.Module):
         attention: Sequence[int] = (-1,),
         spatial_dims: int = 2,
         classes: int = 0,
+        condition: int = 0,
         dropout: float = 0.0,
         out_channels: int | None = None,
         head_width: int = 32,
@@ -220,7 +223,7 @@ class UNet(nn.Module):
                 resample=resample,
             )
 
-        self.conditioning = Conditioning(embedding, classes)
+        self.conditioning = Conditioning(embedding, classes, condition)
         self.stem = CONVOLUTION[spatial_dims](channels, width, 3, padding=1)
         c = width
         self.encoder = nn.ModuleList()
@@ -239,13 +242,22 @@ class UNet(nn.Module):
         self.norm = group_norm(c)
         self.head = zeros(CONVOLUTION[spatial_dims](c, out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def null(self, y: object) -> object:
+        """What stands for "no condition" in the place of y."""
+        return self.conditioning.null(y)
+
+    def measure(self, y: object) -> None:
+        """Takes the scale of condition vectors from those of the training data; `fit` calls it."""
+        self.conditioning.measure(y)
+
+    def forward(self, x: Tensor, t: Tensor, y: object = None) -> Tensor:
         r"""Evaluates the net.
 
         Args:
             x: The state, shape (batch, channels, *size), with as many sizes as `spatial_dims`.
             t: The time, noise level or log-SNR, shape (batch,).
-            y: Class labels, shape (batch,), integers; None for no label.
+            y: Class labels, shape (batch,), integers; condition vectors, shape (batch, condition); or the tuple of
+                both. None for no condition.
 
         Returns:
             A tensor of shape (batch, out_channels, *size).
