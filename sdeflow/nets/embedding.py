@@ -252,7 +252,9 @@ class Conditioning(nn.Module):
             return self.no_vector.expand(len(t), -1)
         if not isinstance(y, Tensor) or not y.is_floating_point():
             what = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise TypeError(f"condition vectors y are {what}, a net takes a floating tensor ({len(t)}, {self.condition})")
+            raise TypeError(
+                f"condition vectors y are {what}, a net takes a floating tensor ({len(t)}, {self.condition})"
+            )
         if y.shape != (len(t), self.condition):
             raise ValueError(
                 f"condition vectors y have shape {tuple(y.shape)}, this net takes ({len(t)}, {self.condition})"

@@ -246,7 +246,7 @@ class UNet(nn.Module):
         """What stands for "no condition" in the place of y."""
         return self.conditioning.null(y)
 
-    def measure(self, y: object) -> None:
+    def measure_condition(self, y: object) -> None:
         """Takes the scale of condition vectors from those of the training data; `fit` calls it."""
         self.conditioning.measure(y)
 

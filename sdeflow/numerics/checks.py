@@ -53,7 +53,6 @@ __all__ = [
     "checked_finite",
     "checked_flag",
     "checked_images",
-    "checked_labels",
     "checked_methods",
     "checked_noise",
     "checked_numbers",
@@ -140,22 +139,6 @@ def checked_images(images: object) -> Tensor:
     if images.is_complex() or images.ndim < 2:
         raise DataError(f"images must be integers (batch, *event), not {images.dtype} of shape {tuple(images.shape)}.")
     return images
-
-
-def checked_labels(y: object, batch: int, name: str = "y") -> Tensor:
-    """Labels or other conditions, one for each sample along the first dim, as a tensor.
-
-    Raises:
-        DataError: if ``y`` is not a tensor, array or list, or does not have the length ``batch``.
-    """
-    if not isinstance(y, Tensor):
-        array = _as_array(y) if isinstance(y, list | tuple) or hasattr(y, "__array__") else None
-        if array is None or array.dtype.kind not in "biuf":
-            raise DataError(f"{name} must be labels, a tensor of one for each sample, not {_shown(y)}.")
-        y = torch.as_tensor(array)
-    if not y.ndim or len(y) != batch:
-        raise DataError(f"{name} is of shape {tuple(y.shape)}, and there are {batch} samples: one label for each.")
-    return y
 
 
 def checked_finite(x: Tensor, name: str = "x", rows: list[int] | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,51 +22,82 @@ __all__ = [
     "described",
     "distinct",
     "expanded",
+    "from_named_leaves",
     "key_of",
     "leaves",
     "mapped",
+    "named_leaves",
     "of_samples",
+    "on",
     "picked",
+    "read_condition",
     "samples_of",
 ]
 
 Condition = Tensor | tuple["Condition", ...] | dict[str, "Condition"]
 
 
-def checked_condition(y: object, name: str = "y") -> Condition:
+def read_condition(y: object, name: str = "y") -> Condition:
     """``y`` as tensors: numbers, arrays and lists of numbers are converted; tuples and dicts are kept.
 
     Raises:
-        DataError: for what is no tensor, and for values that are NaN or infinite.
+        DataError: for what is no tensor, and no tuple or dict of such.
     """
+    if isinstance(y, Mapping | tuple) and not y:
+        raise DataError(f"{name} is an empty {type(y).__name__}.")
     if isinstance(y, Mapping):
-        if not y:
-            raise DataError(f"{name} is an empty dict.")
-        return {key: checked_condition(value, f"{name}[{key!r}]") for key, value in y.items()}
+        wrong = [key for key in y if not (isinstance(key, str) and key.isidentifier())]
+        if wrong:
+            raise DataError(f"the keys of {name} must be names, not {wrong[0]!r}.")
+        return {key: read_condition(value, f"{name}[{key!r}]") for key, value in y.items()}
     if isinstance(y, tuple):
-        if not y:
-            raise DataError(f"{name} is an empty tuple.")
-        return tuple(checked_condition(value, f"{name}[{i}]") for i, value in enumerate(y))
-    if not isinstance(y, Tensor):
-        try:
-            y = torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"{name} must be a tensor (batch, ...), or a tuple or dict of such, not {type(y).__name__}: {error}"
-            ) from error
-    if (y.is_floating_point() or y.is_complex()) and y.device.type == "cpu" and not bool(torch.isfinite(y).all()):
-        bad = (~torch.isfinite(y)).reshape(max(1, len(y) if y.ndim else 1), -1).any(1).nonzero().flatten().tolist()
-        raise DataError(f"{name} is not finite in samples {bad[:5]}{' ...' if len(bad) > 5 else ''}.")
+        return tuple(read_condition(value, f"{name}[{i}]") for i, value in enumerate(y))
+    if isinstance(y, Tensor):
+        return y
+    try:
+        return torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name} must be a tensor (batch, ...), or a tuple or dict of such, not {type(y).__name__}: {error}"
+        ) from error
+
+
+def checked_condition(y: object, name: str = "y") -> Condition:
+    """As :func:`read_condition`, and finite: read once, where users hand conditions in, and not at each call.
+
+    Raises:
+        DataError: for what is no condition, and for samples whose condition is not finite.
+    """
+    y = read_condition(y, name)
+    for leaf in leaves(y):
+        finite = torch.isfinite(leaf)
+        if not bool(finite.all()):
+            bad = (~finite).reshape(len(leaf) if leaf.ndim else 1, -1).any(1).nonzero().flatten().tolist()
+            raise DataError(f"{name} is not finite in samples {bad[:5]}{' ...' if len(bad) > 5 else ''}.")
     return y
 
 
 def leaves(y: Condition) -> Iterator[Tensor]:
     """The tensors of a condition, in their order."""
+    return (leaf for _, leaf in named_leaves(y))
+
+
+def named_leaves(y: Condition, name: str = "y") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a condition, each with its place: "y", "y-image", "y-0-mask"."""
     if isinstance(y, Tensor):
-        yield y
+        yield name, y
     else:
-        for part in y.values() if isinstance(y, dict) else y:
-            yield from leaves(part)
+        for key, part in y.items() if isinstance(y, dict) else enumerate(y):
+            yield from named_leaves(part, f"{name}-{key}")
+
+
+def from_named_leaves(named: Mapping[str, Tensor], name: str = "y") -> Condition:
+    """The condition with these tensors at their places; the inverse of :func:`named_leaves`."""
+    if name in named:
+        return named[name]
+    keys = dict.fromkeys(place[len(name) + 1 :].split("-")[0] for place in named if place.startswith(f"{name}-"))
+    parts = {key: from_named_leaves(named, f"{name}-{key}") for key in keys}
+    return tuple(parts.values()) if next(iter(keys)).isdigit() else parts
 
 
 def mapped(function: Callable[..., Tensor], y: Condition, *others: Condition) -> Condition:
@@ -74,17 +106,21 @@ def mapped(function: Callable[..., Tensor], y: Condition, *others: Condition) ->
     Raises:
         DataError: where the conditions differ in their structure.
     """
+    alike: list[Any]
     if isinstance(y, Tensor):
-        if not all(isinstance(other, Tensor) for other in others):
-            raise _of_other_structure(y, others)
-        return function(y, *others)
+        alike = [other for other in others if isinstance(other, Tensor)]
+    elif isinstance(y, dict):
+        alike = [other for other in others if isinstance(other, dict) and other.keys() == y.keys()]
+    else:
+        alike = [other for other in others if isinstance(other, tuple) and len(other) == len(y)]
+    if len(alike) < len(others):
+        shown = " and ".join(map(described, (y, *others)))
+        raise DataError(f"conditions of different structure: {shown}.")
+    if isinstance(y, Tensor):
+        return function(y, *alike)
     if isinstance(y, dict):
-        if not all(isinstance(other, dict) and other.keys() == y.keys() for other in others):
-            raise _of_other_structure(y, others)
-        return {key: mapped(function, value, *(other[key] for other in others)) for key, value in y.items()}
-    if not all(isinstance(other, tuple) and len(other) == len(y) for other in others):
-        raise _of_other_structure(y, others)
-    return tuple(mapped(function, *parts) for parts in zip(y, *others, strict=True))
+        return {key: mapped(function, value, *(other[key] for other in alike)) for key, value in y.items()}
+    return tuple(mapped(function, *parts) for parts in zip(y, *alike, strict=True))
 
 
 def samples_of(y: Condition, name: str = "y") -> int | None:
@@ -114,6 +150,11 @@ def of_samples(y: Condition, samples: int, name: str = "y") -> Condition:
 def expanded(leaf: Tensor, samples: int) -> Tensor:
     """A tensor of a condition with ``samples`` entries."""
     return leaf.expand(samples) if not leaf.ndim else leaf.expand(samples, *leaf.shape[1:])
+
+
+def on(y: Condition, device: torch.device | str) -> Condition:
+    """The condition on a device."""
+    return mapped(lambda leaf: leaf.to(device), y)
 
 
 def picked(y: Condition, index: Tensor | slice) -> Condition:
@@ -152,7 +193,3 @@ def described(y: Condition) -> str:
     if isinstance(y, dict):
         return "{" + ", ".join(f"{key!r}: {described(value)}" for key, value in y.items()) + "}"
     return "(" + ", ".join(map(described, y)) + ")"
-
-
-def _of_other_structure(y: Condition, others: tuple[Condition, ...]) -> DataError:
-    return DataError(f"conditions of different structure: {described(y)} and {' and '.join(map(described, others))}.")

@@ -26,9 +26,10 @@ a coupled state (batch, k, C, ...) sees its components as channels, (batch, k C,
 
 from __future__ import annotations
 
+from sdeflow.scores.conditional import Conditional, Guided
 from sdeflow.scores.function import CallableScore, DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.mixture import GaussianMixture
-from sdeflow.scores.network import PREDICTIONS, Conditional, Score
+from sdeflow.scores.network import PREDICTIONS, Score
 from sdeflow.scores.readout import GridScore, Readout
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "DeclaredSDE",
     "GaussianMixture",
     "GridScore",
+    "Guided",
     "Readout",
     "Score",
     "ScoreFunction",

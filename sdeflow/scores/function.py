@@ -84,6 +84,10 @@ class ScoreFunction(nn.Module):
         """The data's mean and standard deviation (each () or *event) where they are known, else None."""
         return None
 
+    def prior_moments(self) -> tuple[Tensor, Tensor] | None:
+        """The moments of the data whose diffusion this score is of, from which p(x_T) follows; None where unknown."""
+        return self.data_moments()
+
     def rows(self, index: Tensor | slice) -> Self:
         """The score of some samples of the batch: its sample i is sample ``index[i]`` of this score.
 
@@ -223,6 +227,9 @@ class Wrapping(ScoreFunction):
 
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         return self.score.data_moments()
+
+    def prior_moments(self) -> tuple[Tensor, Tensor] | None:
+        return self.score.prior_moments()
 
 
 class _Part(NamedTuple):

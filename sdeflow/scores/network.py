@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from sdeflow.errors import DataError, HiddenParametersWarning, ScoreError, warn
 from sdeflow.kernels.gaussian import Path
-from sdeflow.numerics.checks import checked_choice, checked_finite, checked_labels, checked_numbers
+from sdeflow.numerics.checks import checked_choice, checked_finite, checked_numbers
+from sdeflow.numerics.conditions import (
+    Condition,
+    checked_condition,
+    from_named_leaves,
+    leaves,
+    mapped,
+    of_samples,
+    read_condition,
+)
+from sdeflow.scores.conditional import Conditional, Guided, Held
 from sdeflow.scores.function import (
     DeclaredSDE,
     ScoreFunction,
-    Wrapping,
     checked,
     network_time,
     network_times,
@@ -35,9 +44,9 @@ class Score(ScoreFunction):
 
     Args:
         net: called as ``net(x, time)`` or ``net(x, time, y)``, with x (batch, *event), time (batch,) and
-            labels y (batch,); returns a tensor shaped as x. A plain function serves too, but the parameters of a
-            module that it calls are not the score's: ``fit``, ``score.to()`` and ``score.parameters()`` do not find
-            them, and a warning says so.
+            a condition y: a tensor (batch, ...), or a tuple or dict of such. It returns a tensor shaped as x. A plain
+            function serves too, but the parameters of a module that it calls are not the score's: ``fit``,
+            ``score.to()`` and ``score.parameters()`` do not find them, and a warning says so.
         sde: the declaration it belongs to (an ``SDE``).
         predicts: what the network's output means; see the table above.
         data_mean: the data's mean, a number or a tensor that broadcasts to an event. ``fit`` measures
@@ -54,6 +63,7 @@ class Score(ScoreFunction):
     data_mean: Tensor
     data_std: Tensor
     moments_known: Tensor
+    null: Held | None
 
     def __init__(
         self,
@@ -88,6 +98,8 @@ class Score(ScoreFunction):
                 moment = getattr(self, name)
                 setattr(self, name, self.gaussian.of_state(moment) if moment.ndim else moment)
         self._declared = (data_mean is not None, data_std is not None)
+        self.register_module("null", None)
+        self._unconditional = True
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
         positive = bool(
@@ -148,15 +160,27 @@ class Score(ScoreFunction):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Takes the moments' shapes from what is loaded: numbers, or one per coordinate."""
+        """Takes the moments' shapes, and whether there are conditions, from what is loaded."""
         for name in ("data_mean", "data_std"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
+        held = {k.removeprefix(f"{prefix}null."): v for k, v in state_dict.items() if k.startswith(f"{prefix}null.")}
+        trained = held.pop("trained", None)
+        if trained is not None:
+            device = self.data_mean.device
+            self.null = Held(from_named_leaves({k: torch.empty_like(v, device=device) for k, v in held.items()}))
+            self.null.register_buffer("trained", torch.empty_like(trained, device=device))
+            self._unconditional = bool(trained)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
-        """∇ log p_t(x), shaped as x; with labels ``y`` (batch,), the score of x given y."""
+    def forward(self, x: Tensor, t: Tensor | float, y: Condition | None = None) -> Tensor:
+        """∇ log p_t(x), shaped as x; with a condition ``y``, the score of x given y.
+
+        ``y`` is as :meth:`given` takes it. Without one, a network that was trained with conditions gives the
+        unconditional score, or raises a ScoreError where it never learned it.
+        """
         x, time = self._entered(x, t)
+        y = self._condition(y, x)
         if self.predicts == "score":
             return self._network(x, time, y)
         eps, path = self._noise(x, time, y)
@@ -164,16 +188,18 @@ class Score(ScoreFunction):
 
     if TYPE_CHECKING:
 
-        def __call__(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+        def __call__(self, x: Tensor, t: Tensor | float, y: Condition | None = None) -> Tensor:
             """:meth:`forward`, by way of the module's hooks."""
 
-    def noise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+    def noise(self, x: Tensor, t: Tensor | float, y: Condition | None = None) -> Tensor:
         """E[eps | x_t], shaped as x."""
-        return self.kernel.from_basis(self._noise(*self._entered(x, t), y)[0])
+        x, time = self._entered(x, t)
+        return self.kernel.from_basis(self._noise(x, time, self._condition(y, x))[0])
 
-    def denoise(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor | float, y: Condition | None = None) -> Tensor:
         """E[x_0 | x_t], shaped as x."""
         x, time = self._entered(x, t)
+        y = self._condition(y, x)
         if self.predicts == "data":
             return self._network(x, time, y)
         eps, path = self._noise(x, time, y)
@@ -181,9 +207,113 @@ class Score(ScoreFunction):
         centred = kernel.to_basis(x) - path.offset.to(x.dtype)
         return kernel.from_basis(path.alpha.inverse(centred - path.sigma(eps)))
 
-    def given(self, y: Tensor | int) -> Conditional:
-        """The score of x given the labels ``y``, (batch,) or one for all; itself a score."""
-        return Conditional(self, y)
+    @overload
+    def given(self, y: None) -> Score: ...
+
+    @overload
+    def given(self, y: Condition | float) -> Conditional: ...
+
+    def given(self, y: Condition | float | None) -> Score | Conditional:
+        """The score of x given ``y``, itself a score; with None the unconditional one.
+
+        Args:
+            y: a tensor, or a tuple or dict of such, as the network takes it. What has the batch's length is one
+                condition for each sample; a number, or what has length 1, holds for all. Of a network that was trained
+                with conditions, the condition of one sample without the dimension of the batch does too.
+
+        Raises:
+            DataError: for conditions that are no tensors, not finite, or not shaped as those it was trained with.
+            ScoreError: with None, where the network was trained with conditions and without label dropout.
+        """
+        if y is None:
+            self.require_unconditional()
+            return self
+        return Conditional(self, self._as_trained(checked_condition(y)))
+
+    def guided(
+        self, y: Condition | float, strength: float = 2.0, interval: tuple[float, float] | None = None
+    ) -> Guided:
+        """Classifier-free guidance towards ``y``: see :class:`~sdeflow.scores.conditional.Guided`.
+
+        Args:
+            y: as :meth:`given` takes it.
+            strength: 1 is the score given y.
+            interval: (low, high), the times at which there is guidance; None is all times.
+        """
+        return Guided(self.given(y), strength, interval)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network was trained with conditions."""
+        return self.null is not None
+
+    def learns(self, y: Condition | None, dropout: float) -> None:
+        """Says with which conditions the network is trained from now on.
+
+        Args:
+            y: conditions of some samples; None where there are none.
+            dropout: the share of samples whose condition is dropped.
+
+        Raises:
+            ScoreError: where conditions are dropped, and the network does not say what stands for none.
+        """
+        if y is None:
+            self._unconditional = True
+        else:
+            self.null = Held(self._nothing(picked_first(y), dropout > 0))
+            self._unconditional = dropout > 0
+        if self.null is not None:
+            self.null.register_buffer("trained", torch.tensor(self._unconditional))
+
+    def _as_trained(self, y: Condition) -> Condition:
+        """``y`` with the dimensions of the conditions that the network was trained with."""
+        if self.null is None:
+            return y
+
+        def checked_leaf(theirs: Tensor, ours: Tensor) -> Tensor:
+            if theirs.ndim == ours.ndim - 1:  # of one sample
+                theirs = theirs[None]
+            if theirs.ndim != ours.ndim:
+                shape = ", ".join(["batch", *map(str, ours.shape[1:])])
+                raise DataError(f"a condition of shape {tuple(theirs.shape)} was given, and ({shape}) trained with.")
+            return theirs
+
+        return mapped(checked_leaf, y, self.null.value)
+
+    def _nothing(self, y: Condition, needed: bool) -> Condition:
+        """What stands for no condition in the place of ``y``."""
+        null = getattr(self.net, "null", None)
+        if callable(null):
+            return null(y)
+        classes = getattr(self.net, "classes", None)
+        whole = any(not leaf.is_floating_point() for leaf in leaves(y))
+        if needed and whole and not isinstance(classes, int):
+            raise ScoreError(
+                "label_dropout needs a label that means none: give the network an integer attribute `classes`, the "
+                "number of that label, or a method null(y) that returns what stands for no condition."
+            )
+        return mapped(
+            lambda leaf: torch.zeros_like(leaf) if leaf.is_floating_point() else torch.full_like(leaf, classes or 0), y
+        )
+
+    def no_condition(self) -> Condition:
+        """What stands for no condition, for one sample."""
+        self.require_unconditional()
+        if self.null is None:
+            raise ScoreError("the network was not trained with conditions: use the score as it is.")
+        return self.null.value
+
+    def require_unconditional(self) -> None:
+        """Raises a ScoreError where the network was trained with conditions, and never without one."""
+        if not self._unconditional:
+            raise ScoreError(
+                "this network was trained with conditions, and never without one: pass score.given(y), or train it "
+                "with fit(label_dropout=0.1) to have the unconditional score too."
+            )
+
+    def of_batch(self, samples: int) -> Score:
+        self.require_unconditional()
+        return self
 
     def readout(self, path: Path, like: Tensor, time: Tensor) -> Readout:
         """How eps follows from the network's output at ``time``: the one place where it is interpreted."""
@@ -218,18 +348,19 @@ class Score(ScoreFunction):
         shift = None if mean is None else path.alpha(mean)
         return Readout((M @ L.T.inverse).scaled(-1.0), K.T.inverse @ whitening, None, shift, whitening)
 
-    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype, y: Tensor | None = None) -> GridScore:
+    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype, y: Condition | None = None) -> GridScore:
         kernel = self._require_kernel("a score on a grid")
         path = kernel.path(like, times)
         readout = self.readout(path, like, times)
         clock = network_times(self._times_of(times), like.to(dtype)).unbind()
+        y = self._condition(y, like)
 
         def evaluate(x: Tensor, i: int, kept: bool) -> Tensor:
             return self._called(x, clock[i].expand(len(x)).clone(), y, kept)
 
         return GridScore(readout, on_states(kernel, path, like, dtype, evaluate, readout))
 
-    def _noise(self, x: Tensor, time: Tensor, y: Tensor | None) -> tuple[Tensor, Path]:
+    def _noise(self, x: Tensor, time: Tensor, y: Condition | None) -> tuple[Tensor, Path]:
         """E[eps | x_t] in the kernel's basis, and the path."""
         kernel = self._require_kernel("the conversion of a score")
         path = kernel.path(x, time)
@@ -243,7 +374,7 @@ class Score(ScoreFunction):
         output = self._called(seen, network_time(self._times_of(time), x), y, seen is x)
         return readout.noise(kernel.to_basis(output), centred), path
 
-    def _network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _network(self, x: Tensor, t: Tensor, y: Condition | None) -> Tensor:
         """The network's output for the state itself."""
         return self._called(x, network_time(self._times_of(t), x), y, True)
 
@@ -255,9 +386,29 @@ class Score(ScoreFunction):
             return t
         return 2.0 * self._require_kernel('time="log_snr"').numbers.half_log_snr(t)  # of times that are checked
 
-    def _called(self, x: Tensor, time: Tensor, y: Tensor | None, copy: bool) -> Tensor:
+    def _condition(self, y: Condition | None, x: Tensor) -> Condition | None:
+        """The condition of each sample of x as the network takes it: on its device, floating ones in its dtype.
+
+        Raises:
+            DataError: for conditions of another number of samples.
+            ScoreError: where there is none, and the network never learned what to do then.
+        """
+        if y is None:
+            self.require_unconditional()
+            if self.null is None:
+                return None
+            y = self.null.value
+        else:
+            y = read_condition(y)
+        ours = self.dtype
+
+        def ready(leaf: Tensor) -> Tensor:
+            return leaf.to(device=x.device, dtype=ours if ours is not None and leaf.is_floating_point() else leaf.dtype)
+
+        return of_samples(mapped(ready, y), len(x))
+
+    def _called(self, x: Tensor, time: Tensor, y: Condition | None, copy: bool) -> Tensor:
         """The network's output, checked. It sees components as channels, and a copy where others need ``x``."""
-        y = None if y is None else checked_labels(y, len(x))
         folded = x.flatten(1, 2) if self.declaration.coupled and x.ndim > 2 else x
         folded = folded.clone() if copy and folded.data_ptr() == x.data_ptr() else folded
         try:
@@ -281,59 +432,6 @@ class Score(ScoreFunction):
         return f"predicts={self.predicts!r}, time={self.time!r}, data_std={self.data_std.mean():.4g}"
 
 
-class Conditional(Wrapping):
-    """A class-conditional score with its labels fixed: a score like any other.
-
-    Args:
-        score: a :class:`Score` whose network takes labels.
-        y: labels, (batch,) for a batch of that size, or one integer for every sample.
-    """
-
-    score: Score
-    y: Tensor
-
-    def __init__(self, score: Score, y: Tensor | int) -> None:
-        super().__init__(score)
-        self.register_buffer("y", torch.as_tensor(y))
-
-    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
-        x, t = self._entered(x, t)
-        return self.score(x, t, self._labels(x))
-
-    def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
-        x, t = self._entered(x, t)
-        return self.score.noise(x, t, self._labels(x))
-
-    def denoise(self, x: Tensor, t: Tensor | float) -> Tensor:
-        x, t = self._entered(x, t)
-        return self.score.denoise(x, t, self._labels(x))
-
-    def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
-        return self.score.on_grid(times, like, dtype, self._labels(like))
-
-    def rows(self, index: Tensor | slice) -> Conditional:
-        part = super().rows(index)
-        return Conditional(part.score, self.y[index]) if self.y.ndim else part
-
-    def of_batch(self, samples: int) -> Conditional:
-        self._require(samples)
-        return super().of_batch(samples)
-
-    @property
-    def samples(self) -> int | None:
-        return len(self.y) if self.y.ndim else super().samples
-
-    def conditions(self, x: Tensor) -> Tensor | None:
-        return torch.unique(self.y.cpu(), return_inverse=True, dim=0)[1] if self.y.ndim else super().conditions(x)
-
-    @property
-    def wrapping(self) -> tuple[object, ...]:
-        return ("given", tuple(self.y.shape), *self.y.flatten().tolist(), *super().wrapping)
-
-    def _labels(self, x: Tensor) -> Tensor:
-        self._require(len(x))
-        return self.y.to(x.device).expand(len(x))
-
-    def _require(self, samples: int) -> None:
-        if self.y.ndim and len(self.y) != samples:
-            raise DataError(f"{len(self.y)} labels were given for a batch of {samples}.")
+def picked_first(y: Condition) -> Condition:
+    """The condition of the first sample, as of a batch of one."""
+    return mapped(lambda leaf: leaf[:1].detach().clone().cpu(), y)

@@ -74,7 +74,7 @@ class PriorOf:
         """The prior, or None where it is still to be read off the score."""
         if self.given is not None:
             return self.given
-        moments = None if self.score is None else self.score.data_moments()
+        moments = None if self.score is None else self.score.prior_moments()
         if moments is not None and self.gaussian is not None and self.gaussian.basis is None:
             return self.gaussian.marginal(*moments, self.gaussian.T)  # in a basis a mean over it needs the event
         return next(iter(self.found.values()), None)
@@ -87,7 +87,7 @@ class PriorOf:
         """
         if self.given is not None:
             return self.given
-        event, kernel, moments = tuple(like.shape[1:]), self.gaussian, self.score.data_moments()
+        event, kernel, moments = tuple(like.shape[1:]), self.gaussian, self.score.prior_moments()
         if moments is not None and kernel is not None and kernel.basis is None:
             kernel.require_event(event)
             return kernel.marginal(*moments, kernel.T)  # which training may change
@@ -101,7 +101,7 @@ class PriorOf:
         return prior.rows(self.index) if self.index is not None and isinstance(prior, EachSample) else prior
 
     def _derived(self, like: Tensor, samples: int) -> Prior:
-        kernel, event, moments = self.gaussian, tuple(like.shape[1:]), self.score.data_moments()
+        kernel, event, moments = self.gaussian, tuple(like.shape[1:]), self.score.prior_moments()
         if kernel is None:
             return self._default(like, samples)
         kernel.require_event(event)
@@ -172,7 +172,7 @@ class PriorOf:
         """A warning where the given prior is far from p(x_T) of the data's moments."""
         if not isinstance(self.given, Gaussian) or self.gaussian is None or self.score is None:
             return
-        moments = self.score.data_moments()
+        moments = self.score.prior_moments()
         if moments is not None:
             kl = self.gaussian.marginal(*moments, self.gaussian.T).kl_per_dimension(self.given)
             if not kl <= _MISMATCH:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from sdeflow.errors import DataError
 from sdeflow.numerics.checks import checked_data
+from sdeflow.numerics.conditions import Condition, checked_condition, leaves, mapped, on, picked
 from sdeflow.numerics.noise import NoiseStream
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ __all__ = ["Batch", "Batches", "SampleData", "Samples"]
 _LOOK = 10_000  # rows of a tensor, from which moments are measured
 _LOOK_ITEMS = 512  # items of a Dataset
 
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Tensor, Condition | None]
 Rows = Tensor | ArrayLike
-SampleData = Rows | tuple[Rows, Rows] | Dataset[Any]
-"""Samples (n, *event), such with labels (n, ...), or a Dataset with a length."""
+SampleData = Rows | tuple[Rows, Rows | Condition] | Dataset[Any]
+"""Samples (n, *event), such with conditions (n, ...), or a Dataset with a length."""
 T = TypeVar("T")
 
 
@@ -44,8 +45,8 @@ class Batches:
     on at any step. A DataLoader brings its own order and batches, and a resumed run starts it from its beginning.
 
     Args:
-        data: (n, *event), a tensor, an array or a list of samples; a tuple (x, y) of such with labels (n, ...); or a
-            Dataset or DataLoader of samples, alone or with labels as (x, y).
+        data: (n, *event), a tensor, an array or a list of samples; a tuple (x, y) of such with conditions, a tensor
+            (n, ...) or a tuple or dict of such; or a Dataset or DataLoader of samples, alone or as (x, y).
         batch_size: of a tensor or a Dataset, over all processes.
         seed: of the order.
         accelerator: tells the device and this process's share.
@@ -67,14 +68,14 @@ class Batches:
         self._order: _Shuffled | None = None
         if isinstance(data, DataLoader | IterableDataset):
             self._loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=batch_size)
-            x, self.first_labels = _first_batch(self._loader)
+            x, self.first_conditions = _first_batch(self._loader)
         else:
             samples = _indexed(data)
             self._order = _Shuffled(len(samples), batch_size, seed)
             collate = _as_it_is if isinstance(samples, _Rows) else None
             # torch asks for both methods of a Dataset, not for the class
             self._loader = DataLoader(samples, batch_sampler=self._order, collate_fn=collate)  # type: ignore[arg-type]
-            x, self.first_labels = _some_of(samples)
+            x, self.first_conditions = _some_of(samples)
         self.first = x if dtype is None else x.to(dtype)
 
     def from_step(self, step: int) -> Iterator[Batch]:
@@ -99,8 +100,8 @@ class Batches:
                     raise DataError(f"the batch at step {step} has shape {tuple(x.shape)}, samples before it {event}.")
                 if self._order is not None:
                     mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
-                    x, y = x[mine], None if y is None else y[mine]
-                yield x.to(device=device, dtype=self._dtype or x.dtype), None if y is None else y.to(device)
+                    x, y = x[mine], None if y is None else picked(y, mine)
+                yield x.to(device=device, dtype=self._dtype or x.dtype), None if y is None else on(y, device)
                 step += 1
             iterator = iter(loader)
 
@@ -119,26 +120,26 @@ def _first_batch(loader: DataLoader[Any]) -> Batch:
 
 
 def _some_of(samples: Indexed) -> Batch:
-    """Some samples with their labels, for shape and scale; the order of training is not disturbed."""
+    """Some samples with their conditions, for shape and scale; the order of training is not disturbed."""
     if isinstance(samples, _Rows):
         seen = slice(None, None, max(1, len(samples) // _LOOK))
-        return samples.data[seen], None if samples.labels is None else samples.labels[seen]
+        return _split(samples[seen])
     indices = list(range(0, len(samples), max(1, len(samples) // _LOOK_ITEMS)))
-    items = [samples[i] for i in indices]
-    parts = [item if isinstance(item, tuple | list) else (item,) for item in items]
     try:
-        x = torch.stack([torch.as_tensor(part[0]) for part in parts])
-        y = torch.stack([torch.as_tensor(part[1]) for part in parts]) if len(parts[0]) > 1 else None
+        x, y = _split(default_collate([samples[i] for i in indices]))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"the data set's samples are no tensors, or have different shapes: {error}") from error
     return checked_data(x, "the data set", indices), y
 
 
 class Samples:
-    """Samples, with their labels where they have some, by their indices.
+    """Samples, with their conditions where they have some, by their indices.
 
     Args:
-        data: a tensor, an array or a list (n, *event); a tuple (x, y) of such with labels; or a Dataset with a length.
+        data: a tensor, an array or a list (n, *event); a tuple (x, y) of such with conditions; or a Dataset with a
+            length.
 
     Raises:
         DataError: for data of another kind, and for an empty one.
@@ -156,7 +157,7 @@ class Samples:
         return len(self._data)
 
     def take(self, indices: list[int], dtype: torch.dtype | None = None) -> Batch:
-        """The samples at ``indices``, floating and finite, in ``dtype`` where it is given, and their labels."""
+        """The samples at ``indices``, floating and finite, in ``dtype`` where it is given, and their conditions."""
         if isinstance(self._data, _Rows):
             x, y = _split(self._data[indices])
         else:
@@ -171,7 +172,7 @@ def _indexed(data: object) -> Indexed:
     Raises:
         DataError: for what is none, and for an empty one.
     """
-    samples = _Rows(*_labelled(data)) if _holds_rows(data) else data
+    samples = _Rows(*_with_conditions(data)) if _holds_rows(data) else data
     if not _is_indexed(samples):
         raise DataError(f"data must be a tensor (n, *event), a Dataset or a DataLoader, not {type(data).__name__}.")
     if len(samples) == 0:
@@ -190,29 +191,37 @@ def _holds_rows(data: object) -> bool:
     return isinstance(data, Tensor | tuple) or hasattr(data, "__array__")
 
 
-def _labelled(data: object) -> Batch:
-    """Samples, and their labels where ``data`` is a tuple (x, y)."""
+def _with_conditions(data: object) -> Batch:
+    """Samples, and their conditions where ``data`` is a tuple (x, y)."""
     if not isinstance(data, tuple):
         return checked_data(data), None
     if len(data) != 2:
-        raise DataError(f"data that is a tuple is (x, y), samples and their labels, and has {len(data)} parts here.")
-    x, y = checked_data(data[0], "x of the data (x, y)"), torch.as_tensor(data[1])
-    if not y.ndim or len(y) != len(x):
-        raise DataError(f"data (x, y) has {len(x)} samples and labels of shape {tuple(y.shape)}: one for each, please.")
+        raise DataError(
+            f"data that is a tuple is (x, y), samples and their conditions, and has {len(data)} parts here; several "
+            "conditions are a tuple of their own, (x, (y, z))."
+        )
+    x, y = checked_data(data[0], "x of the data (x, y)"), checked_condition(data[1], "y of the data (x, y)")
+    for leaf in leaves(y):
+        if not leaf.ndim or len(leaf) != len(x):
+            raise DataError(
+                f"data (x, y) has {len(x)} samples and a condition of shape {tuple(leaf.shape)}: one for each, please."
+            )
     return x, y
 
 
-class _Rows(Dataset[Tensor | tuple[Tensor, Tensor]]):
-    """Rows of a tensor, and of their labels, a batch of indices at once."""
+class _Rows(Dataset[Tensor | tuple[Tensor, Condition]]):
+    """Rows of a tensor, and of their conditions, a batch of indices at once."""
 
-    def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
-        self.data, self.labels = data, labels
+    def __init__(self, data: Tensor, conditions: Condition | None = None) -> None:
+        self.data, self.conditions = data, conditions
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int | list[int]) -> Tensor | tuple[Tensor, Tensor]:
-        return self.data[index] if self.labels is None else (self.data[index], self.labels[index])
+    def __getitem__(self, index: int | slice | list[int]) -> Tensor | tuple[Tensor, Condition]:
+        if self.conditions is None:
+            return self.data[index]
+        return self.data[index], mapped(lambda leaf: leaf[index], self.conditions)
 
     __getitems__ = __getitem__
 
@@ -247,8 +256,19 @@ def _as_it_is(batch: T) -> T:
 
 
 def _split(batch: object) -> Batch:
+    """The samples and the conditions of a batch; what a collate function made lists of becomes tuples again."""
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and all(isinstance(part, Tensor) for part in batch):
-        return batch[0], batch[1] if len(batch) == 2 else None
-    raise DataError(f"a batch must be a tensor (batch, *event), alone or with labels, not {type(batch).__name__}.")
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and isinstance(batch[0], Tensor):
+        return batch[0], checked_condition(_tuples(batch[1]), "y of a batch") if len(batch) == 2 else None
+    what = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}"
+    raise DataError(
+        f"a batch must be a tensor (batch, *event), alone or with conditions as (x, y), not {what}; several conditions "
+        "are a tuple of their own, (x, (y, z))."
+    )
+
+
+def _tuples(y: object) -> object:
+    if isinstance(y, Mapping):
+        return {key: _tuples(value) for key, value in y.items()}
+    return tuple(map(_tuples, y)) if isinstance(y, tuple | list) and not isinstance(y[0], int | float) else y

@@ -36,6 +36,7 @@ from sdeflow.numerics.checks import (
     checked_real,
     checked_within,
 )
+from sdeflow.numerics.conditions import described, picked
 from sdeflow.numerics.noise import resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
@@ -72,6 +73,7 @@ def fit(
     times: Times | None = None,
     *,
     objective: Objective | str | None = None,
+    label_dropout: float = 0.0,
     optimiser: Optimizer | OptimiserFactory | None = None,
     lr: float | None = None,
     schedule: Callable[[float], float] | str | None = None,
@@ -93,8 +95,9 @@ def fit(
 
     Args:
         score: the score, whose network has parameters.
-        data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with labels; or a Dataset or DataLoader of
-            such samples or pairs. A DataLoader brings its own batches, and a resumed run starts it anew.
+        data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with conditions, a tensor (n, ...) or a
+            tuple or dict of such; or a Dataset or DataLoader of such samples or pairs. A DataLoader brings its own
+            batches, and a resumed run starts it anew.
         steps: how many steps the run has in all.
         batch_size: samples of a step, over all processes.
         weighting: what the loss means: "likelihood", "score", "edm", "min_snr", "p2", or a function w(t); see
@@ -103,6 +106,9 @@ def fit(
             "importance", or a density of t; see :mod:`sdeflow.training.times`. None is the weighting's best.
         objective: None for what fits the SDE; "denoising", "kernel_matching" or "local_matching"; or an object of
             ``sdeflow.objectives``, to which weighting, times, gap and simulation_steps belong then.
+        label_dropout: the share of samples whose condition is dropped, so that the network learns the unconditional
+            score too, for ``score.given(None)`` and ``score.guided``: integer labels become ``net.classes``, everything
+            else zeros, unless the network has ``null(y)``.
         optimiser: a function from the list of trainable parameters to a torch optimiser (``torch.optim.AdamW``), or a
             torch optimiser of the score's parameters. Its learning rates are its own. None is Adam with ``lr``.
         lr: Adam's step size, 1e-3 by default.
@@ -138,7 +144,7 @@ def fit(
         NotAffineError: for an objective that this SDE cannot serve.
         WeightingError: for a weighting or a density of times with negative or infinite values.
     """
-    _check_options(score, steps, batch_size, ema, clip, checkpoint_every)
+    _check_options(score, steps, batch_size, ema, clip, checkpoint_every, label_dropout)
     lr = _checked_lr(lr, optimiser)
     objective = chosen(score, objective, weighting, times, gap, simulation_steps)
     draws = objective.draws(score)
@@ -153,7 +159,7 @@ def fit(
     with torch.random.fork_rng(devices), lock:
         seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator, score.dtype)
-        law = objective.law(score, _prepare_score(score, objective, batches, accelerator))
+        law = objective.law(score, _prepare_score(score, objective, batches, label_dropout, accelerator))
         made = _optimiser(score, optimiser, lr)
         run = Run(score, objective, law, accelerator, made, rate, clip, MovingAverage(score, ema), steps)
         if folder is not None:
@@ -161,12 +167,14 @@ def fit(
                 **_identity_of_score(score),
                 **objective.identity(),
                 **_identity_of_optimiser(made, optimiser is None, schedule),
+                **({"label_dropout": label_dropout} if label_dropout else {}),
                 **{"seed": seed, "batch_size": batch_size, "ema": ema, "clip": clip, "data": batches.fingerprint()},
             }
             run.checkpoints = Checkpoints(folder, checkpoint_every, identity, watching)
             run.checkpoints.begin(run, resume)
         score.train()
-        drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator)
+        dropped = (label_dropout, score.no_condition()) if label_dropout else None
+        drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator, dropped)
         with Progress(steps, run.step, _hidden(progress, accelerator)) as bar:
             run.callbacks = (run.average, *watching, bar, *filter(None, [run.checkpoints]))
             while not (run.stopped or run.step >= steps):
@@ -232,7 +240,9 @@ def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
     return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
 
 
-def _prepare_score(score: Score, objective: Objective, batches: Batches, accelerator: Accelerator) -> Tensor:
+def _prepare_score(
+    score: Score, objective: Objective, batches: Batches, label_dropout: float, accelerator: Accelerator
+) -> Tensor:
     """Measures the data's moments where they were not given, and tries the network on a few samples: one of them."""
     kernel = score.gaussian
     seen = objective.states(score, batches.first.double())
@@ -247,11 +257,15 @@ def _prepare_score(score: Score, objective: Objective, batches: Batches, acceler
         score.measure(*(m.reshape(-1, *(1,) * (seen.ndim - 2)) for m in (parts.mean(1), parts.std(1, correction=0))))
     else:
         score.measure(seen.mean(), std)
-    labels = batches.first_labels
-    x, y = (
-        objective.states(score, batches.first[:2]).to(accelerator.device),
-        None if labels is None else labels[:2].to(accelerator.device),
-    )
+    conditions = batches.first_conditions
+    if conditions is None and label_dropout:
+        raise DataError(f"label_dropout={label_dropout:g}: the data holds no conditions; pass (x, y).")
+    measure = getattr(score.net, "measure_condition", None)
+    if conditions is not None and not score.conditional and callable(measure):
+        measure(conditions)
+    score.learns(conditions, label_dropout)
+    x = objective.states(score, batches.first[:2]).to(accelerator.device)
+    y = None if conditions is None else picked(conditions, slice(2))
     training = score.training
     try:
         with torch.no_grad():
@@ -261,7 +275,7 @@ def _prepare_score(score: Score, objective: Objective, batches: Batches, acceler
             raise
         raise DataError(
             f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}"
-            f"{'' if y is None else f' with labels of {y.dtype}'} (its parameters are "
+            f"{'' if y is None else f' with conditions {described(y)}'} (its parameters are "
             f"{next(score.parameters()).dtype}): {error}"
         ) from error
     finally:
@@ -276,6 +290,7 @@ def _check_options(
     ema: float,
     clip: float,
     checkpoint_every: int,
+    label_dropout: float,
 ) -> None:
     if not isinstance(score, Score):
         raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}.")
@@ -292,6 +307,7 @@ def _check_options(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         checked_count(value, name)
     checked_within(clip, "clip", 0.0, math.inf)
+    checked_real(label_dropout, "label_dropout", "at least 0 and below 1", lambda share: 0 <= share < 1)
     checked_real(ema, "ema", "at least 0 and below 1", lambda number: 0 <= number < 1)
 
 

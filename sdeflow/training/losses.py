@@ -38,6 +38,7 @@ from sdeflow.kernels.gaussian import Kernel, broadcast_to_event
 from sdeflow.kernels.local import LocalKernel
 from sdeflow.numerics.checks import checked_noise, checked_numbers, checked_state
 from sdeflow.numerics.compile import compile_expressions
+from sdeflow.numerics.conditions import Condition
 from sdeflow.numerics.linear import Diagonal, Linear
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import Score, ScoreFunction
@@ -56,7 +57,12 @@ __all__ = [
 
 
 def denoising_score_matching(
-    score: ScoreFunction, x_0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "score", y: Tensor | None = None
+    score: ScoreFunction,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    weighting: Weighting = "score",
+    y: Condition | None = None,
 ) -> Tensor:
     """L(t) of each sample at its time, averaged over its coordinates, (batch,).
 
@@ -66,7 +72,7 @@ def denoising_score_matching(
         t: times, (batch,), in [cutoff, T].
         noise: eps ~ N(0, 1), shaped as x_0.
         weighting: "score", "likelihood", "edm", "min_snr", "p2", or w as a function of t.
-        y: labels, (batch,), for a class-conditional network.
+        y: a condition for each sample, for a conditional network.
 
     Raises:
         ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
@@ -74,12 +80,12 @@ def denoising_score_matching(
     x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     kernel = score.kernel.require_gaussian("denoising score matching")
-    error = score.noise(kernel.sample(x_0, t, noise=noise), t, *_labels(y)) - noise
+    error = score.noise(kernel.sample(x_0, t, noise=noise), t, *_given(y)) - noise
     return weighted_error(kernel, weighting, error, t, data_std_of(score, weighting))
 
 
-def _labels(y: Tensor | None) -> tuple[Tensor, ...]:
-    """Labels as the last arguments of a score, which not every score takes."""
+def _given(y: Condition | None) -> tuple[Condition, ...]:
+    """Conditions as the last arguments of a score, which not every score takes."""
     return () if y is None else (y,)
 
 
@@ -102,10 +108,10 @@ class Pairs(NamedTuple):
     root: Linear
 
 
-def score_error(score: ScoreFunction, pairs: Pairs, y: Tensor | None = None) -> Tensor:
+def score_error(score: ScoreFunction, pairs: Pairs, y: Condition | None = None) -> Tensor:
     """‖rootᵀ (s(x_t, t) - target)‖² per coordinate, (batch,)."""
     x_t, t, target, root = pairs
-    return root.T(score(x_t, t, *_labels(y)) - target).square().flatten(1).mean(1)
+    return root.T(score(x_t, t, *_given(y)) - target).square().flatten(1).mean(1)
 
 
 class KernelPairs:

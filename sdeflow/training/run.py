@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sdeflow.errors import CheckpointError, TrainingDivergedError
+from sdeflow.numerics.conditions import Condition, leaves, mapped, of_samples
 from sdeflow.numerics.noise import NoiseStream, mixed_seed
 from sdeflow.scores import Score
 from sdeflow.training.batches import Batches
@@ -121,7 +122,7 @@ class Run:
         """Ends the run after this step, as if it had been its last."""
         self.stopped = True
 
-    def take(self, batch: Batch, weight: Tensor, y: Tensor | None) -> None:
+    def take(self, batch: Batch, weight: Tensor, y: Condition | None) -> None:
         """One step on a batch: it counts, or is skipped and changes nothing; then the callbacks.
 
         Raises:
@@ -146,7 +147,7 @@ class Run:
         self.score.load_state_dict(self.average.score.state_dict())
         self._set_rates(1.0)
 
-    def _step(self, batch: Batch, weight: Tensor, y: Tensor | None) -> float:
+    def _step(self, batch: Batch, weight: Tensor, y: Condition | None) -> float:
         """The loss of one step, or NaN where it was skipped and changed nothing."""
         buffers = [buffer.clone() for buffer in self.score.buffers()]
         if self._rate is not None:
@@ -184,7 +185,7 @@ class _Loss(torch.nn.Module):
         super().__init__()
         self.score, self.objective = score, objective
 
-    def forward(self, y: Tensor | None, weight: Tensor, *batch: Tensor) -> Tensor:
+    def forward(self, y: Condition | None, weight: Tensor, *batch: Tensor) -> Tensor:
         loss = self.objective.loss(self.score, batch, y)
         return (weight.to(loss.dtype) * loss).mean()
 
@@ -198,10 +199,13 @@ def drawn_steps(
     seed: int,
     done: int,
     accelerator: Accelerator,
-) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
-    """The batch of each step from ``done`` on, its samples' weights and labels; global generators are seeded.
+    dropped: tuple[float, Condition] | None = None,
+) -> Iterator[tuple[Batch, Tensor, Condition | None]]:
+    """The batch of each step from ``done`` on, the weights of its samples, and their conditions.
 
-    A block of steps is drawn at once, and from its first step whatever ``done`` is, so that it never differs.
+    With ``dropped``, a share and what stands for no condition, each sample's condition is replaced with that
+    probability. A block of steps is drawn at once, and from its first step whatever ``done`` is, so that it never
+    differs. Global generators are seeded.
     """
     numbers = max(1, batch_size * math.prod(batches.first.shape[1:]))
     block = max(1, min(objective.most_steps, _BLOCK_NUMBERS // numbers))
@@ -223,8 +227,23 @@ def drawn_steps(
             if step >= done:
                 if block > 1:
                     seed_global(mixed_seed(seed, step, 1), accelerator)
-                yield tuple(batch), counted, y
+                yield tuple(batch), counted, _dropped(y, dropped, mixed_seed(seed, step, accelerator.process_index))
         first += block
+
+
+def _dropped(y: Condition | None, dropped: tuple[float, Condition] | None, seed: int) -> Condition | None:
+    """The conditions of a batch, some of them replaced by none."""
+    if y is None or dropped is None:
+        return y
+    share, null = dropped
+    samples = len(next(leaves(y)))
+    gone = NoiseStream(seed, "label dropout").uniform((samples, 1), torch.float64)[:, 0] < share
+
+    def replaced(leaf: Tensor, none: Tensor) -> Tensor:
+        mask = gone.to(leaf.device).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return torch.where(mask, none.to(leaf), leaf)
+
+    return mapped(replaced, y, of_samples(null, samples))
 
 
 def seed_global(seed: int, accelerator: Accelerator) -> None:

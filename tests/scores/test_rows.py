@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sdeflow import DataError, catalog
+from sdeflow import DataError, Score, catalog
 from sdeflow.laws.each import EachSample
 from sdeflow.scores import ScoreFunction
 from sdeflow.scores.thresholded import Thresholded
@@ -50,6 +50,16 @@ def wrapped(rows=slice(None)):
     return Thresholded(held(rows), (-50.0, 50.0))
 
 
+def given(rows=slice(None)):
+    """A network of (x, t, y) with a dict of conditions, one of them for each sample and one for all."""
+
+    def net(x, t, y):
+        return exact_score(x, t, y["mean"] * y["factor"][:, None])
+
+    score = Score(net, SDE, predicts="score", time="t")
+    return score.given({"mean": MEANS[rows] / 2, "factor": torch.tensor(2.0, dtype=torch.float64)})
+
+
 def states(seed=0):
     return MEANS + STD * torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -58,7 +68,7 @@ def truth(x, rows=slice(None)):
     return torch.distributions.Normal(MEANS[rows], STD).log_prob(x).sum(1)
 
 
-SCORES = {"held": held, "function": function, "wrapped": wrapped}
+SCORES = {"held": held, "function": function, "wrapped": wrapped, "given": given}
 SCORE = pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
 DOUBLE = {"dtype": torch.float64, "seed": 0}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdeflow.errors import NotAffineError
 from sdeflow.numerics.checks import checked_count
+from sdeflow.numerics.conditions import Condition, on
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import ScoreFunction
 from sdeflow.scores.function import evaluating
@@ -67,13 +68,13 @@ class Objective(ABC):
         """How batches are drawn for this score: a function of data (n, *event), times (n,) and a noise stream."""
 
     @abstractmethod
-    def loss(self, score: ScoreFunction, batch: Batch, y: Tensor | None = None) -> Tensor:
+    def loss(self, score: ScoreFunction, batch: Batch, y: Condition | None = None) -> Tensor:
         """L(t) of each sample, averaged over its coordinates, (batch,).
 
         Args:
             score: the score.
             batch: what :meth:`draws` gave.
-            y: labels, (batch,), for a network that takes them.
+            y: a condition for each sample, for a network that takes them.
         """
 
     @property
@@ -133,7 +134,8 @@ class Objective(ABC):
 
         Args:
             score: any score of an SDE that the objective serves.
-            data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with labels; or a Dataset of samples.
+            data: (n, *event), a tensor, an array or a list; a tuple (x, y) of it with conditions; or a Dataset of
+                samples.
             seed: of the times, their order and the noise.
             batch_size: samples evaluated at once.
 
@@ -159,7 +161,7 @@ class Objective(ABC):
                 x, y = samples.take(order[part], dtype)
                 noise = NoiseStream(mixed_seed(seed, first), "objective")
                 batch = draws(x.to(device), t[part].to(device), noise)
-                loss = self.loss(score, batch, None if y is None else y.to(device))
+                loss = self.loss(score, batch, None if y is None else on(y, device))
                 found.append(weight[part] * loss.double().cpu())
         values = torch.cat(found)
         spread = float(values.diff().square().sum()) / (2 * (n - 1)) if n > 1 else float("nan")

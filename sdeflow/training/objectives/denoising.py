@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sdeflow.numerics.conditions import Condition
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import ScoreFunction
 from sdeflow.training.losses import denoising_score_matching
@@ -36,6 +37,6 @@ class Denoising(Objective):
 
         return draw
 
-    def loss(self, score: ScoreFunction, batch: Batch, y: Tensor | None = None) -> Tensor:
+    def loss(self, score: ScoreFunction, batch: Batch, y: Condition | None = None) -> Tensor:
         x_0, t, eps = batch
         return denoising_score_matching(score, x_0, t, eps, self.weighting, y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sdeflow.numerics.conditions import Condition
 from sdeflow.numerics.linear import maps_of
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import ScoreFunction
@@ -38,7 +39,7 @@ class KernelMatching(Objective):
     def draws(self, score: ScoreFunction) -> Draws:
         return _drawn_from(KernelPairs(score, self.weighting))
 
-    def loss(self, score: ScoreFunction, batch: Batch, y: Tensor | None = None) -> Tensor:
+    def loss(self, score: ScoreFunction, batch: Batch, y: Condition | None = None) -> Tensor:
         return _error_of_pairs(score, batch, y)
 
 
@@ -77,7 +78,7 @@ class LocalMatching(Objective):
     def draws(self, score: ScoreFunction) -> Draws:
         return _drawn_from(SimulatedPairs(score, self.weighting, self.gap, self.simulation_steps))
 
-    def loss(self, score: ScoreFunction, batch: Batch, y: Tensor | None = None) -> Tensor:
+    def loss(self, score: ScoreFunction, batch: Batch, y: Condition | None = None) -> Tensor:
         return _error_of_pairs(score, batch, y)
 
 
@@ -89,6 +90,6 @@ def _drawn_from(pairs: KernelPairs | SimulatedPairs) -> Draws:
     return draw
 
 
-def _error_of_pairs(score: ScoreFunction, batch: Batch, y: Tensor | None) -> Tensor:
+def _error_of_pairs(score: ScoreFunction, batch: Batch, y: Condition | None) -> Tensor:
     x_t, t, target, root = batch
     return score_error(score, Pairs(x_t, t, target, maps_of(score.declaration.coupled)(root)), y)
