@@ -176,10 +176,20 @@ class Bridge(_Bridge[Kernel]):
         if t == s and (exactly or not any(kernel.declaration.initial_variances)):
             return start, now.sigma.scaled(0.0)
         onward = kernel.transition(state, t, self.T, exactly=True)
+        if not bool(now.sigma.values.any()):  # no noise since s
+            return now.alpha(start) + now.offset, now.sigma
+        if not bool(onward.sigma.values.any()):  # and none from t on: x_t follows from x_T
+            return onward.alpha.inverse(end - onward.offset), now.sigma.scaled(0.0)
+        noisy = bool((onward.sigma.diagonal != 0.0).all())  # Cholesky factors: 0 in components whose noise has ended
+        white = whole.sigma.inverse if noisy else whole.sigma.pseudo_inverse
         # K = P_t Φ_Ttᵀ P_T⁻¹, in whitened form: W = sigma_T⁻¹ Φ_Tt sigma_t, 1 - Wᵀ W is what is left of the covariance.
-        W = whole.sigma.inverse @ onward.alpha @ now.sigma
-        surprise = whole.sigma.inverse(end - whole.alpha(start) - whole.offset)
+        W = white @ onward.alpha @ now.sigma
+        surprise = white(end - whole.alpha(start) - whole.offset)
         mean = now.alpha(start) + now.offset + now.sigma(W.T(surprise))
+        if not noisy:
+            # With U = sigma_T⁻¹ sigma_T|t, 1 - Wᵀ W = (1 - Wᵀ W)² + Wᵀ U Uᵀ W, for W Wᵀ + U Uᵀ is 1, or projects.
+            rest, U = W.one - W.T @ W, white @ onward.sigma
+            return mean, now.sigma @ (rest.gram + (W.T @ U).gram).root
         # P_t - K P_T Kᵀ = (P_t⁻¹ + Φ_Ttᵀ P_T|t⁻¹ Φ_Tt)⁻¹, and the latter does not cancel as t -> T.
         V = onward.sigma.inverse @ onward.alpha @ now.sigma
         return mean, now.sigma @ V.T.root_of_one_plus_gram.T.inverse

@@ -84,6 +84,11 @@ class Linear:
         raise NotImplementedError
 
     @property
+    def pseudo_inverse(self) -> Self:
+        """An inverse A⁺ on the range of A: A A⁺ A = A, A⁺ A symmetric; what is exactly singular included."""
+        raise NotImplementedError
+
+    @property
     def one(self) -> Self:
         """The identity map of the same kind."""
         raise NotImplementedError
@@ -201,6 +206,10 @@ class Diagonal(Linear):
         return Diagonal(1.0 / self.values)
 
     @property
+    def pseudo_inverse(self) -> Diagonal:
+        return Diagonal(torch.where(self.values == 0.0, 0.0, 1.0 / self.values))
+
+    @property
     def one(self) -> Diagonal:
         return Diagonal(torch.ones((), dtype=self.values.dtype, device=self.values.device))
 
@@ -281,6 +290,12 @@ class Blocks(Linear):
     @property
     def inverse(self) -> Blocks:
         return Blocks(torch.linalg.inv(self.values))
+
+    @property
+    def pseudo_inverse(self) -> Blocks:
+        size = self.values.norm(dim=-1, keepdim=True)  # of each row, as components may be of very different sizes
+        size = torch.where(size == 0.0, 1.0, size)
+        return Blocks(torch.linalg.pinv(self.values / size) / size.mT)
 
     @property
     def one(self) -> Blocks:

@@ -144,6 +144,30 @@ def test_composition_and_bridge_agree_with_the_joint_gaussian(name):
     assert torch.allclose(covariance.squeeze(), root_s @ root_s.T - gain @ cross.T, atol=1e-7)
 
 
+def test_bridges_where_the_noise_has_ended():
+    """From there on the state follows from x_T, and from any state there; in one component, it does in that one."""
+    half = sp.Piecewise((1, t < sp.Rational(1, 2)), (0, True))
+    decay, one = SDE(-x, half), torch.zeros(3, 1, dtype=torch.float64)
+    later = decay.bridge(0.05).paths(one, [0.2, 0.5, 0.7, 0.9], seed=0)[1:, :, 0]
+    expected = 0.05 * torch.exp(torch.tensor([0.5, 0.3, 0.1], dtype=torch.float64))
+    torch.testing.assert_close(later, expected[:, None].expand(3, 3))
+    assert float(decay.bridge(0.05).moments(one, 0.9)[1]) == 0.0
+    assert decay.verify()
+    a, v = state("a v")
+    turning, end = SDE([v, -a - v], [0, half], P0=[0, 0.5]), torch.tensor([[0.1], [0.2]], dtype=torch.float64)
+    paths = turning.bridge(end).paths(torch.zeros(2, 2, 1, dtype=torch.float64), [0.3, 0.6, 0.9], seed=0)
+    flow = torch.linalg.matrix_exp(-0.4 * torch.tensor([[0.0, 1.0], [-1.0, -1.0]], dtype=torch.float64))
+    torch.testing.assert_close(paths[1], (flow @ end).expand(2, 2, 1))
+    apart, (steady, ending) = SDE([-a, -v], [1, half]), (SDE(-x, 1), decay)
+    x_0 = torch.tensor([[[0.4], [-0.3]]], dtype=torch.float64)
+    for s, at in ((0.0, 0.3), (0.0, 0.7), (0.6, 0.8)):
+        mean, root = apart.bridge(end).law(x_0, s, at)
+        for i, sde in enumerate((steady, ending)):
+            own, spread = sde.bridge(end[i]).law(x_0[:, i], s, at)
+            torch.testing.assert_close(mean[:, i], own)
+            torch.testing.assert_close(root.gram.values[..., i, i].squeeze(), spread.gram.values, atol=1e-14, rtol=1e-7)
+
+
 def ring(sde, std=0.1):
     angle = torch.arange(8) * 2 * torch.pi / 8
     return GaussianMixture(sde, torch.stack([angle.cos(), angle.sin()], dim=1), torch.full((8,), std**2))

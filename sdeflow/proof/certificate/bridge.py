@@ -55,7 +55,10 @@ def bridge_paths(subject: Subject) -> None:
     begin, end = _rows(subject, x_0)[0], _rows(subject, x_T)[0]
     rows = [_rows(subject, path) for path in paths]
     for s, start, at, drawn in ((0.0, begin, early, rows[0]), (early, rows[0], late, rows[1])):
-        mean, cov, _, _ = _conditioned(subject, start, end, s, at)
+        mean, cov, size, _ = _conditioned(subject, start, end, s, at)
+        if not cov.any():
+            subject.note("bridge.paths", f"the state given that at s = {s:.3g}", ratio(drawn - mean, size), 1e-8, at)
+            continue
         white = np.linalg.solve(np.linalg.cholesky(cov), (drawn - mean)[..., None])[..., 0]
         levels = ndtr(white.reshape(n, -1)[:, :64])
         levels_are_uniform(subject, "bridge.paths", f"the law from s = {s:.3g}", levels, at)
@@ -66,6 +69,13 @@ def _conditioned(subject: Subject, start: Array, end: Array, s: float, t: float)
     """Mean (..., e, k), covariance (e, k, k), size of the mean's terms, and doubt, of x_t given x_s and x_T."""
     now, whole = (subject.law(np.array([at]), s) for at in (t, subject.T))
     onward = subject.law(np.array([subject.T]), t)
+    if not now.cov.any() or not onward.cov.any():  # no noise since s, or none until T: the state is known
+        if not now.cov.any():
+            mean, size = product(now.phi[0], start) + now.offset[0], product(abs(now.phi[0]), abs(start)) + now.reach[0]
+        else:
+            back = np.linalg.inv(onward.phi[0])
+            mean, size = product(back, end - onward.offset[0]), product(abs(back), abs(end) + onward.reach[0])
+        return mean, np.zeros_like(now.cov[0]), size + 1e-300, 1e-12 + now.phi_doubt[0] + onward.phi_doubt[0]
     S, C = whole.cov[0], now.cov[0] @ transposed(onward.phi[0])
     scale = np.sqrt(np.diagonal(S, axis1=-2, axis2=-1))
     correlation = S / (scale[..., :, None] * scale[..., None, :])
@@ -73,8 +83,11 @@ def _conditioned(subject: Subject, start: Array, end: Array, s: float, t: float)
     surprise = end - product(whole.phi[0], start) - whole.offset[0]
     mean = product(now.phi[0], start) + now.offset[0] + product(gain, surprise)
     # P_t - C S⁻¹ Cᵀ = (P_t⁻¹ + Φᵀ P_T|t⁻¹ Φ)⁻¹ = L (1 + Vᵀ V)⁻¹ Lᵀ, which does not cancel towards T.
-    L = np.linalg.cholesky(now.cov[0])
-    V = np.linalg.solve(np.linalg.cholesky(onward.cov[0]), onward.phi[0] @ L)
+    try:
+        L, onward_root = (np.linalg.cholesky(law.cov[0]) for law in (now, onward))
+    except np.linalg.LinAlgError as error:
+        raise UnknownValue("some components have no noise for a while, and others have.") from error
+    V = np.linalg.solve(onward_root, onward.phi[0] @ L)
     cov = L @ np.linalg.solve(np.eye(subject.k) + transposed(V) @ V, transposed(L))
     size = product(abs(now.phi[0]), abs(start)) + now.reach[0] + product(abs(gain), abs(surprise))
     size = size + np.sqrt(np.diagonal(cov, axis1=-2, axis2=-1))
@@ -109,6 +122,8 @@ def bridge_drift(subject: Subject) -> None:
     for at in (0.4 * subject.T, 0.8 * subject.T):
         x, y = subject.rng.normal(size=(2, subject.k))
         onward = subject.law(np.array([subject.T]), at)
+        if not onward.cov.any():
+            raise UnknownValue(f"there is no noise after t = {at:g}, where x_T is known.")
         for entry in subject.some_entries:
             row = min(entry, onward.phi.shape[1] - 1)
             phi, P, m = onward.phi[0, row], onward.cov[0, row], onward.offset[0, row]
