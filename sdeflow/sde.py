@@ -76,7 +76,7 @@ class SDE:
         g: the diffusion, likewise; its sign does not matter.
         T: the horizon, the last time at which f and g are finite.
         cutoff: the first time that training, solvers and likelihood visit. None: 0 where P0 > 0, else the
-            time at which sigma / alpha = 2e-3 (without a kernel: T / 1000).
+            time at which sigma / alpha = 2e-3 (without a kernel: T / 1000), which moves with learned ``params``.
         params: values of the other symbols in f and g, keyed by Symbol or name: numbers, tensors that broadcast
             to an event, or nn.Parameters, which ``score.parameters()`` then holds.
         P0: the kernel's variance at t = 0 (a list or matrix for a coupled state); the model is then of data plus
@@ -203,7 +203,6 @@ class SDE:
         """
         other = self._copy()
         other.declaration = self.declaration.with_cutoff(cutoff)
-        vars(other).pop("_cutoff", None)
         if "kernel" in vars(self):
             other.kernel = self.kernel.with_cutoff(other.declaration)
         return other
@@ -250,8 +249,7 @@ class SDE:
             )
         other = self._copy()
         other.values = self.values.replaced({by_name[name]: value for name, value in values.items()})
-        for derived in ("kernel", "_cutoff"):
-            vars(other).pop(derived, None)
+        vars(other).pop("kernel", None)
         shared = self.kernel.with_values(other.values)
         if shared is not None:  # else the values make it another SDE, which is classified anew
             other.kernel = shared
@@ -275,12 +273,8 @@ class SDE:
 
     @property
     def cutoff(self) -> float:
-        """The first time that training, solvers and likelihood visit."""
-        return self._cutoff
-
-    @cached_property
-    def _cutoff(self) -> float:
-        return ReverseSDE(self).model.cutoff
+        """The first time that training, solvers and likelihood visit; one that is not given follows the parameters."""
+        return self.kernel.cutoff
 
     @cached_property
     def kernel(self) -> AnyKernel:

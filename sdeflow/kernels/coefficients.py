@@ -73,7 +73,6 @@ class Coefficients:
         derived: the closed form to try, or None.
 
     Attributes:
-        cutoff: the first time that training and solvers visit.
         table: the moments by quadrature.
         breaks: the times at which f or g may not be smooth, increasing; edges of the table's panels.
         closed: the compiled closed form, where it agrees with the table; else None.
@@ -102,17 +101,24 @@ class Coefficients:
             self._version = values.version
             self.closed = None if derived is None or self.coupled else self._compile_closed_form(derived)
             self._times, self._half_log_snrs = self._monotone_samples()
-            self.cutoff = self._find_cutoff() if declaration.cutoff is None else declaration.cutoff
+            self._cutoff = self._first_time()
             self._require_usable_cutoff()
 
     def with_cutoff(self, declaration: Declaration) -> Coefficients:
         """The same functions with the cutoff of another declaration of the same SDE."""
+        self._refresh()
         other = copy.copy(self)
         other.declaration = declaration
         with torch.no_grad():
-            other.cutoff = other._find_cutoff() if declaration.cutoff is None else declaration.cutoff
+            other._cutoff = other._first_time()
             other._require_usable_cutoff()
         return other
+
+    @property
+    def cutoff(self) -> float:
+        """The first time that training and solvers visit; one that is not given follows the parameters."""
+        self._refresh()
+        return self._cutoff
 
     def of_sde(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a(t), b(t) and g(t)² of dx = (a x + b) dt + g dw, (*t.shape, *parameters), float64.
@@ -384,8 +390,7 @@ class Coefficients:
             else:  # such as a logarithm whose argument has changed its sign
                 self.closed, self.table = None, self._integrate()
             self._times, self._half_log_snrs = self._monotone_samples()
-            if self.declaration.cutoff is None:
-                self.cutoff = self._find_cutoff()
+            self._cutoff = self._first_time()
 
     def _sampled_rows(self, points: np.ndarray) -> np.ndarray:
         """The coefficients at points as rows, of some entries of the tensor parameters only."""
@@ -509,6 +514,10 @@ class Coefficients:
             return root.norm(dim=-1) / phi.abs()
         log_alpha, var, _ = self.table(t)
         return torch.exp(-self._over_event(log_alpha - 0.5 * torch.log(var), t))
+
+    def _first_time(self) -> float:
+        """The cutoff as given, or as found for the parameters' present values."""
+        return self._find_cutoff() if self.declaration.cutoff is None else self.declaration.cutoff
 
     def _find_cutoff(self) -> float:
         if all(variance > 0 for variance in self.declaration.initial_variances):

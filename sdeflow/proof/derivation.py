@@ -213,7 +213,8 @@ def _cutoff(kernel: Kernel) -> Step:
         return Step("The cutoff", text, (at,))
     text = "σ = 0 at t = 0, where the kernel is a point. Training and solvers start where σ/α = 1/500"
     text += " of the data component." if kernel.coupled else "."
-    alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.cutoff, dtype=torch.float64))
+    with torch.no_grad():
+        alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.cutoff, dtype=torch.float64))
     check, holds = "", True
     if not kernel.coupled and not alpha.ndim:
         check, holds = judged(max(abs(float(sigma / alpha) / _FIRST_NOISE - 1), 1e-16))

@@ -403,9 +403,8 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
                 f"T = {score.declaration.T:g}, than dx = ({sde.declaration.f}) dt + ({sde.declaration.g}) dw with "
                 f"T = {sde.declaration.T:g}."
             )
-        known = getattr(score.gaussian, "cutoff", 0.0)
-        asked = sde.declaration.cutoff
-        if asked is not None and asked < known * (1 - 1e-6):
+        known, asked = (getattr(kernel.gaussian, "cutoff", 0.0) for kernel in (score.kernel, sde.kernel))
+        if asked < known * (1 - 1e-6):
             raise ValueError(
                 f"this score is of t from its SDE's cutoff {known:.6g} on, and the cutoff asked for is {asked:.6g}: "
                 "make the score of that SDE, as Score(net, sde.with_cutoff(...))."

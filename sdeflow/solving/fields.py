@@ -38,9 +38,15 @@ class Fields:
         self.kernel: AnyKernel = sde.kernel
         self.gaussian = self.kernel.gaussian
         self.state = self.declaration.state
-        self.T, self.cutoff = self.declaration.T, self.kernel.cutoff
+        self.T = self.declaration.T
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         self._clocks: dict[tuple[str | None, float], Clock] = {}
+        self._version = self.values.version
+
+    @property
+    def cutoff(self) -> float:
+        """The first time that training and solvers visit, for the parameters' present values."""
+        return self.kernel.cutoff
 
     def __getstate__(self) -> dict:
         """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
@@ -158,6 +164,8 @@ class Fields:
         """The time variable, centred on data of that ``scale``."""
         if grid is not None and not isinstance(grid, str):
             return make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
+        if self._version != self.values.version:
+            self._clocks, self._version = {}, self.values.version
         if (grid, scale) not in self._clocks:  # some milliseconds to build
             self._clocks[grid, scale] = make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
         return self._clocks[grid, scale]

@@ -96,6 +96,41 @@ def test_changed_values_give_the_kernel_declared_with_them(name):
     assert abs(sde.kernel.cutoff / fresh.kernel.cutoff - 1) < 1e-6 and sde.kernel.cutoff != before
 
 
+MOVED = {
+    "affine": (-k * x, sp.sqrt(2 * k), 2e-3**2 / 2),
+    "reducible": (0, k * x, None),
+    "square root": (k * (1 - x), sp.sqrt(k * x), 4 * 2e-3**2),
+    "Jacobi": (k * (sp.Rational(1, 2) - x), sp.sqrt(k * x * (1 - x)), 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_default_cutoff_follows_its_rule_whoever_asks_first(name):
+    """k t is a known number at the cutoff, for every k; of a stored, a copied and a certified SDE too."""
+    f, g, clock = MOVED[name]
+    value = parameter(4.0)
+    sde = SDE(f, g, T=3, params={k: value})
+    flow = sde.flow_ode(lambda x, t: -x)
+    before = sde.cutoff, flow.model.cutoff, flow.model.fields.clock(None, 1.0)(0.0)[0]
+    with torch.no_grad():
+        value.fill_(1.0)
+    certificate = sde.verify() if name == "affine" else None  # the first to ask
+    found = [flow.model.cutoff, sde.cutoff, sde.with_cutoff(None).cutoff, sde.with_params(k=1.0).cutoff]
+    found += [SDE.from_dict(json.loads(json.dumps(sde.to_dict()))).cutoff, copy.deepcopy(sde).cutoff]
+    assert found == pytest.approx([sde.cutoff] * 6, rel=1e-9)
+    assert found[0] != before[1] and flow.model.fields.clock(None, 1.0)(0.0)[0] == pytest.approx(found[0], rel=1e-6)
+    if clock is not None:
+        assert (4 * before[0], sde.cutoff) == pytest.approx((clock, clock), rel=1e-4)
+    assert certificate is None or certificate
+
+
+def test_a_score_that_starts_later_than_its_sde_is_refused_at_once():
+    sde = SDE(-x, sp.sqrt(2), T=3)
+    with pytest.raises(ValueError, match="cutoff 0.01"):
+        sde.flow_ode(sdeflow.Score(lambda x, t: x, sde.with_cutoff(0.01)))
+    sde.with_cutoff(0.01).flow_ode(sdeflow.Score(lambda x, t: x, sde))
+
+
 def test_with_params_derives_nothing_anew(monkeypatch):
     import sdeflow.kernels.gaussian as module
 
