@@ -126,7 +126,7 @@ def test_the_default_cutoff_follows_its_rule_whoever_asks_first(name):
 
 def test_a_score_that_starts_later_than_its_sde_is_refused_at_once():
     sde = SDE(-x, sp.sqrt(2), T=3)
-    with pytest.raises(ValueError, match="cutoff 0.01"):
+    with pytest.raises(ValueError, match=r"cutoff 0\.01"):
         sde.flow_ode(sdeflow.Score(lambda x, t: x, sde.with_cutoff(0.01)))
     sde.with_cutoff(0.01).flow_ode(sdeflow.Score(lambda x, t: x, sde))
 
