@@ -12,7 +12,7 @@ from problems import CATALOGUE, OneAtATime, correlated, gaussian, ring
 import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.scores import GaussianMixture
-from sdeflow.solvers import Exponential, SingleStep, available, names_for, presets
+from sdeflow.solvers import Euler, EulerMaruyama, Exponential, SingleStep, available, names_for, presets, resolve
 from sdeflow.solvers.exponential.solver import RULES
 from sdeflow.solvers.exponential.weights import derive, weights
 
@@ -479,6 +479,11 @@ def test_names_and_availability():
     assert "ddim" not in available(general)["ode"]
     assert "dopri5" in available(general)["ode"]
     assert set(names_for("ode", with_kernel=False)) == set(available(general)["ode"])
+    u, v = sdeflow.state("u v")
+    shared = {name: available(SDE([-u, -v], [[1, g], [g, 1]]))["sde"] for name, g in (("even", 0.5), ("of u", u / 9))}
+    assert {"euler", "srk", "log_ode"} <= set(shared["even"]) and "euler" in shared["of u"]
+    assert not {"milstein", "srk", "log_ode"} & set(shared["of u"])
+    assert resolve("euler", "sde") == EulerMaruyama() and resolve("euler", "ode") == Euler()
     with pytest.raises(ValueError, match="needs a Gaussian kernel"):
         general.reverse(lambda s, time: -s, prior=sdeflow.Gaussian(0.0, 1.0)).sample((2, 1), "ddpm", steps=4)
     with pytest.raises(ValueError, match="does not solve the probability-flow"):
