@@ -11,6 +11,12 @@ C + ½ (C - C') is correct to second order, and half the difference of C and C' 
 lower-dimensional set have no density, and a C of the size of their missing dimensions. With auxiliary components the
 joint law at the cutoff is what is meant: their noise is not small there.
 
+Without a Gaussian kernel p changes along the flow's v as ∂_t log p = -(div v + v·s), which is drift and blur in one:
+
+    log p_data(x) = log p_c(x) + C,      C = div w + w·s,      w = ∫_0^c v(x, t; s) dt - ½ P0 s
+
+with the score s at the cutoff c; again that at 2c tells how C changes, and half the difference is taken off.
+
 **The prior.** What the flow measures with is π, and the score at T belongs to some p_T. Along the straight line from a
 point m, ∫ s·dx = log p_T(x) - log p_T(m), and what is missing, log p_T(m), follows from E_q[p_T / q] = 1 for any q near
 p_T: the prior that the data's moments or the score itself suggest. The draws of q are doubled until the standard error
@@ -20,6 +26,8 @@ of that mean is small, and the integral is taken by Gauss and Kronrod, so that b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +40,7 @@ from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.traces import Trace, widening
 from sdeflow.solving.model import Model
 from sdeflow.solving.prior_of import Prior
+from sdeflow.symbolic.equations import probability_flow
 
 __all__ = ["mean_path", "prior_mismatch", "truncation"]
 
@@ -40,14 +49,18 @@ _RAY = np.array([-0.960491268708020283, -0.774596669241483377, -0.43424374934680
 _MASS = np.array([0.104656226026467265, 0.268488089868333440, 0.401397414775962222, 0.450916538658474142])
 _GAUSS = np.array([0.0, 5.0 / 9.0, 0.0, 8.0 / 9.0])
 _RAY, _MASS, _GAUSS = np.append(_RAY, -_RAY[2::-1]), np.append(_MASS, _MASS[2::-1]), np.append(_GAUSS, _GAUSS[2::-1])
+_GAUSS_TIMES, _GAUSS_MASS = np.polynomial.legendre.leggauss(3)  # between 0 and the cutoff
 _DRAWS, _MOST_DRAWS = 64, 1024  # of the prior, for the constant
-_SMALL = 0.01  # nats, of the constant's error
+_SMALL = 0.01  # nats, of the constant's error, and of the integral's
+_PIECES = 2, 4, 8  # of a line integral that one formula does not find
 _TAILS = 2.0  # weights have heavy tails, of which few draws tell too little
 
 
 def mean_path(model: Model, x: Tensor) -> tuple[Tensor, float]:
-    """y = Φ x + offset at the cutoff in float64, for data x, and log|Φ|."""
+    """y = Φ x + offset at the cutoff in float64, for data x, and log|Φ|; x and 0 without a Gaussian kernel."""
     x = x.double()
+    if model.gaussian is None:
+        return x, 0.0
     path = _path(model, x, model.cutoff)
     return _moved(model, path, x), _volume(path, x)
 
@@ -67,14 +80,13 @@ def truncation(
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if not len(x) or model.declaration.auxiliary:
         return zero, zero
+    found = partial(_change, model, dtype=x.dtype, trace=trace, seed=seed, rows=rows)
     if model.gaussian is None:
-        return zero + math.nan, zero + math.nan
+        return _along_the_flow(model, x, found, from_data)
     path = _path(model, x.double(), model.cutoff)
     y = _moved(model, path, x.double())
     noise = path.sigma.gram
-    first, error, s = _deblurring(
-        model, y if from_data else x.double(), x.dtype, model.cutoff, noise, trace, seed, rows
-    )
+    first, error, s = found(y if from_data else x.double(), model.cutoff, _blur(model, noise))
     if not from_data:
         shift = (s * (y - x)).flatten(1).sum(1) + _volume(path, x)
         return first + shift, error
@@ -82,9 +94,35 @@ def truncation(
     later = float(model.kernel.time_of(model.kernel.half_log_snr(time) - 0.5 * math.log(2.0)))
     further = _path(model, x.double(), later)
     onward = further.alpha @ path.alpha.inverse
-    twice, _, _ = _deblurring(
-        model, _moved(model, further, x.double()), x.dtype, later, onward @ noise @ onward.T, trace, seed, rows
-    )
+    twice, _, _ = found(_moved(model, further, x.double()), later, _blur(model, onward @ noise @ onward.T))
+    return _extrapolated(first, twice, error)
+
+
+def _along_the_flow(model: Model, x: Tensor, found: Callable, from_data: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`truncation`, without a Gaussian kernel: w is the integral of the flow's velocity over [0, cutoff]."""
+    cutoff, declaration = model.cutoff, model.declaration
+    drift = model.drift(probability_flow(declaration))
+    times = torch.as_tensor(0.5 * cutoff * (1.0 + _GAUSS_TIMES))
+    P0 = x.new_tensor(declaration.initial_covariance, dtype=torch.float64)
+
+    def way(x: Tensor, s: Tensor) -> Tensor:
+        moved = -0.5 * (torch.einsum("ij,bj...->bi...", P0, s) if declaration.coupled else P0[0, 0] * s)
+        for time, mass in zip(times, _GAUSS_MASS.tolist(), strict=True):
+            moved = moved + 0.5 * cutoff * mass * drift(x, time, s)
+        return moved
+
+    first, error, _ = found(x.double(), cutoff, way)
+    if not from_data:
+        return first, error
+    later = min(2.0 * cutoff, model.T)
+    if bool(P0.any()):  # a blur that no later score tells of
+        return first, first.detach().abs() + error
+    twice, _, _ = found(x.double(), later, way)
+    return _extrapolated(first, twice, error)
+
+
+def _extrapolated(first: Tensor, twice: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """C to second order from that at the cutoff and at twice its noise, and how far to trust it."""
     half = 0.5 * (first - twice)
     return first + half, half.detach().abs() + error
 
@@ -103,23 +141,30 @@ def _volume(path: Path, x: Tensor) -> float:
     return float(path.alpha.log_det(tuple(x.shape[1:])).sum())
 
 
-def _deblurring(
-    model: Model, x: Tensor, dtype: torch.dtype, t: float, noise: Linear, trace: Trace, seed: int, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """C = -½ (div P s + sᵀ P s) at t, its standard error, and s."""
-    kernel, graph = model.kernel, torch.is_grad_enabled()
+def _blur(model: Model, noise: Linear) -> Callable[[Tensor, Tensor], Tensor]:
+    """w = -½ P s."""
+    kernel = model.kernel
+    return lambda _, s: -0.5 * kernel.from_basis(noise(kernel.to_basis(s)))
+
+
+def _change(
+    model: Model, x: Tensor, t: float, way: Callable[[Tensor, Tensor], Tensor], *, dtype: torch.dtype, trace: Trace,
+    seed: int, rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """C = div w + w·s, w a function of x and of the score s at t; its standard error, and s."""
+    graph = torch.is_grad_enabled()
     integral = trace.start(
         tuple(x.shape), [1.0], seed=seed, rows=rows, device=x.device, create_graph=graph, purpose="truncation"
     )
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_(True)
         s = model.score(x.to(dtype), t).double()
-        field = kernel.from_basis(noise(kernel.to_basis(s)))
+        field = way(x, s)
         integral.add(field, x)
-        change = -0.5 * (integral.result().value + (field * s).flatten(1).sum(1))
+        change = integral.result().value + (field * s).flatten(1).sum(1)
     if not graph:
         change, s = change.detach(), s.detach()
-    return change, 0.5 * integral.result().bar, s
+    return change, integral.result().bar, s
 
 
 @torch.no_grad()
@@ -177,11 +222,30 @@ def _drawn(near: Prior, like: Tensor, round: int) -> Tensor:
 
 
 def _from_centre(model: Model, centre: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """log p_T at x, minus that at the centre, and the difference to a formula of lower order, (batch,) each."""
+    """log p_T at x, minus that at the centre, and what it may be off by, (batch,) each.
+
+    The error is the difference to a formula of lower order; where that is not small, to as many pieces of half the
+    length, as long as that tells more.
+    """
+    total, error = _in_pieces(model, centre, x, dtype, 1)
+    for pieces in _PIECES:
+        if not float(error.max()) > _SMALL:
+            break
+        finer, _ = _in_pieces(model, centre, x, dtype, pieces)
+        change = (finer - total).abs()
+        better = change < error
+        total, error = torch.where(better, finer, total), torch.where(better, change, error)
+    return total, error
+
+
+def _in_pieces(model: Model, centre: Tensor, x: Tensor, dtype: torch.dtype, pieces: int) -> tuple[Tensor, Tensor]:
+    """The integral of s from the centre to x, and its difference to a formula of lower order, (batch,) each."""
     way, total = x - centre, torch.zeros(len(x), dtype=torch.float64, device=x.device)
     rough = torch.zeros_like(total)
-    for node, mass, of_gauss in zip(_RAY, _MASS, _GAUSS, strict=True):
-        s = model.score((centre + 0.5 * (1.0 + node) * way).to(dtype), model.T).double()
-        rate = 0.5 * (s * way).flatten(1).sum(1)
-        total, rough = total + mass * rate, rough + of_gauss * rate
+    for piece in range(pieces):
+        for node, mass, of_gauss in zip(_RAY, _MASS, _GAUSS, strict=True):
+            along = (piece + 0.5 * (1.0 + node)) / pieces
+            s = model.score((centre + along * way).to(dtype), model.T).double()
+            rate = 0.5 * (s * way).flatten(1).sum(1) / pieces
+            total, rough = total + mass * rate, rough + of_gauss * rate
     return total, (total - rough).abs()

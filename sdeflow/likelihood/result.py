@@ -24,8 +24,8 @@ class LogProb:
         solver_error: what the solver may be off by. With ``atol`` what is left of the difference between two grids,
             as their defects fall; else the difference to a finer solve, with what that may be off by itself.
         truncation: log p of the data, without P0, minus log p at the cutoff, as estimated; where that has been
-            applied, what may be left of it. NaN where there is no Gaussian kernel to tell; 0 with auxiliary components,
-            whose joint law at the cutoff is what is measured.
+            applied, what may be left of it. 0 with auxiliary components, whose joint law at the cutoff is what is
+            measured.
         prior_mismatch: log p_T(x_T) - log π(x_T): how much of log p is due to the prior not being the law that the
             score has at T.
         nfe: calls of the score for ``value``, those of all grids where the steps were chosen; the budget takes some

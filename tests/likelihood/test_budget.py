@@ -8,6 +8,7 @@ from problems import ring
 
 import sdeflow
 from sdeflow import SDE, catalog, x
+from sdeflow.laws.stationary import stationary_law
 from sdeflow.likelihood import budget
 from sdeflow.scores import GaussianMixture
 
@@ -184,12 +185,14 @@ def test_prior_mismatch_is_exact_where_both_are_known():
     assert float((budget.prior_mismatch(wrong, points, torch.float64)[0] - truth).abs().mean()) > 0.02
 
 
-def test_general_equations_say_that_they_do_not_know():
-    sde = SDE(x - x**3, 1, T=1.0)
-    flow = sde.flow_ode(lambda state, time: -state, prior=sdeflow.Gaussian(0.0, 1.0))
-    found = flow.log_prob(torch.zeros(2, 1, dtype=torch.float64), full=True)
-    assert bool(found.truncation.isnan().all()) and bool(found.error.isnan().all())
-    assert bool(torch.isfinite(found.value).all()) and bool(torch.isfinite(found.prior_mismatch).all())
+def test_general_equations_know_their_budget():
+    """The law of Boltzmann stays as it is: no truncation, no mismatch."""
+    sde = SDE(x - x**3, 1, T=1.0, cutoff=0.01)
+    found = sde.flow_ode(lambda state, time: 2 * (state - state**3), prior=stationary_law(sde)).log_prob(
+        torch.tensor([[0.0], [0.7], [-1.5]], dtype=torch.float64), full=True
+    )
+    torch.testing.assert_close(found.value, stationary_law(sde).log_prob(torch.tensor([[0.0], [0.7], [-1.5]])))
+    assert float(found.error.max()) < 0.02 and float(found.truncation.abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -201,11 +204,11 @@ def test_planted_mistakes_in_the_budget_are_found(monkeypatch, seed):
     flow, truth = sde.flow_ode(exact), exact.log_prob(data)
     found = flow.log_prob(data, steps=200, grid="pilot", at="data", full=True)
     assert covered(found, truth, found.error) >= 0.9  # 27 of 30, where 95 % and more are meant
-    deblurring = budget._deblurring
-    for planted in (lambda *given: (-deblurring(*given)[0], *deblurring(*given)[1:]),
-                    lambda *given: (2 * deblurring(*given)[0], *deblurring(*given)[1:])):  # fmt: skip
+    change = budget._change
+    for planted in (lambda *given, **by: (-change(*given, **by)[0], *change(*given, **by)[1:]),
+                    lambda *given, **by: (2 * change(*given, **by)[0], *change(*given, **by)[1:])):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(budget, "_deblurring", planted)
+            patch.setattr(budget, "_change", planted)
             wrong = flow.log_prob(data, steps=200, grid="pilot", at="data", full=True)
             assert covered(wrong, truth, found.error) < 0.5
 

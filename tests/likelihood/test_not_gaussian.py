@@ -75,3 +75,30 @@ def test_an_atol_out_of_reach_is_told():
 def test_a_refusal_names_what_this_sde_has(options, message):
     with pytest.raises(ValueError, match=message):
         FLOW.log_prob(POINTS, **options)
+
+
+def test_the_step_from_the_cutoff_to_the_data_is_told_and_taken():
+    """To first order where it is told, to second where it is taken.
+
+    Ten times the cutoff leave 100 and 1000 times as much.
+    ."""
+    left = []
+    for cutoff in (0.001, 0.01):
+        flow, truth = GBM.with_cutoff(cutoff).flow_ode(score, prior=LogNormal()), LogNormal(0.0).log_prob(POINTS)
+        change = truth - LogNormal(cutoff).log_prob(POINTS)
+        told = flow.log_prob(POINTS, atol=1e-6, full=True).truncation
+        taken = flow.log_prob(POINTS, atol=1e-6, full=True, at="data")
+        rest = (taken.value - truth).abs()
+        assert bool((rest <= 2 * taken.truncation + 1e-6).all())
+        left.append((float((told - change).abs().max()), float(rest.max())))
+        assert left[-1][0] < 0.03 * float(change.abs().max())
+    assert 80 < left[1][0] / left[0][0] < 120 and 700 < left[1][1] / left[0][1] < 1200
+
+
+def test_an_exact_prior_has_a_small_bar():
+    found = FLOW.log_prob(POINTS, atol=1e-6, full=True)
+    assert float(found.prior_mismatch.abs().max()) < 5e-3 and float(found.prior_error.max()) < 5e-3
+    assert bool(found.error.isfinite().all())
+    wrong = GBM.flow_ode(score, prior=LogNormal(0.5)).log_prob(POINTS, atol=1e-6, full=True)
+    off = LogNormal(GBM.cutoff).log_prob(POINTS) - wrong.value  # log p_T - log π at x_T
+    assert bool(((wrong.prior_mismatch - off).abs() <= 2 * wrong.prior_error).all()) and float(off.abs().max()) > 0.3
