@@ -215,10 +215,12 @@ def declare(
     for parameter in parameters:
         require_not_the_start(parameter.name, [component.name for component in components])
     coupled = components != _ELEMENTWISE
-    rows = applied(f, "f", components) if coupled and _is_function(f) else f
+    column = applied(f, "f", components) if coupled and _is_function(f) else f
     matrix = applied(g, "g", components) if coupled and _is_function(g) else g
     if coupled:
-        drift = sp.ImmutableMatrix([coefficient_of(v, "f", components, parameters) for v in _column(rows, components)])
+        drift = sp.ImmutableMatrix(
+            [coefficient_of(v, "f", components, parameters) for v in _column(column, components)]
+        )
         entries = [[coefficient_of(v, "g", components, parameters) for v in row] for row in _matrix(matrix, components)]
         diffusion = sp.ImmutableMatrix(entries)
     else:
@@ -343,11 +345,11 @@ def _as_list(value: object) -> list:
 
 def _column(value: object, components: tuple[sp.Symbol, ...]) -> list:
     """f as one coefficient for each component."""
-    rows = _as_list(value)
-    rows = [row[0] if isinstance(row, list | tuple) and len(row) == 1 else row for row in rows]
-    if isinstance(value, str) or len(rows) != len(components):
+    entries = _as_list(value)
+    entries = [entry[0] if isinstance(entry, list | tuple) and len(entry) == 1 else entry for entry in entries]
+    if isinstance(value, str) or len(entries) != len(components):
         raise DeclarationError(f"f must have {len(components)} components ({_listed(components)}), not {value!r}.")
-    return rows
+    return entries
 
 
 def _matrix(value: object, components: tuple[sp.Symbol, ...]) -> list[list]:

@@ -98,8 +98,8 @@ class Enclosure:
         with np.errstate(all="ignore"):
             discs = [walk(expression) for expression in self.expressions]
         # Each is (entries, n), or (1, n) for a part without arrays of parameters.
-        rows = [np.broadcast_arrays(disc.centre, disc.radius, np.empty((1, centre.size)))[:2] for disc in discs]
-        centres, radii = (np.concatenate(part, dtype=np.float64) for part in zip(*rows, strict=True))
+        parts = [np.broadcast_arrays(disc.centre, disc.radius, np.empty((1, centre.size)))[:2] for disc in discs]
+        centres, radii = (np.concatenate(part, dtype=np.float64) for part in zip(*parts, strict=True))
         return centres, np.where(np.isnan(radii), np.inf, radii)
 
 

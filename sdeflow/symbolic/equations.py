@@ -115,11 +115,11 @@ def _drift(declaration: Declaration, share: sp.Expr) -> sp.Expr | sp.ImmutableMa
     """f - share (∇·(g gᵀ) + g gᵀ s)."""
     state, gram = declaration.state, declaration.gram
     score = score_symbols(state)
-    rows = []
+    drifts = []
     for i, f in enumerate(declaration.drifts):
         terms = [derivative(gram[i, j], state[j]) + gram[i, j] * score[j] for j in range(len(state))]
-        rows.append(f - sum(sp.expand_mul(share * term) if term.is_Add else share * term for term in terms))
-    return sp.ImmutableMatrix(rows) if declaration.coupled else rows[0]
+        drifts.append(f - sum(sp.expand_mul(share * term) if term.is_Add else share * term for term in terms))
+    return sp.ImmutableMatrix(drifts) if declaration.coupled else drifts[0]
 
 
 def _factor(expr: sp.Expr, printer: Callable[[sp.Expr], str]) -> str:

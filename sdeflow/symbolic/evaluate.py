@@ -177,12 +177,12 @@ def by_sympy(
     declaration: Declaration, numbers: dict[sp.Symbol, float], times: np.ndarray, states: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """f (n, k) and g gᵀ (n, k, k) in SymPy's own arithmetic."""
-    rows = []
+    values = []
     for at, state in zip(times, states, strict=True):
         point = {**numbers, **dict(zip(declaration.state, state, strict=True))}
-        rows.append([number_at(e, point, at) for e in (*declaration.drifts, *declaration.diffusions)])
+        values.append([number_at(e, point, at) for e in (*declaration.drifts, *declaration.diffusions)])
     k = len(declaration.state)
-    f, g = np.split(np.array(rows), [k], axis=1)
+    f, g = np.split(np.array(values), [k], axis=1)
     g = g.reshape(len(times), k, -1)
     return f, g @ _transposed(g)
 
