@@ -131,7 +131,7 @@ class Clock:
             u, fixed = stops
         times = np.array([self(v)[0] for v in u]) if self._levels is None else self._levels(u)
         times[0] = self.cutoff if self._first else times[0]
-        if stops is not None:
+        if self._stops is not None and stops is not None:
             times[fixed] = self._stops[0]
         if self._check is not None:
             self._check(times, None)
@@ -174,7 +174,7 @@ class Clock:
     @cached_property
     def given_breaks(self) -> np.ndarray:
         """Those of the given times at which f or g is not smooth: a step that ends there takes them from before it."""
-        if self._breaks is None or not len(self._breaks):
+        if self.given is None or self._breaks is None or not len(self._breaks):
             return np.zeros(0)
         inner = self.given[1:-1]
         return inner[np.abs(inner[:, None] - self._breaks).min(1) <= _SAME * (self.T - self.cutoff)]
@@ -292,17 +292,18 @@ def smooth_clock(times: Tensor, kernel: Kernel, name: str, scale: float = 1.0) -
     through, corners = _Cubics.through(u, points), _corners(kernel, points, u)
     at = corners[1][np.isin(corners[0], breaks)]
     stops = (breaks, at) if _many_scales(kernel) and 0 < len(breaks) == len(at) else None
-    others = {"breaks": breaks, "stops": stops, "check": _check(kernel, name, scale), "name": name}
+    check = _check(kernel, name, scale)
+    clock = partial(Clock, kernel.cutoff, kernel.T, breaks=breaks, stops=stops, check=check, name=name)
     if _Variable(kernel, "log_snr", 1.0).curve() is not None:
         curve = _Cubics.through(*corners[::-1], at)
-        return Clock(kernel.cutoff, kernel.T, curve, first=_first(kernel, curve), **others)
+        return clock(curve, first=_first(kernel, curve))
 
     def levels(u: np.ndarray) -> np.ndarray:
         return np.array([through(v)[0] for v in u]).clip(kernel.cutoff, kernel.T)
 
     back = _Cubics.through(*corners, breaks)
     mixture = _mixture(kernel, lambda t: np.array([back(v) for v in t]).T, levels)
-    return Clock(kernel.cutoff, kernel.T, mixture, levels, first=_first(kernel, mixture), **others)
+    return clock(mixture, levels, first=_first(kernel, mixture))
 
 
 def _corners(kernel: Kernel, times: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -584,7 +585,7 @@ def _checked(times: Tensor, cutoff: float, T: float) -> np.ndarray:
     points = times.detach().cpu().to(torch.float64).numpy().reshape(-1)
     points = points[::-1].copy() if len(points) > 1 and points[0] > points[-1] else points.copy()
     if len(points) < 2 or not np.isfinite(points).all() or (np.diff(points) <= 0).any():
-        wrong = [] if len(points) < 2 else np.flatnonzero(~(np.diff(points) > 0))
+        wrong = np.flatnonzero(~(np.diff(points) > 0))
         where = f"; {points[wrong[0]]:g} is followed by {points[wrong[0] + 1]:g}" if len(wrong) else ""
         raise ValueError(f"a grid of times needs at least two finite times which all rise or all fall{where}.")
     if abs(points[0] - cutoff) > 1e-6 * max(cutoff, 1e-3 * T) or abs(points[-1] - T) > 1e-6 * T:

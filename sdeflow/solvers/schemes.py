@@ -63,7 +63,7 @@ def carried(scheme: Scheme, drift: Array, noise: Array, start: Array, restarts: 
         state = np.concatenate([np.broadcast_to(np.eye(k), F.shape), np.zeros_like(F)], axis=-1)
         state = state + sum((w * slope for w, slope in zip(weights, slopes, strict=True)), np.zeros_like(state))
         slopes.append(F @ state + np.concatenate([np.zeros_like(F), G], axis=-1))
-    step = sum(w * slope for w, slope in zip(scheme.b, slopes, strict=True))
+    step = sum((w * slope for w, slope in zip(scheme.b, slopes, strict=True)), np.zeros_like(slopes[0]))
     R, N = np.eye(k) + step[..., :k], step[..., k:]
     if scheme.adams:
         propagator = _by_history(R, drift[0], restarts)
@@ -76,7 +76,8 @@ def carried(scheme: Scheme, drift: Array, noise: Array, start: Array, restarts: 
 
 def _by_history(R: Array, F: Array, restarts: frozenset[int]) -> Array:
     """The propagator (k, k) of Adams and Bashforth's steps, which begin by one-step factors R (n, k, k)."""
-    whole, slopes = np.eye(R.shape[-1]), []
+    whole = np.eye(R.shape[-1])
+    slopes: list[Array] = []
     for step, (growth, rate) in enumerate(zip(R, F, strict=True)):
         slopes = [rate @ whole, *([] if step in restarts else slopes[:3])]
         weights = _BASHFORTH.get(len(slopes))

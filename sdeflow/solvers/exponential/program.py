@@ -73,9 +73,10 @@ class Steps:
     def _weighed(self, nodes: Sequence[np.ndarray | None]) -> list[list[Factor]]:
         """The weights of each step, computed together for all steps with as many nodes."""
         found: list[list[Factor]] = [[] for _ in nodes]
-        for count in {len(points) for points in nodes if points is not None}:
-            steps = [step for step, points in enumerate(nodes) if points is not None and len(points) == count]
-            points = np.stack([nodes[step] for step in steps])
+        given = [(step, points) for step, points in enumerate(nodes) if points is not None]
+        for count in {len(points) for _, points in given}:
+            steps = [step for step, points in given if len(points) == count]
+            points = np.stack([nodes for _, nodes in given if len(nodes) == count])
             length = None if self.transfer.length is None else self.transfer.length[steps]
             values = weights(self._rule(self.transfer.moments[steps, :count], points, length), points)
             for j in range(count):
@@ -120,27 +121,32 @@ class Program:
         self.of_state, self.of_output, self.constant = predictions(own, of_noise, score, like, maps)
         self.mean = None if mean is None else mean.to(like)
         if mean is not None:  # F and the steps are of u - alpha mean
-            alpha_0, alpha_1, keep, own = (
+            alpha_0, alpha_1, keep, read = (
                 maps.shaped(v, like) for v in (*transfer.alpha, transfer.state, transfer.of_state)
             )
-            self.mean_in_prediction = (own @ alpha_0).scaled(-1.0).at_each(like)
+            self.mean_in_prediction = (read @ alpha_0).scaled(-1.0).at_each(like)
             self.mean_in_step = (alpha_1 - keep @ alpha_0).at_each(like)
         self.first_order = self._fused()
 
     def _fused(self) -> list[tuple[float, float]] | None:
         """Factors of the state and the output in each step of a first-order solve with numbers alone, else None."""
-        steps, n = self.steps, len(self.steps.state)
-        factors = [*steps.state, *self.of_state, *self.of_output, *(w for ws in steps.predictor for w in ws)]
         plain = self.constant is None and self.mean is None and self.basis is None
-        if not plain or steps.longest > 1 or not all(isinstance(factor, float) for factor in factors):
+        if not plain or self.steps.longest > 1:
             return None
-        each = [weight for (weight,) in steps.predictor]
-        return [(steps.state[i] + each[i] * self.of_state[i], each[i] * self.of_output[i]) for i in range(n)]
+        found = []
+        each = zip(self.steps.state, self.of_state, self.of_output, self.steps.predictor, strict=True)
+        for keep, of_state, of_output, (weight,) in each:
+            if not (isinstance(keep, float) and isinstance(weight, float)):
+                return None
+            if not (isinstance(of_state, float) and isinstance(of_output, float)):
+                return None
+            found.append((keep + weight * of_state, weight * of_output))
+        return found
 
     def run(self, problem: Problem, u: Tensor, record: list[Tensor] | None = None) -> Tensor:
         """The state after the last step, from ``u`` (batch, *event); ``record`` receives every prediction F."""
         if self.first_order is not None and record is None:
-            return self._run_first_order(problem, u)
+            return self._run_first_order(problem, u, self.first_order)
         past: deque[Tensor] = deque(maxlen=self.steps.longest)
         base, noise = u, None
         for n in range(len(self.steps.state)):
@@ -162,10 +168,10 @@ class Program:
             problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
         return u
 
-    def _run_first_order(self, problem: Problem, u: Tensor) -> Tensor:
-        """The same, a step's prediction and propagation in one."""
+    def _run_first_order(self, problem: Problem, u: Tensor, factors: list[tuple[float, float]]) -> Tensor:
+        """The same, a step's prediction and propagation in one; ``factors`` are of the state and of the output."""
         noise = self.steps.noise
-        for n, (of_state, of_output) in enumerate(self.first_order):
+        for n, (of_state, of_output) in enumerate(factors):
             output = self.score.call(n, u)
             problem.called(u, output, n)
             u = torch.mul(u, of_state).add_(output, alpha=of_output)

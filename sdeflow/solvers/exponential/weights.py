@@ -155,6 +155,8 @@ def _midpoint(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tens
 
 
 def _half_step(moments: Tensor, nodes: np.ndarray, length: Tensor | None) -> Tensor:
+    if length is None:
+        raise ValueError('rule="half_step" is of elementwise SDEs, not of coupled states.')
     return _replaced(moments, 1, 0.5 * length) if nodes.shape[1] == 2 else moments
 
 
@@ -242,8 +244,8 @@ class _Panels:
         theta = (psi(lam, self.t.numpy()) - self.first[:, None, None]) / width[:, None, None]
         self.lam = torch.as_tensor(lam)
         self.powers = torch.as_tensor(np.stack([theta**k for k in range(orders)], axis=1))
-        each = _of_log_snr(eta, lam) if self.eta is None else np.broadcast_to(self.eta[:, None, None], lam.shape)
-        self.spread = torch.as_tensor(np.square(each))
+        each = _of_log_snr(eta, lam) if callable(eta) else np.reshape(np.float64(eta), (-1, 1, 1))
+        self.spread = torch.as_tensor(np.square(np.broadcast_to(each, lam.shape)))
 
     @property
     def noiseless(self) -> bool:
@@ -300,9 +302,9 @@ def _derive_elementwise(kernel: Kernel, panels: _Panels, prediction: str, scale:
             torch.maximum(a, s * math.exp(FORGOTTEN)) for a, s in ((alpha_0, sigma_0), (alpha_1, sigma_1))
         )
     if sides:
-        there, noise, _ = kernel.coefficients(panels.t)
-        zeta = noise / there
-        own = -0.5 * kernel.sde_coefficients(panels.t)[2] / noise.square()  # dlambda/dt of each coordinate
+        alpha, sigma, _ = kernel.coefficients(panels.t)
+        zeta = sigma / alpha
+        own = -0.5 * kernel.sde_coefficients(panels.t)[2] / sigma.square()  # dlambda/dt of each coordinate
         rate = _sided(kernel.half_log_snr_rate(panels.t), sides)
         speed = torch.where(rate < 0, own / rate, 0.0)  # steps in a pause have no length
     else:
@@ -426,8 +428,8 @@ def _collocation(generator: Tensor) -> tuple[Tensor, Tensor]:
 
     By collocation, of order twice the number of nodes.
     """
-    _, mass, onward = _gauss_legendre(_NODES)
-    mass = torch.as_tensor(mass)
+    _, weight, onward = _gauss_legendre(_NODES)
+    mass = torch.as_tensor(weight)
     running = mass - torch.as_tensor(onward)  # ∫_0^{node i} of the Lagrange polynomials
     *lead, n, k, _ = generator.shape
     one = torch.eye(k, dtype=generator.dtype)
