@@ -170,7 +170,7 @@ class Conditioning(nn.Module):
         Args:
             batch: The number of samples, which t and y must match.
             t: The time, noise level or log-SNR, shape (batch,).
-            y: What the net is conditioned on; None for no condition of any sample. With `classes`, labels of shape
+            y: The conditions; None if no sample has one. With `classes`, labels of shape
                 (batch,), integers in [0, classes]; the label `classes` means "no label". With `condition`, vectors of
                 shape (batch, condition); a vector of NaN means "no condition". With both, the tuple (labels, vectors).
 
@@ -196,7 +196,7 @@ class Conditioning(nn.Module):
         return F.silu(h)
 
     def null(self, y: object) -> object:
-        """What stands for "no condition" in the place of y: labels `classes`, and vectors of NaN."""
+        """The y that means "no condition", in the shapes of y: the label `classes`, and vectors of NaN."""
         labels, vectors = self._parts(y)
         labels = torch.full_like(labels, self.classes) if isinstance(labels, Tensor) else labels
         vectors = torch.full_like(vectors, math.nan) if isinstance(vectors, Tensor) else vectors
