@@ -171,6 +171,10 @@ class CoarseStepsWarning(UserWarning):
     """The drift changes much within a step of a solve, and the method does not use the kernel."""
 
 
+class UnusedParameterWarning(UserWarning):
+    """A parameter of an SDE changes nothing: neither f nor g holds it."""
+
+
 class HiddenParametersWarning(UserWarning):
     """A score's network is a function that calls a module, so the score does not hold the module's parameters."""
 

@@ -17,6 +17,8 @@ from sdeflow.errors import (
     MissingPriorError,
     ScheduleError,
     UnsafeExpressionError,
+    UnusedParameterWarning,
+    warn,
 )
 from sdeflow.kernels.bridge import Bridge, ReducibleBridge, SquareRootBridge, bridge_of
 from sdeflow.kernels.kinds import AnyKernel, find_kernel
@@ -97,6 +99,9 @@ class SDE:
         DeclarationError: for what is not a scalar SDE in x, t and the parameters.
         ScheduleError: for coefficients that are singular, complex, explosive or without noise on the horizon.
 
+    Warns:
+        UnusedParameterWarning: for a parameter in neither f nor g.
+
     Example:
         >>> import sympy as sp
         >>> from sdeflow import SDE, t, x
@@ -140,6 +145,12 @@ class SDE:
                 f"a basis needs an affine SDE, coefficient by coefficient, and here {declaration.obstacle}."
             )
         self.declaration, self.values, self.basis = declaration, values, basis
+        if unused := [symbol.name for symbol in declaration.parameters if symbol not in declaration.held]:
+            warn(
+                f"params: not in f or g, and so without effect: {', '.join(unused)}. Leave out what is not needed, or "
+                "write it in f or g.",
+                UnusedParameterWarning,
+            )
         self._prior = checked_methods(prior, "prior", *OF_PRIOR)
         self._score: AnyScore = None
         if self.declaration.affine is not None:

@@ -12,8 +12,10 @@ from sdeflow.numerics.traces import widening
 
 __all__ = ["LogProb", "Solved"]
 
+_SHOWN = 5  # values of each part, where it is printed
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class LogProb:
     """A log-likelihood and its error budget, each (batch,) in float64; two bars cover 95 % of the samples.
 
@@ -49,6 +51,12 @@ class LogProb:
         parts = (self.stderr, self.solver_error, self.truncation, self.prior_mismatch, self.prior_error)
         return sum(part.square() for part in parts).sqrt()
 
+    def __repr__(self) -> str:
+        """The first values of each part; ``value.tolist()`` has all."""
+        names = ("value", "error", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
+        rows = [f"    {name:<14} {_shown(getattr(self, name))}" for name in names]
+        return "\n".join([f"LogProb(shape={tuple(self.value.shape)}, unit={self.unit!r}, nfe={self.nfe},", *rows]) + ")"
+
 
 class Solved(NamedTuple):
     """What one solve found of some samples: log p in nats, (batch,) each, and x_T (batch, *event)."""
@@ -64,3 +72,10 @@ class Solved(NamedTuple):
     def bar(self) -> Tensor:
         """The standard error, widened by its degrees of freedom."""
         return self.stderr * widening(self.dof)
+
+
+def _shown(values: Tensor) -> str:
+    """The first values of a tensor."""
+    numbers = values.detach().flatten()
+    first = ", ".join(f"{number:.5g}" for number in numbers[:_SHOWN].tolist())
+    return f"[{first}, ...]" if len(numbers) > _SHOWN else f"[{first}]"

@@ -214,6 +214,11 @@ class Compiled(Generic[Result]):
             return self._call(_BINARY[type(expr)], expr, type(expr).__name__)
         if type(expr) in special_functions():
             return self._interpolated(expr)
+        if isinstance(expr, sp.DiracDelta):
+            raise DeclarationError(
+                f"{expr}: f and g are functions, and DiracDelta is none. For a kick at t = c of size a write a narrow "
+                "Gaussian in its place, a*exp(-((t - c)/w)**2/2)/(w*sqrt(2*pi)) with w = T/1000, say."
+            )
         raise DeclarationError(f"{expr}: the function {type(expr).__name__} cannot be computed.")
 
     def _call(self, function: Callable[..., Tensor], expr: sp.Basic, name: str) -> int:

@@ -133,7 +133,13 @@ class GaussianMixture(ScoreFunction):
         return torch.logsumexp(self._components(*self._entered(x, t, least=0.0))[0], dim=1)
 
     def sample(self, n: int, seed: int | torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Samples of the data, (n, *event); the auxiliary components of a coupled state are zero (see ``sde.lift``)."""
+        """Samples of the data, (n, *event); the auxiliary components of a coupled state are zero (see ``sde.lift``).
+
+        Args:
+            n: how many.
+            seed: as everywhere.
+            dtype: theirs; None is PyTorch's default dtype, whatever that of the means: these are kept in float64.
+        """
         n, dtype = checked_count(n, "n", 0), checked_dtype(dtype)
         stream = NoiseStream(seed, "mixture")
         cumulative = self.weights.cumsum(0)[:-1].cpu()

@@ -112,6 +112,11 @@ class Declaration:
         return [[float(entry) for entry in row] for row in rows]
 
     @property
+    def held(self) -> set[sp.Symbol]:
+        """The symbols that f, g and the path hold."""
+        return set().union(*(e.free_symbols for e in (*self.drifts, *self.diffusions, *(self.path or ()))))
+
+    @property
     def domain_hint(self) -> str:
         """The advice if a state has left the domain of coefficients such as √x; empty if no state can."""
         if not self.state_dependent_noise:

@@ -119,7 +119,7 @@ def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[s
         from_data = len(table) > 1 and float(table[0]) == 1.0  # its first value is that of t = 0
         steps = np.arange(0 if from_data else 1, len(table) + (0 if from_data else 1), dtype=float)
         table = steps / steps[-1] * (1.0 if T is None else T), table
-    times, values = table_of(table, "alpha")
+    times, values = table_of(table, "alpha", "alpha is continuous, for where it jumps f = alpha'/alpha x is infinite")
     if not (values[-1] > 0 and values[0] <= 1 and (np.diff(values) < 0).all()):
         raise ScheduleError(
             "a table of alpha falls from 1, or below it, and stays above 0: its squares are DDPM's alphas_cumprod; "

@@ -29,6 +29,10 @@ CALLS: list[Callable[[Callable, np.ndarray], np.ndarray]] = []
 The layer that has tensors adds its own.
 """
 
+_JUMP = (
+    "for a jump write sympy.Piecewise((before(t), t < c), (after(t), True)), where before and after are numbers, "
+    "formulas or tables of their own"
+)
 _unnamed = count(1)
 _tables: WeakValueDictionary = WeakValueDictionary()
 
@@ -156,8 +160,8 @@ def _restored(source: Callable | tuple, name: str, order: int, args: tuple) -> S
     return kind(*args)
 
 
-def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Times and values of a table, checked."""
+def table_of(source: Sequence, name: str, jump: str = _JUMP) -> tuple[np.ndarray, np.ndarray]:
+    """Times and values of a table, checked; ``jump`` is what to do where a time is there twice."""
     try:
         if any(isinstance(part, np.ma.MaskedArray) for part in (source, *source)):
             raise DeclarationError(f"{name}: a masked array has entries without a value: leave these out of the table.")
@@ -171,6 +175,11 @@ def table_of(source: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
     if array.shape[1] > MAX_KNOTS:
         raise TooLargeError(f"{name}: a table has at most {MAX_KNOTS:,} times, not {array.shape[1]:,}: thin it out.")
     times, values = array
+    if np.isfinite(array).all() and (np.diff(times) == 0).any() and (np.diff(times) >= 0).all():
+        twice = float(times[:-1][np.diff(times) == 0][0])
+        raise DeclarationError(
+            f"{name}: a table is a smooth curve and has each time once, and t = {twice:g} is there twice: {jump}."
+        )
     if not np.isfinite(array).all() or (np.diff(times) <= 0).any():
         raise DeclarationError(f"{name}: a table needs finite values at finite, increasing times.")
     return times, values

@@ -9,7 +9,7 @@ from problems import ring
 import sdeflow
 from sdeflow import SDE, catalog, x
 from sdeflow.laws.stationary import stationary_law
-from sdeflow.likelihood import budget
+from sdeflow.likelihood import LogProb, budget
 from sdeflow.scores import GaussianMixture
 
 NAMES = ["VP", "VE", "SubVP", "CosineVP"]
@@ -225,3 +225,11 @@ def test_the_learned_density_of_a_plane_integrates_to_one():
     side = torch.linspace(-3.6, 3.6, 73, dtype=torch.float64)
     found = flow.log_prob(torch.cartesian_prod(side, side), steps=60, grid="pilot")
     assert abs(float(found.exp().sum() * (side[1] - side[0]) ** 2) - 1) < 2e-5
+
+
+def test_a_budget_prints_its_first_values_shape_and_unit():
+    parts = [torch.arange(250.0, dtype=torch.float64), *torch.zeros(3, 250)]
+    shown = repr(LogProb(*parts, nfe=40))
+    assert "shape=(250,), unit='nats', nfe=40" in shown and "value          [0, 1, 2, 3, 4, ...]" in shown
+    assert len(shown.splitlines()) == 8 and max(map(len, shown.splitlines())) < 100
+    assert "value          [7]\n" in repr(LogProb(*torch.tensor([[7.0], [0.0], [0.0]])))

@@ -1,9 +1,12 @@
 """Declarations, the affine test, and the derived equations."""
 
+import warnings
+
 import pytest
 import sympy as sp
 
 from sdeflow import SDE, NotAffineError, s, t, x
+from sdeflow.errors import UnusedParameterWarning
 from sdeflow.symbolic.affine import affine_split
 
 AFFINE = {
@@ -99,3 +102,16 @@ def test_state_dependent_noise_brings_its_divergence():
 def test_stratonovich_is_converted():
     assert SDE(x, 2 * x, calculus="stratonovich").declaration.f == 3 * x
     assert SDE(-x, t, calculus="stratonovich").declaration == SDE(-x, t).declaration
+
+
+def test_a_parameter_that_changes_nothing_is_told_at_the_users_line():
+    k, c = sp.symbols("k c", positive=True)
+    with pytest.warns(UnusedParameterWarning, match="without effect: k, c") as seen:
+        SDE(-x, 1, params={"k": 1, c: 2})
+    assert seen[0].filename == __file__
+    with pytest.warns(UnusedParameterWarning, match="without effect: c"):
+        SDE.from_kernel(sp.exp(-k * t), params={k: 1, c: 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SDE("-k*x", "c", params={"k": 1, "c": 2}).with_params(k=2)
+        SDE.from_kernel(sp.exp(-k * t), sp.sqrt(1 - sp.exp(-2 * k * t)), params={k: 1})
