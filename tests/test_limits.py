@@ -1,6 +1,7 @@
 """Limits of time: whatever the grammar allows is declared or refused in 3 s of processor time, children included."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import time
@@ -57,6 +58,24 @@ def test_what_is_large_to_multiply_out_is_declared_in_time(name):
         assert SDE(*LARGE[name], T=0.5).kind == ("general" if name in ("state-dependent", "square root") else "affine")
     except ScheduleError:  # too stiff, say: that is for quadrature to tell
         assert name in ("in the drift", "of a power", "with exponentials", "product of sums")
+    assert cpu_seconds() - before < 3.0
+
+
+HIGH = {  # no text reaches these powers, but SymPy's own expressions do
+    "drift": (-x * (1 + 1000 * t**1000), 1, math.exp(-1 - 1000 / 1001)),
+    "far": (-x * (1 + 10**6 * t**10**6), 1, math.exp(-1 - 10**6 / (10**6 + 1))),
+    "noise": (-x, sp.sqrt(1 + 1000 * t**1000), math.exp(-1)),
+    "of a sum": (-x * (1 + t / 1000) ** 1000, 1, math.exp(-1000 / 1001 * (1.001**1001 - 1))),
+    "a root": (-x * t ** sp.Rational(1, 1000), 1, math.exp(-1000 / 1001)),
+}
+
+
+@pytest.mark.parametrize("name", HIGH)
+def test_a_high_power_is_declared_in_time(name):
+    f, g, alpha = HIGH[name]
+    before = cpu_seconds()
+    kernel = SDE(f, g).kernel
+    assert float(kernel.coefficients(1.0)[0]) == pytest.approx(alpha, rel=1e-10)
     assert cpu_seconds() - before < 3.0
 
 

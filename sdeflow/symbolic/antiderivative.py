@@ -47,6 +47,8 @@ def antiderivative(integrand: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
 def _of_factor(factor: sp.Expr, t: sp.Symbol) -> sp.Expr | None:
     if not factor.has(t):
         return factor * t
+    if factor.is_Pow and factor.base == t and factor.exp.is_Integer and factor.exp > 0:
+        return t ** (factor.exp + 1) / (factor.exp + 1)  # a Poly would hold every power up to it
     if factor.is_polynomial(t):
         return sp.Poly(factor, t).integrate().as_expr()
     if isinstance(factor, sp.Function) and type(factor) in _PRIMITIVES:

@@ -168,7 +168,7 @@ class _Walk:
         value = np.power(u.centre, p)
         # |z^p - c^p| by the series of (1 + w)^p, whose coefficients are at most those of (1 - |w|)^-|p|.
         share = np.where(u.radius < u.centre, u.radius / u.centre, np.nan)
-        radius = value * np.expm1(-abs(p) * np.log1p(-share))
+        radius = _risen(value, p * np.log(u.centre), -abs(p) * np.log1p(-share))
         if p > 0 and not self.analytic:
             radius = np.fmin(radius, np.maximum(value, np.power(u.largest, p)))
         return Disc(value, radius + 2 * _ROUNDING * value, None if u.low is None else np.power(u.smallest, p))
@@ -245,8 +245,14 @@ def _integer_power(u: Disc, n: int) -> Disc:
     if n == 2:
         radius = u.radius * (2.0 * size + u.radius)
     else:
-        radius = np.where(size > 0, np.power(size, n) * np.expm1(n * np.log1p(u.radius / size)), u.radius**n)
+        risen = _risen(np.power(size, n), n * np.log(size), n * np.log1p(u.radius / size))
+        radius = np.where(size > 0, risen, u.radius**n)
     return Disc(value, radius + n * _ROUNDING * np.abs(value), None if u.low is None else np.power(u.low, n))
+
+
+def _risen(value: Array, logarithm: Array, rise: Array) -> Array:
+    """value (e^rise - 1); of a value that underflows with a rise that overflows too, from its logarithm."""
+    return np.where(rise < 1.0, value * np.expm1(rise), np.exp(logarithm + rise))
 
 
 def _exp(u: Disc) -> Disc:

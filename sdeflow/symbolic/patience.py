@@ -193,12 +193,15 @@ def small(*values: object) -> bool:
 
 
 def _degree(expressions: list[sp.Basic]) -> float:
-    """The degree of the polynomial that SymPy makes from exponentials, sines and cosines.
+    """The degree of the polynomial that SymPy makes from powers, exponentials, sines and cosines.
 
-    It is 1000 for exp(-t) and exp(-1000 t), and 64 for sin(64 t), whose angle SymPy halves as often as possible.
+    It is 1000 for t**1000, for t**(1/1000), and for exp(-t) and exp(-1000 t), and 64 for sin(64 t), whose angle SymPy
+    halves as often as possible. Even t**1000 > 0 is a question of this degree: SymPy stores every power up to it.
     """
     numbers: dict[sp.Basic, set[sp.Rational]] = {}
     halved = 1
+    exponents = [power.exp for power in set().union(*(e.atoms(sp.Pow) for e in expressions))]
+    powers = max((max(abs(e.p), e.q) for e in exponents if isinstance(e, sp.Rational)), default=1)
     for function in set().union(*(e.atoms(sp.exp, *_WAVES) for e in expressions)):
         for term in sp.Add.make_args(function.args[0]):
             number, rest = term.as_coeff_Mul()
@@ -209,7 +212,7 @@ def _degree(expressions: list[sp.Basic]) -> float:
             else:
                 halved = max(halved, number.p & -number.p)  # the largest power of 2 in it
     degrees = (float(max(own) / sp.gcd_list(sorted(own))) for own in numbers.values())
-    return max(degrees, default=0.0) + float(min(halved, _HUGE)) - 1.0
+    return max(degrees, default=0.0) + float(min(halved, _HUGE)) + float(min(powers, _HUGE)) - 2.0
 
 
 def growth(expr: sp.Basic) -> float:
