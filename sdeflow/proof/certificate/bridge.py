@@ -122,8 +122,8 @@ def bridge_drift(subject: Subject) -> None:
     for at in (0.4 * subject.T, 0.8 * subject.T):
         x, y = subject.rng.normal(size=(2, subject.k))
         onward = subject.law(np.array([subject.T]), at)
-        if not onward.cov.any():
-            raise UnknownValue(f"there is no noise after t = {at:g}, where x_T is known.")
+        if any(not covariance.any(-1).all() for covariance in onward.cov[0]):
+            raise UnknownValue(f"some component has no noise after t = {at:g}.")
         for entry in subject.some_entries:
             row = min(entry, onward.phi.shape[1] - 1)
             phi, P, m = onward.phi[0, row], onward.cov[0, row], onward.offset[0, row]
