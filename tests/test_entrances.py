@@ -349,6 +349,23 @@ def test_functions_of_t_alone_refuse_what_is_no_time(name, bad):
             getattr(sde.kernel, name)(bad)
 
 
+@pytest.mark.parametrize("name", ["coefficients", "sde_coefficients", "half_log_snr", "half_log_snr_rate"])
+def test_functions_of_t_alone_are_defined_on_the_horizon(name):
+    for sde in (ou(), sdeflow.catalog.CriticallyDampedLangevin()):
+        for bad in (-1e-9, 1.001 * sde.T, math.nan, [0.5, math.inf], torch.tensor([[0.1, -0.1]])):
+            with pytest.raises(ScheduleError, match=r"defined for t in \[0, T\]"):
+                getattr(sde.kernel, name)(bad)
+        getattr(sde.kernel, name)(torch.tensor([0.0, sde.T]))
+
+
+def test_a_mixture_has_components_and_symmetric_covariances():
+    for means, covariances in ((torch.zeros(0, 2), torch.ones(0)), (torch.zeros(1, 0), torch.ones(1))):
+        with pytest.raises(DataError, match="one component at least"):
+            GaussianMixture(ou(), means, covariances)
+    with pytest.raises(DataError, match="symmetric"):
+        GaussianMixture(ou(), torch.zeros(1, 2), torch.tensor([[[1.0, 0.4], [0.3, 1.0]]]), full=True)
+
+
 def test_one_time_for_all_is_no_list():
     for call in (lambda t: ou().kernel.marginal(0.0, 1.0, t), lambda t: ou().bridge(0.7).moments(torch.zeros(4, 1), t)):
         for bad in ([], [0.5]):

@@ -82,9 +82,8 @@ class Kernel:
 
     Attributes:
         T: the horizon.
-        numbers: the coefficients as functions of t, a :class:`~sdeflow.kernels.coefficients.Coefficients`, whose
-            methods are the kernel's own: ``coefficients(t)`` -> alpha, sigma, offset; ``sde_coefficients(t)`` -> a, b,
-            g².
+        numbers: the coefficients as functions of t, a :class:`~sdeflow.kernels.coefficients.Coefficients`, for inner
+            loops: its times are not checked.
         has_offset: whether the mean has a part that does not depend on x_0.
         kind: "affine"; see :mod:`sdeflow.kernels.kinds`.
 
@@ -118,11 +117,6 @@ class Kernel:
             self._derived = like._derived
         # Closed forms of a coupled state are for display alone, and wait until they are asked for.
         self.numbers = Coefficients(declaration, self.values, None if self.coupled else self._derived)
-        self._bind()
-
-    def _bind(self) -> None:
-        """The functions of t that are the numbers' own."""
-        self.coefficients, self.sde_coefficients = self.numbers.of_kernel, self.numbers.of_sde
 
     @property
     def gaussian(self) -> Kernel:
@@ -142,6 +136,23 @@ class Kernel:
     def score_from(self) -> float:
         """The first time at which a score is asked for: the cutoff."""
         return self.numbers.cutoff
+
+    def coefficients(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and offset at times t of any shape in [0, T], (*t.shape, *parameters) each, float64.
+
+        For a coupled state Φ, the Cholesky factor of the covariance (*t.shape, k, k), and the offset (*t.shape, k).
+
+        Raises:
+            ScheduleError: for a time outside [0, T]; on an accelerator the result is NaN there.
+        """
+        return self.numbers.of_kernel(self._times(t))
+
+    def sde_coefficients(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and g² of dx = (a x + b) dt + g dw at times t of any shape in [0, T], float64.
+
+        Shapes and errors are as of :meth:`coefficients`; for a coupled state F, b and g gᵀ.
+        """
+        return self.numbers.of_sde(self._times(t))
 
     def half_log_snr(self, t: Tensor | float) -> Tensor:
         """log(alpha / sigma) at times t of any shape in [0, T], shaped as t, float64.
@@ -193,7 +204,6 @@ class Kernel:
         other.__dict__.update(vars(self))
         other.declaration, other.numbers = declaration, self.numbers.with_cutoff(declaration)
         vars(other).pop("log_snr_falls", None)
-        other._bind()
         return other
 
     # ---------------------------------------------------------------- symbolic side
@@ -332,7 +342,7 @@ class Kernel:
 
     def path(self, x: Tensor, t: Tensor) -> Path:
         """alpha, sigma and offset as maps of states like ``x`` (batch, *event), for t () or (batch,)."""
-        alpha, sigma, offset = self.coefficients(t if t.device == x.device else t.to(x.device))
+        alpha, sigma, offset = self.numbers.of_kernel(t if t.device == x.device else t.to(x.device))
         return self._shaped(alpha, sigma, offset, x, t.ndim > 0)
 
     def transition(self, x: Tensor, s: float, t: float, exactly: bool = False) -> Path:
@@ -354,7 +364,7 @@ class Kernel:
         if self.coupled:
             return self._coupled_transition(x, s, t)
         times = [torch.tensor(time, dtype=torch.float64) for time in (t, s)]  # on the CPU, as the numbers are read
-        (_, later, offset), (_, earlier, before) = (self.coefficients(time) for time in times)
+        (_, later, offset), (_, earlier, before) = (self.numbers.of_kernel(time) for time in times)
         change = self.numbers.log_alpha(times[0]) - self.numbers.log_alpha(times[1])
         fresh = -torch.expm1(2.0 * (change + earlier.log() - later.log()))
         if s < t and not bool((fresh >= _FRESH).all()):  # a difference of nearly equal numbers
@@ -386,7 +396,7 @@ class Kernel:
 
     def equation(self, x: Tensor, t: Tensor) -> tuple[Linear, Tensor, Linear]:
         """a, b and g gᵀ of the SDE as maps of states like ``x``."""
-        a, b, q = self.sde_coefficients(t if t.device == x.device else t.to(x.device))
+        a, b, q = self.numbers.of_sde(t if t.device == x.device else t.to(x.device))
         maps, batched = self.maps, t.ndim > 0
         return maps.shaped(a, x, batched), maps.offset(b, x, batched), maps.shaped(q, x, batched)
 

@@ -25,6 +25,8 @@ from sdeflow.scores.function import DeclaredSDE, ScoreFunction
 
 __all__ = ["GaussianMixture"]
 
+_ASYMMETRIC = 1e-5  # of a covariance's largest entry
+
 
 class GaussianMixture(ScoreFunction):
     r"""The exact score of data from a mixture of Gaussians, diffused by any affine SDE: the truth for tests.
@@ -38,7 +40,10 @@ class GaussianMixture(ScoreFunction):
         covariances: variances (n,) for isotropic components, shaped as ``means`` for diagonal ones, and with
             ``full=True`` matrices (n, d, d) over the flattened event; not negative.
         weights: (n,), positive, normalised here; equal by default.
-        full: whether ``covariances`` are matrices.
+        full: whether ``covariances`` are matrices, symmetric ones.
+
+    Raises:
+        DataError: for means, covariances or weights of other shapes, without a component, or not as said above.
     """
 
     kernel: Kernel
@@ -62,8 +67,8 @@ class GaussianMixture(ScoreFunction):
         checked_flag(full, "full")
         self.kernel = self._require_kernel("the exact score of a diffused mixture")
         means, covariances = (_numbers(v, name) for v, name in ((means, "means"), (covariances, "covariances")))
-        if means.ndim < 2:
-            raise DataError(f"means must be of shape (n, *event), not {tuple(means.shape)}.")
+        if means.ndim < 2 or not means.numel():
+            raise DataError(f"means must be (n, *event), with one component at least, not {tuple(means.shape)}.")
         n, d = len(means), means[0].numel()
         allowed = {(n, d, d)} if full else {(n,), tuple(means.shape)}
         if tuple(covariances.shape) not in allowed:
@@ -74,6 +79,7 @@ class GaussianMixture(ScoreFunction):
             raise DataError(f"weights must be {n} positive numbers, not {weights}.")
         weights = weights / weights.sum()
         if full:
+            _require_symmetric(covariances)
             variances, rotations = torch.linalg.eigh(0.5 * (covariances + covariances.mT))
             marginal = covariances.diagonal(dim1=1, dim2=2)
         else:
@@ -204,6 +210,17 @@ class GaussianMixture(ScoreFunction):
         log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
         log_normal = -0.5 * whitened.square().sum(1).mT - log_det - 0.5 * d * math.log(2.0 * math.pi)
         return log_normal + self.weights.log(), gradient
+
+
+def _require_symmetric(covariances: Tensor) -> None:
+    """An error unless the matrices are symmetric, up to the rounding of single precision."""
+    apart, size = ((v.abs().amax((1, 2))) for v in (covariances - covariances.mT, covariances))
+    wrong = (apart > _ASYMMETRIC * size).nonzero().flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"covariances must be symmetric, and number {wrong[0]} is not: entries that mirror each other "
+            f"differ by up to {float(apart[wrong[0]]):.3g}."
+        )
 
 
 def _numbers(values: object, name: str) -> Tensor:

@@ -461,7 +461,7 @@ class Normalised:
         return self._curve(1.0 - r if self._problem.backward else r)
 
     def _size(self, t: float) -> float:
-        alpha, sigma, _ = self._problem.kernel.coefficients(torch.tensor(t, dtype=torch.float64))
+        alpha, sigma, _ = self._problem.kernel.numbers.of_kernel(torch.tensor(t, dtype=torch.float64))
         return math.hypot(float(alpha) * float(self._problem.scale), float(sigma))
 
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
