@@ -36,7 +36,7 @@ from sdeflow.solving.model import Model
 from sdeflow.solving.options import DrawOptions, NoiseOptions, Options, WayOptions
 from sdeflow.solving.pilot import Pilot, pilot
 from sdeflow.solving.prior_of import Prior
-from sdeflow.solving.run import field, run
+from sdeflow.solving.run import run
 from sdeflow.solving.solution import Answer, Solution
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
 
@@ -94,10 +94,6 @@ class _Bound:
 
     def _repr_latex_(self) -> str:
         return self.equation._repr_latex_()
-
-    def _field(self, event: Shape, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-        """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
-        return field(self.model, self.equation, event, dtype)
 
     def _drawn(self, shape: Shape, options: Options, noisy: bool) -> Solution:
         """Solved from draws of the prior, with noise on the way where it is ``noisy``."""

@@ -51,7 +51,7 @@ from sdeflow.errors import (
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.traces import spread_dof, widening
 from sdeflow.scores import GaussianMixture
-from sdeflow.solvers import Clock, Problem, Torchdiffeq, Torchsde
+from sdeflow.solvers import Clock, Diffusion, Field, Problem, Torchdiffeq, Torchsde, Watch
 from sdeflow.symbolic.symbols import s
 from sdeflow.training.checkpoint import latest_checkpoint, write_checkpoint
 
@@ -1488,8 +1488,8 @@ def test_half_precision_is_integrated_in_float32(dtype):
 def test_100_000_steps_need_no_stack_and_no_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problem = Problem(
-        lambda y, t: -y, Clock(0.0, 1.0), backward=True, diffusion=lambda y, t: torch.ones_like(y),
-        noise=NoiseStream(0, "path"), max_calls=100_001,
+        Field(lambda y, t: -y, Diffusion(lambda y, t: torch.ones_like(y))), Clock(0.0, 1.0), backward=True,
+        watch=Watch(100_001), noise=NoiseStream(0, "path"),
     )  # fmt: skip
     out = Torchsde("euler").solve(problem, torch.ones(1, 1), 100_000, 1e-3, 1e-3)
     assert 100_000 <= problem.nfe <= 100_001

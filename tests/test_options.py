@@ -709,7 +709,8 @@ def test_the_table_holds_every_option(name):
 
 
 INTERNAL = {  # what users do not call, or what takes no option that changes a result of its own
-    "Clock", "Problem", "Solver", "Readout", "GridScore", "DeclaredSDE", "Basis", "Dequantisation", "Estimate",
+    "Clock", "Problem", "Diffusion", "Field", "View", "Watch",
+    "Solver", "Readout", "GridScore", "DeclaredSDE", "Basis", "Dequantisation", "Estimate",
     "Integral", "Products", "Trace", "Given", "pool", "until", "Grid", "Bits", "Dequantised", "Fit",
     "KernelPairs", "LogProb", "Spread", "score_error", "weighted_error", "BrownianRows", "pearson_kernel",
     "stationary_law", "start",
@@ -764,7 +765,8 @@ PARTS = {
     "likelihood.options", "storage", "symbolic.declaration", "symbolic.arguments",
     "symbolic.grammar", "symbolic.tree", "symbolic.equations", "likelihood", "likelihood.nodes", "likelihood.adjoint",
     "likelihood.budget", "likelihood.dequantisation", "solvers.exponential.weights", "solvers.clock",
-    "solvers.problem", "training.weightings", "training.times", "proof.explanation", "proof.derivation",
+    "solvers.problem", "solvers.watch",
+    "training.weightings", "training.times", "proof.explanation", "proof.derivation",
     "proof.certificate", "errors", "scores.function",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from sdeflow.numerics.traces import (
     spread_dof,
     until,
 )
-from sdeflow.solvers import Problem
+from sdeflow.solvers import Field, Problem, Watch
 from sdeflow.solvers.clock import Clock
 from sdeflow.solving.model import Model
 from sdeflow.solving.plan import Plan, make_plan
@@ -249,9 +249,8 @@ class Flow:
             return self.rate(y, t, tuple(x.shape[1:]))
 
         with torch.enable_grad() if self.graph else torch.no_grad():
-            problem = Problem(
-                rate, self.clock, backward=False, row_norm=row_norm, max_calls=plan.max_calls, on_call=on_call
-            )
+            watch = Watch(plan.max_calls, on_call)
+            problem = Problem(Field(rate), self.clock, backward=False, watch=watch, row_norm=row_norm)
             start = model.to_solver(x, model.cutoff).flatten(1)
             y = torch.cat([start, start.new_zeros(len(x), columns + extra)], dim=1)
             y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.linear import multiplied
 from sdeflow.numerics.traces import Integral, Trace
 from sdeflow.scores import GridScore
-from sdeflow.solvers import Clock, Exponential, Problem
+from sdeflow.solvers import Clock, Exponential, Problem, Watch
 from sdeflow.solving.model import Model
 from sdeflow.solving.reference import reference, reference_growth
 
@@ -109,7 +109,7 @@ class Carrier:
             moved = moved if basis is None else basis.inverse(moved)
             defect.add_((integrand.of_score(i, *last) * moved).flatten(1).sum(1).abs())
 
-        problem = self.problem(model, u, on_grid=traced, on_correction=corrected)
+        problem = self.problem(model, u, traced, corrected)
         problem.start(u.flatten(1))
         times = self.solver.grid(problem, self.steps * self.refined)
         draws = None if self.refined == 1 else _nearest_before(times, self.solver.grid(problem, self.steps))
@@ -127,11 +127,18 @@ class Carrier:
             defect = defect + math.nan
         return Carried(value, found.stderr, found.dof, x_T.detach(), problem.nfe + 1, defect)
 
-    def problem(self, model: Model, u: Tensor, **other: object) -> Problem:
-        """What the solver is given, for its states like ``u``."""
-        inputs = {**model.solver_inputs(tuple(u.shape[1:]), self.dtype), **other}
-        budget = 2 * self.steps * self.refined + 10
-        return Problem(_no_drift, self.clock, backward=False, max_calls=budget, on_call=self.on_call, **inputs)
+    def problem(
+        self,
+        model: Model,
+        u: Tensor,
+        on_grid: Callable[[Tensor, Tensor], GridScore] | None = None,
+        on_correction: Callable[[int, Tensor, Tensor], object] | None = None,
+    ) -> Problem:
+        """What the solver is given for its states like ``u``; by default with the model's own score."""
+        view, budget = model.view(tuple(u.shape[1:]), self.dtype), 2 * self.steps * self.refined + 10
+        view = view if on_grid is None else replace(view, on_grid=on_grid)
+        watch = Watch(budget, self.on_call, on_correction=on_correction)
+        return Problem(None, self.clock, backward=False, view=view, watch=watch)
 
     def integral(
         self, weight: list[float], u: Tensor, rows: Tensor, round: int, create_graph: bool,
@@ -230,10 +237,6 @@ def _where_finite(kernel: Kernel, times: Tensor) -> Tensor:
     """``times`` to ask for g and the rate of the log-SNR, whose ratio is finite where both are infinite, at t = 0."""
     infinite = not all(bool(torch.isfinite(value).all()) for value in kernel.sde_coefficients(times[:1]))
     return times.clamp_min(_BESIDE_INFINITE * kernel.T) if infinite else times
-
-
-def _no_drift(y: Tensor, t: Tensor) -> Tensor:
-    raise TypeError("the exponential solver does not ask for a drift")
 
 
 def _weights_in_time(lam: np.ndarray, rate: np.ndarray, scale: float) -> Tensor:

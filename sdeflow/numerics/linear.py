@@ -8,6 +8,7 @@ the layout of states: which dimension holds the samples, and which the component
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Blocks", "Diagonal", "Factor", "Linear", "add_multiple", "levels", "maps_of", "multiplied", "per_sample"]
+__all__ = [
+    "Blocks", "Diagonal", "Factor", "Linear", "add_multiple", "add_multiples", "levels", "maps_of", "multiplied",
+    "per_sample",
+]  # fmt: skip
 
 
 class Linear:
@@ -374,3 +378,13 @@ def add_multiple(total: Tensor, factor: Factor, x: Tensor) -> Tensor:
     if isinstance(factor, float):
         return total.add_(x, alpha=factor)
     return total.add_(factor(x)) if isinstance(factor, Linear) else total.addcmul_(factor, x)
+
+
+def add_multiples(total: Tensor, factors: Sequence[Factor], xs: Iterable[Tensor]) -> Tensor:
+    """``total`` plus each map applied to the tensor of its number in ``xs``, in place."""
+    for factor, x in zip(factors, xs, strict=False):
+        if isinstance(factor, float):
+            total.add_(x, alpha=factor)  # a call for each would cost more than this
+        else:
+            add_multiple(total, factor, x)
+    return total

@@ -26,13 +26,14 @@ from sdeflow.solvers.langevin import (
     matched_eps,
     number_of_scales,
 )
-from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.problem import Diffusion, Field, Problem, View
 from sdeflow.solvers.registry import available, names_for, resolve
 from sdeflow.solvers.restart import Restart
+from sdeflow.solvers.watch import Watch
 
 __all__ = [
-    "AnnealedLangevin", "Clock", "Euler", "EulerMaruyama", "Exponential", "GottaGoFast", "Grid", "Heun",
-    "PredictorCorrector", "Problem", "Restart", "SingleStep", "Solver", "StochasticHeun", "Torchdiffeq", "Torchsde",
-    "annealed_langevin", "available", "geometric_scales", "langevin", "make_clock", "matched_eps", "names_for",
-    "number_of_scales", "presets", "resolve",
+    "AnnealedLangevin", "Clock", "Diffusion", "Euler", "EulerMaruyama", "Exponential", "Field", "GottaGoFast", "Grid",
+    "Heun", "PredictorCorrector", "Problem", "Restart", "SingleStep", "Solver", "StochasticHeun", "Torchdiffeq",
+    "Torchsde", "View", "Watch", "annealed_langevin", "available", "geometric_scales", "langevin", "make_clock",
+    "matched_eps", "names_for", "number_of_scales", "presets", "resolve",
 ]  # fmt: skip

@@ -120,5 +120,5 @@ def _shaken(diffusion: Tensor, noise: Tensor) -> Tensor:
 
 
 def _observe(problem: Problem, step: int, r: float, y: Tensor) -> None:
-    if problem.on_step is not None:  # the time and the states' shape cost more than the call
+    if problem.watch.on_step is not None:  # the time and the states' shape cost more than the call
         problem.observe(step, float(problem.time(r)[0]), problem.from_rows(y))

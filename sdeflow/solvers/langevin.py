@@ -53,7 +53,8 @@ from sdeflow.scores import DeclaredSDE, ScoreFunction, as_score, evaluating
 from sdeflow.scores.function import checked, network_time
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.clock import Clock
-from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.problem import Problem, View
+from sdeflow.solvers.watch import Watch
 
 __all__ = [
     "AnnealedLangevin",
@@ -346,15 +347,17 @@ def annealed_langevin(
     if not len(x):
         return x
     last = torch.tensor(falling[-1], dtype=torch.float64)
+
+    def of_basis(u: Tensor, t: Tensor) -> Tensor:
+        return kernel.to_basis(score(kernel.from_basis(u + _level(kernel, u, t)), t))
+
     problem = Problem(
         None,
         Clock(kernel.cutoff, kernel.T),
         backward=True,
+        view=View(tuple(x.shape[1:]), of_basis, kernel),
+        watch=Watch(len(falling) * steps_per_scale),
         noise=NoiseStream(seed, "path"),
-        max_calls=len(falling) * steps_per_scale,
-        kernel=kernel,
-        event=tuple(x.shape[1:]),
-        score=lambda u, t: kernel.to_basis(score(kernel.from_basis(u + _level(kernel, u, t)), t)),
     )
     with torch.inference_mode(False), torch.no_grad(), evaluating(score):
         problem.start(x.flatten(1))

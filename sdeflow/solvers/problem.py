@@ -1,118 +1,137 @@
 """What a solver is given: an initial value problem, guarded.
 
-A :class:`Problem` counts the calls of the score, keeps within a budget, stays inside [cutoff, T] and finds the
-first sample and time at which something is not finite. It has two faces:
+A :class:`Problem` has two faces:
 
-  - for methods of any equation, a drift and a diffusion of flattened states (batch, n) in the clock's increasing
-    variable r (or of rows (batch · n / k, k) where a k x m noise matrix mixes the components of a coupled state);
-  - for methods that know the perturbation kernel, the kernel itself and the score of states (batch, *event) at
-    times of the SDE, which run from T down to the cutoff, or up when the flow encodes.
+  - for methods of any equation, a :class:`Field`: a drift and a diffusion of flattened states (batch, n) in the clock's
+    increasing variable r (or of rows (batch · n / k, k) where a k x m noise matrix mixes the components of a coupled
+    state);
+  - for methods that know the perturbation kernel, a :class:`View`: the kernel itself and the score of states
+    (batch, *event) at times of the SDE, which run from T down to the cutoff, or up when the flow encodes.
 
-Either way states are as the model carries them: centred, in the kernel's basis.
+Either way states are as the model carries them: centred, in the kernel's basis. A
+:class:`~sdeflow.solvers.watch.Watch` counts the calls, keeps the budget and finds the first sample that is not finite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.errors import MaxStepsError, NonFiniteStateError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.schemes import Scheme
+from sdeflow.solvers.watch import Coefficient, Watch
 
-__all__ = ["Normalised", "Problem"]
+__all__ = ["Diffusion", "Field", "Normalised", "Problem", "View"]
 
 _BESIDE = 1e-11  # of the clock's u: how far from a break point f and g are asked for, at most
 _BESIDE_TIME = 1e-13  # of the horizon: how far from it they are asked for, at least
-_CHECK_EVERY = 50
-_EXPLOSION = 1e12  # of a state, relative to 1 + the largest initial value
 
-Coefficient = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Diffusion:
+    """g of dy = drift dt + g dw.
+
+    Attributes:
+        g: (y, t) -> what broadcasts to (batch, n).
+        correction: (y, t) -> ½ Σ g ∂g/∂x, where the noise depends on the state; else None.
+        components: k where g is a matrix: it is then (batch · n / k, k, motions).
+        motions: m, the number of Brownian motions of each coordinate then.
+    """
+
+    g: Coefficient
+    correction: Coefficient | None = None
+    components: int | None = None
+    motions: int | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """The equation of flattened states, an SDE or an ODE.
+
+    Attributes:
+        drift: (y, t) -> (batch, n), for y (batch, n) and t () in float64.
+        diffusion: that of an SDE; None for an ODE.
+    """
+
+    drift: Coefficient
+    diffusion: Diffusion | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """The same equation for methods that know the perturbation kernel.
+
+    Attributes:
+        event: the shape of one state.
+        score: (u, t) -> ∇ log p_t of states (batch, *event), for t () or (batch,) in float64.
+        kernel: the perturbation kernel where it is Gaussian, else None.
+        on_grid: (times, like) -> the score on a fixed grid, a :class:`~sdeflow.scores.GridScore`.
+        mean: the data's mean where it is known, else 0: a reference, no more.
+        scale: the data's standard deviation likewise, else 1.
+    """
+
+    event: tuple[int, ...]
+    score: Coefficient
+    kernel: Kernel | None = None
+    on_grid: Callable[[Tensor, Tensor], GridScore] | None = None
+    mean: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
 
 
 class Problem:
-    """dy = drift dt + diffusion dw, from T to cutoff or from cutoff to T.
+    """An equation with its start, its end and its noise.
 
     Args:
-        drift: (y, t) -> (batch, n), for y (batch, n) and t () in float64.
+        field: the equation of flattened states; None where only methods that know the kernel solve it.
         clock: the time variable.
-        backward: whether t runs from T down to cutoff.
-        diffusion: (y, t) -> what broadcasts to (batch, n); None for an ODE.
-        correction: (y, t) -> ½ Σ g ∂g/∂x, where the noise depends on the state; else None.
-        hint: a sentence for the message of a state that is not finite.
-        components: k where the diffusion is a matrix: it is then (batch · n / k, k, motions).
-        motions: m, the number of Brownian motions of each coordinate then.
+        backward: whether t runs from T down to cutoff, rather than up.
+        view: the same equation for methods that know the kernel.
+        watch: the budget, the check of finiteness and what is called on the way.
         noise: where the Brownian increments come from: fresh numbers, or a path that other solves can follow too.
         row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
-        max_calls: the budget of calls of the drift.
-        on_call: called at each call of the drift, for a progress bar.
-        kernel: the perturbation kernel where it is Gaussian, else None.
-        event: the shape of one state.
-        score: (u, t) -> ∇ log p_t of states (batch, *event), for t () or (batch,) in float64.
-        on_grid: (times, like) -> the score on a fixed grid, a :class:`~sdeflow.scores.GridScore`.
-        mean, scale: the data's mean and standard deviation where they are known, else 0 and 1: a reference, no more.
-        on_step: called as (step, t, y) after each step, for trajectories and callbacks.
-        on_correction: called as (n, predicted, corrected) where the state at time number n is corrected.
+
+    Attributes:
+        kernel, event, mean, scale: those of ``view``.
+        components, motions: those of its diffusion.
     """
 
     def __init__(
         self,
-        drift: Coefficient,
+        field: Field | None,
         clock: Clock,
         *,
         backward: bool,
-        diffusion: Coefficient | None = None,
-        correction: Coefficient | None = None,
-        hint: str = "",
-        components: int | None = None,
-        motions: int | None = None,
+        view: View | None = None,
+        watch: Watch | None = None,
         noise: NoiseStream | BrownianRows | None = None,
         row_norm: Callable[[Tensor], Tensor] | None = None,
-        max_calls: int = 10_000,
-        on_call: Callable[[], object] | None = None,
-        kernel: Kernel | None = None,
-        event: tuple[int, ...] = (),
-        score: Coefficient | None = None,
-        on_grid: Callable[[Tensor, Tensor], GridScore] | None = None,
-        mean: Tensor | float = 0.0,
-        scale: Tensor | float = 1.0,
-        on_step: Callable[[int, float, Tensor], object] | None = None,
-        on_correction: Callable[[int, Tensor, Tensor], object] | None = None,
     ) -> None:
-        self._drift = drift
-        self._diffusion = diffusion
-        self._correction = correction
-        self.hint = hint
-        self.components, self.motions = components, motions
-        self.clock = clock
-        self.backward = backward
-        self.noise = noise
-        self.row_norm = row_norm or (lambda error: error.detach().square().mean(1).sqrt())  # steps have no gradient
-        self.max_calls = max_calls
-        self.on_call = on_call
-        self.kernel, self.event = kernel, event
-        self._score, self._on_grid = score, on_grid
-        self.mean = torch.as_tensor(mean, dtype=torch.float64)
-        self.scale = torch.as_tensor(scale, dtype=torch.float64)
-        self.on_step, self.on_correction = on_step, on_correction
-        self.nfe = 0
-        self.eager_checks = False
+        self.view = view
+        self._drift = None if field is None else field.drift
+        self._diffusion = None if field is None else field.diffusion
+        self.components, self.motions = None, None
+        if self._diffusion is not None:
+            self._g, self._correction = self._diffusion.g, self._diffusion.correction
+            self.components, self.motions = self._diffusion.components, self._diffusion.motions
+        if view is not None:
+            self.kernel, self.event = view.kernel, view.event
+            self._score, self._on_grid = view.score, view.on_grid
+            self.mean = torch.as_tensor(view.mean, dtype=torch.float64)
+            self.scale = torch.as_tensor(view.scale, dtype=torch.float64)
+        self.clock, self.backward, self.noise = clock, backward, noise
+        self.watch = Watch() if watch is None else watch
+        self.row_norm = row_norm or _root_mean_square
         self._end: float | None = 1.0
-        self._limit = math.inf
-        self._bad_since = torch.empty(0)
-        self._times: list[float] = []
-        self._sums: list[Tensor] = []
-        self.failure: Exception | None = None
-        self.grid_times: list[float] = []
         self._last: tuple[float, Tensor, Tensor] | None = None
         self._nodes: np.ndarray | None = None
         self._edges: list[tuple[float, float]] = []
@@ -138,15 +157,9 @@ class Problem:
         """
         given = steps is not None and self.clock.given is not None
         self._end = None if given else end if steps is None else float(steps)
-        self.eager_checks, self._part = eager_checks, None
+        self._part = None
         self._divide(steps, order if scheme is None else scheme.order, scheme)
-        y = y.detach()
-        if not bool(torch.isfinite(y).all()):
-            rows = _rows(~torch.isfinite(y).all(1))
-            raise NonFiniteStateError(f"the initial state is not finite in samples {rows}.", nfe=0, bad_rows=rows)
-        largest = float(y.abs().max()) if y.numel() else 0.0
-        self._limit = _EXPLOSION * (1.0 + largest)
-        self._bad_since = torch.full((len(y),), math.inf, device=y.device)
+        self.watch.start(y.detach(), eager_checks)
         if given:
             return (-self.times(steps) if self.backward else self.times(steps)).tolist()
         return [0.0, end] if steps is None else range(steps + 1)
@@ -205,7 +218,7 @@ class Problem:
 
     def normalised(self) -> Normalised | None:
         """The flow of the state relative to its scale, where the clock has it; see :class:`Normalised`."""
-        if self.kernel is None or self.clock.normalised is None or self.scale.ndim:
+        if self.view is None or self.kernel is None or self.clock.normalised is None or self.scale.ndim:
             return None
         return Normalised(self, self.clock.normalised)
 
@@ -215,12 +228,12 @@ class Problem:
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`to_rows`."""
-        batch = len(self._bad_since)
+        batch = self.watch.batch
         return rows.reshape(batch, -1, self.components).mT.reshape(batch, -1) if self.components else rows
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The next standard normal numbers, for states or rows of them: those of a sample are drawn together."""
-        batch = len(self._bad_since)
+        batch = self.watch.batch
         return self.noise.normal((batch, math.prod(shape) // max(batch, 1)), dtype, device).reshape(shape)
 
     def motion(
@@ -249,13 +262,13 @@ class Problem:
     def _along(
         self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, ...]:
-        batch = len(self._bad_since)
+        batch = self.watch.batch
         found = self.noise.step(*between, (batch, math.prod(shape) // max(batch, 1)))
         return tuple(part.reshape(shape).to(device=device, dtype=dtype) for part in found)
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
         """t () in float64, and |dt/dr|."""
-        r = _number(r)
+        r = float(r.detach() if isinstance(r, Tensor) else r)
         if self._part is None:
             t, rate = self._at(r)
         else:
@@ -278,26 +291,16 @@ class Problem:
 
     def drift(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
         """dy/dr, shaped as y, times the length of a step."""
-        r = _number(r)
+        r = float(r.detach() if isinstance(r, Tensor) else r)  # steps chosen by an error have its graph
         if self._last is not None and self._last[0] == r and self._last[1] is y:
             return self._last[2]  # torchsde asks for the first drift twice
-        rows, y = y, self.from_rows(y)
+        rows, y = y, self.from_rows(y) if self.components else y
         t, rate = self.time(r)
-        value = self._asked(self._drift, y, t)
+        value = self.watch.asked(self._drift, y, t)
         rate *= length
-        value = self.to_rows(value * (-rate if self.backward else rate))
+        value = value * (-rate if self.backward else rate)
+        value = self.to_rows(value) if self.components else value
         self._last = (r, rows, value)
-        return value
-
-    def _asked(self, function: Coefficient, y: Tensor, t: Tensor) -> Tensor:
-        """A function of flattened states and t, as one call of the score."""
-        self._require_budget(y, float(t))
-        try:
-            value = function(y, t)
-        except Exception as error:
-            self.failure = error  # the user's own, which libraries' errors must not be taken for
-            raise
-        self._count(y, value, float(t))
         return value
 
     def diffusion(self, r: Tensor | float, y: Tensor, length: float = 1.0) -> Tensor:
@@ -305,8 +308,8 @@ class Problem:
         t, rate = self.time(r)
         rate *= length
         if self.components:
-            return (self._diffusion(self.from_rows(y), t) * math.sqrt(rate)).to(y.dtype)
-        return (self._diffusion(y, t) * math.sqrt(rate)).to(y.dtype).expand_as(y)
+            return (self._g(self.from_rows(y), t) * math.sqrt(rate)).to(y.dtype)
+        return (self._g(y, t) * math.sqrt(rate)).to(y.dtype).expand_as(y)
 
     def stratonovich_drift(self, r: Tensor | float, y: Tensor) -> Tensor:
         """The drift of the same equation in the sense of Stratonovich, dy/dr."""
@@ -327,66 +330,30 @@ class Problem:
         """∇ log p_t of states (batch, *event), at one time or (batch,); one call."""
         t = torch.as_tensor(t, dtype=torch.float64)
         last = float(t.max()) if t.ndim else float(t)
-        self._require_budget(u, last)
+        self.watch.require_budget(u, last)
         value = self._score(u, t)
-        self._count(u.flatten(1), value.flatten(1), last)
+        self.watch.count(u.flatten(1), value.flatten(1), last)
         return value
 
     def flat_score(self, y: Tensor, t: Tensor) -> Tensor:
         """∇ log p_t of flattened states (batch, n) at one time; one call."""
-        return self._asked(lambda y, t: self._score(y.reshape(-1, *self.event), t).flatten(1), y, t)
+        return self.watch.asked(lambda y, t: self._score(y.reshape(-1, *self.event), t).flatten(1), y, t)
 
     def on_grid(self, times: Tensor, like: Tensor) -> GridScore:
-        """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; see :meth:`called`."""
-        self.grid_times = times.tolist()
+        """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; after a call at time number i say
+        so to ``watch.called``."""
+        self.watch.grid_times = times.tolist()
         return self._on_grid(times, like)
-
-    def called(self, u: Tensor, value: Tensor, i: int) -> None:
-        """To be called after the score was called at time number ``i`` of :meth:`on_grid`."""
-        if self.nfe >= self.max_calls:
-            self._require_budget(u, self.grid_times[i])
-        self.nfe += 1
-        if self.on_call is not None:
-            self.on_call()
-        self._times.append(self.grid_times[i])
-        self._sums.append(value.detach().sum())  # not read now: that would wait for an accelerator
-        if len(self._sums) == _CHECK_EVERY:
-            self._read_sums(u.detach().flatten(1))
-
-    def _read_sums(self, y: Tensor) -> None:
-        """Finds the first of the calls noted that was not finite."""
-        sums, self._sums = self._sums, []
-        first = (~torch.isfinite(torch.stack(sums))).nonzero().flatten()
-        if len(first):
-            bad = ~torch.isfinite(y).all(1)  # what is not finite stays so
-            call = float(self.nfe - len(sums) + 1 + int(first[0]))
-            self._bad_since = torch.where(bad, call, self._bad_since)
-        self._read(y)
 
     def observe(self, step: int, t: float, y: Tensor) -> None:
         """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""
-        if self.on_step is not None:
-            self.on_step(step, t, y)
-
-    def _require_budget(self, y: Tensor, t: float) -> None:
-        if self.nfe >= self.max_calls:
-            raise MaxStepsError(
-                f"the budget of {self.max_calls} calls was used up at t = {t:.6g}: loosen rtol and atol, take "
-                "fixed steps, or raise max_calls. A score that draws its own randomness never lets an adaptive "
-                "method converge.",
-                t=t, nfe=self.nfe, partial=y.detach(),
-            )  # fmt: skip
-
-    def _count(self, y: Tensor, value: Tensor, t: float) -> None:
-        self.nfe += 1
-        if self.on_call is not None:
-            self.on_call()
-        self._watch(y, value, t)
+        if self.watch.on_step is not None:
+            self.watch.on_step(step, t, y)
 
     @property
-    def last_time(self) -> float:
-        """The time of the last call of the drift."""
-        return self._times[-1] if self._times else math.nan
+    def nfe(self) -> int:
+        """Calls of the score so far."""
+        return self.watch.nfe
 
     @property
     def noise_depends_on_state(self) -> bool:
@@ -395,43 +362,8 @@ class Problem:
 
     def finish(self, y: Tensor) -> Tensor:
         """After a solve: the state (batch, n), once it is known to be finite."""
-        if self._sums:
-            self._read_sums(y.detach())
-        self._read(y.detach())
+        self.watch.finish(y.detach())
         return y
-
-    def _watch(self, y: Tensor, value: Tensor, t: float) -> None:
-        """Notes which samples are not finite at this call.
-
-        The CPU says so at once; an accelerator is read every 50 calls, or at each one under ``eager_checks``.
-        """
-        self._times.append(t)
-        y, value = y.detach(), value.detach()
-        on_cpu = value.device.type == "cpu"
-        suspicious = not (on_cpu and math.isfinite(float(value.sum())))
-        if suspicious:
-            finite = torch.isfinite(value.sum(1))
-            self._bad_since = torch.minimum(self._bad_since, torch.where(finite, math.inf, float(self.nfe)))
-        if self.nfe % _CHECK_EVERY == 0 or (suspicious and (on_cpu or self.eager_checks)):
-            self._read(y)
-
-    def _read(self, y: Tensor) -> None:
-        bad = torch.isfinite(self._bad_since)
-        exploded = ~(y.abs() <= self._limit).all(1)
-        if not bool((bad | exploded).any()):
-            del self._times[:-1]  # memory must not grow with the number of steps
-            return
-        call, t, what = self.nfe, self.last_time, "the state exploded"
-        if bool(bad.any()):
-            call = int(self._bad_since.min())
-            t = self._times[call - 1 - (self.nfe - len(self._times))]
-            what = "the drift (the score, or the equation itself) is not finite"
-        rows = _rows(bad | exploded)
-        raise NonFiniteStateError(
-            f"{what} at t = {t:.6g}, call {call}, in {len(rows)} of {len(y)} samples: {rows[:8]}"
-            f"{' ...' if len(rows) > 8 else ''}.{self.hint}",
-            t=t, nfe=self.nfe, bad_rows=rows, partial=y.detach(),
-        )  # fmt: skip
 
 
 class Normalised:
@@ -466,15 +398,11 @@ class Normalised:
 
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
         """dy/dr; one call."""
-        t, rate = self._time(_number(r))
+        t, rate = self._time(float(r.detach() if isinstance(r, Tensor) else r))
         size = self._size(t)
         score = self._problem.flat_score(y * size, torch.tensor(t, dtype=torch.float64))
         return (y + size * score) * (rate if self._problem.backward else -rate)
 
 
-def _number(r: Tensor | float) -> float:
-    return float(r.detach() if isinstance(r, Tensor) else r)  # steps chosen by an error have its graph
-
-
-def _rows(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()
+def _root_mean_square(error: Tensor) -> Tensor:
+    return error.detach().square().mean(1).sqrt()  # steps have no gradient

@@ -12,7 +12,7 @@ before, each restart forgets what the noise up to ``high`` hides, at the price o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from sdeflow.scores import GridScore
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.clock import Clock
-from sdeflow.solvers.problem import Problem
+from sdeflow.solvers.problem import Field, Problem
+from sdeflow.solvers.watch import Watch
 
 __all__ = ["Restart"]
 
@@ -197,15 +198,16 @@ def _flow(problem: Problem, clock: Clock, on_step: Callable[[int, float, Tensor]
 
         def call(i: int, u: Tensor) -> Tensor:
             value = grid.call(i, u)
-            problem.called(u, value, i)
+            problem.watch.called(u, value, i)
             return value
 
         return GridScore(grid.readout, call)
 
+    watch = problem.watch
     return Problem(
-        drift, clock, backward=True, hint=problem.hint, row_norm=problem.row_norm, max_calls=problem.max_calls + 1,
-        kernel=kernel, event=problem.event, score=problem.score, on_grid=on_grid, mean=problem.mean,
-        scale=problem.scale, on_step=on_step if problem.on_step else None,
+        Field(drift), clock, backward=True, view=replace(problem.view, score=problem.score, on_grid=on_grid),
+        watch=Watch(watch.max_calls + 1, on_step=on_step if watch.on_step else None, hint=watch.hint),
+        row_norm=problem.row_norm,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import maps_of
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import Clock, make_clock
+from sdeflow.solvers import Clock, Diffusion, make_clock
 from sdeflow.solvers.clock import Grid
 from sdeflow.symbolic.declaration import stratonovich_correction
 from sdeflow.symbolic.derivative import derivative
@@ -134,18 +134,15 @@ class Fields:
 
         return coupled
 
-    def noise(self, equation: Equation, event: tuple[int, ...]) -> dict[str, object]:
-        """What a :class:`~sdeflow.solvers.Problem` needs to know of the noise, for flattened states of ``event``."""
+    def diffusion(self, equation: Equation, event: tuple[int, ...]) -> Diffusion:
+        """The diffusion of ``equation``, of flattened states of shape ``event``."""
         g = equation.noise_matrix
         k, m = g.shape
         correction = stratonovich_correction(g, self.state)
-        given: dict[str, object] = {"hint": self.declaration.domain_hint}
-        if not correction.is_zero_matrix:
-            given["correction"] = _flat(self.function_of_state(tuple(correction)), event)
+        moved = None if correction.is_zero_matrix else _flat(self.function_of_state(tuple(correction)), event)
         if self.declaration.diagonal:
             own = [g[i, i] if g[i, i].has(*self.state) else sp.Abs(g[i, i]) for i in range(k)]  # g(t): no sign
-            given["diffusion"] = _flat(self.function_of_state(own), event)
-            return given
+            return Diffusion(_flat(self.function_of_state(own), event), moved)
         columns = [self.function_of_state(tuple(g[:, j])) for j in range(m)]
 
         def matrix(y: Tensor, time: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ class Fields:
             entries = torch.stack([column(x, time) for column in columns], dim=-1)
             return entries.movedim(1, -2).reshape(-1, k, m)
 
-        return {**given, "diffusion": matrix, "components": k, "motions": m}
+        return Diffusion(matrix, moved, k, m)
 
     def _sided(self, time: Tensor) -> Tensor:
         """A time with a side for each of the parameters' sides."""

@@ -15,7 +15,7 @@ from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
 from sdeflow.numerics.parameters import Values
 from sdeflow.scores import DeclaredSDE, Score, ScoreFunction, as_score
-from sdeflow.solvers import Clock
+from sdeflow.solvers import Clock, Field, View
 from sdeflow.solvers.clock import Grid
 from sdeflow.solving.fields import Fields
 from sdeflow.solving.prior_of import Prior, PriorOf
@@ -138,10 +138,6 @@ class Model:
         """:meth:`Fields.drift`."""
         return self.fields.drift(equation)
 
-    def noise(self, equation: Equation, event: tuple[int, ...]) -> dict[str, object]:
-        """:meth:`Fields.noise`."""
-        return self.fields.noise(equation, event)
-
     def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
         """:meth:`Fields.to_solver`."""
         return self.fields.to_solver(x, time)
@@ -161,17 +157,31 @@ class Model:
         score = self.score(self.fields.from_solver(u, time).to(dtype), time).to(u.dtype)
         return self.fields.kernel.to_basis(score)
 
-    def solver_inputs(self, event: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
-        """What a :class:`~sdeflow.solvers.Problem` needs for the methods that know the kernel."""
-        given: dict[str, object] = {
-            "kernel": self.gaussian, "event": event, "score": partial(self.solver_score, dtype=dtype),
-        }  # fmt: skip
-        if self.gaussian is not None:
-            moments = self.score.data_moments()
-            given["on_grid"] = partial(self.score.on_grid, dtype=dtype)
-            given["scale"] = self.reference_scale()
-            given["mean"] = 0.0 if moments is None else moments[0]
-        return given
+    def field(self, equation: Equation, event: tuple[int, ...], dtype: torch.dtype, noisy: bool = False) -> Field:
+        """The equation of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``.
+
+        Args:
+            equation: the reverse SDE or the flow.
+            event: the shape of one state.
+            dtype: in which the score is called.
+            noisy: whether it has its noise: whether it is the reverse SDE.
+        """
+        drift, score = self.fields.drift(equation), self.solver_score
+
+        def flat(y: Tensor, t: Tensor) -> Tensor:
+            u = y.reshape(-1, *event)
+            return drift(u, t, score(u, t, dtype)).flatten(1)
+
+        return Field(flat, self.fields.diffusion(equation, event) if noisy else None)
+
+    def view(self, event: tuple[int, ...], dtype: torch.dtype) -> View:
+        """The same for methods that know the kernel."""
+        score = partial(self.solver_score, dtype=dtype)
+        if self.gaussian is None:
+            return View(event, score)
+        moments, on_grid = self.score.data_moments(), partial(self.score.on_grid, dtype=dtype)
+        mean = 0.0 if moments is None else moments[0]
+        return View(event, score, self.gaussian, on_grid, mean, self.reference_scale())
 
     def reference_scale(self) -> float:
         """c of the Gaussian reference N(alpha m, alpha² c² + sigma²); any positive number is exact."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -124,12 +124,12 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
 
         return GridScore(score.readout, call)
 
-    inputs = model.solver_inputs(event, like.dtype)
+    view = model.view(event, like.dtype)
     with torch.no_grad(), evaluating(model.score):
         x = model.prior_for(like[:0]).sample((samples, *event), seed=0, dtype=dtype, device=like.device)
         if likelihood:
-            inputs["on_grid"] = seen
-        problem = Problem(lambda y, t: y, model.clock("log_snr"), backward=True, **inputs)
+            view = replace(view, on_grid=seen)
+        problem = Problem(None, model.clock("log_snr"), backward=True, view=view)
         u = model.to_solver(x, model.T)
         problem.start(u.flatten(1))
         times = problem.times(n)

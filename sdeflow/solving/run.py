@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.noise import BLOCK, NoiseStream
 from sdeflow.scores import evaluating
 from sdeflow.scores.thresholded import Thresholded
-from sdeflow.solvers import Clock, Grid, Problem, Solver
+from sdeflow.solvers import Clock, Grid, Problem, Solver, Watch
 from sdeflow.solvers.registry import demands_of, require
 from sdeflow.solving.gradients import require_graph, require_reach
 from sdeflow.solving.model import Model
@@ -33,7 +32,7 @@ from sdeflow.solving.plan import Plan, make_plan
 from sdeflow.solving.solution import Solution
 from sdeflow.symbolic.equations import Equation
 
-__all__ = ["demand_of_path", "field", "run"]
+__all__ = ["demand_of_path", "run"]
 
 _LARGEST = 2**24  # elements of a state that are solved at once
 
@@ -90,20 +89,21 @@ def _chunks(
     if not len(x):
         return _of_no_samples(x, plan, clock, backward, options)
     event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)
-    noise = {} if seed is None else model.noise(equation, event)
+    noisy = seed is not None
+    hint = model.declaration.domain_hint if noisy else ""
     calls = None if plan.expected_calls is None else plan.expected_calls * len(pieces)
     hidden = None if options.progress is None else not options.progress
     found = []
     with tqdm(total=calls, desc="solving", disable=hidden, leave=False) as bar:
         for first, last in pieces:
             part = model if last - first == len(x) else model.rows(slice(first, last))
-            make_problem = partial(
-                Problem, field(part, equation, event, x.dtype), clock, backward=backward, max_calls=plan.max_calls,
-                on_call=None if bar.disable else bar.update,
-                noise=_noise(options, seed, first), **noise,
+            problem = Problem(
+                part.field(equation, event, x.dtype, noisy), clock, backward=backward, view=part.view(event, x.dtype),
+                watch=Watch(plan.max_calls, None if bar.disable else bar.update, hint=hint),
+                noise=_noise(options, seed, first),
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
-                found.append(_solve(part, x[first:last], make_problem, plan, options))
+                found.append(_solve(part, x[first:last], problem, plan, options))
     return found[0] if len(found) == 1 else _joined(found)
 
 
@@ -112,19 +112,6 @@ def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | Brow
     if options.noise is not None:
         return options.noise.rows(first)
     return None if seed is None else NoiseStream(seed, "path", first)
-
-
-def field(
-    model: Model, equation: Equation, event: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The drift of flattened states (batch, n) as solvers carry them, the score asked in ``dtype``."""
-    drift, score = model.drift(equation), model.solver_score
-
-    def field(y: Tensor, t: Tensor) -> Tensor:
-        u = y.reshape(-1, *event)
-        return drift(u, t, score(u, t, dtype)).flatten(1)
-
-    return field
 
 
 # -------------------------------------------------------------------- before a solve
@@ -205,21 +192,21 @@ class _Found:
     calls: int = 0
 
 
-def _solve(model: Model, x: Tensor, make_problem: Callable[..., Problem], plan: Plan, options: Options) -> _Found:
+def _solve(model: Model, x: Tensor, problem: Problem, plan: Plan, options: Options) -> _Found:
     """What one solve from x finds; in float32 on the way where the state is in half precision."""
-    watch = _Watch(model, x, options)
-    inputs = model.solver_inputs(tuple(x.shape[1:]), x.dtype)
-    problem = make_problem(**inputs, on_step=watch if options.observed else None)
+    seen = _Seen(model, x, options)
+    if options.observed:
+        problem.watch.on_step = seen
     start, end = (model.T, model.cutoff) if problem.backward else (model.cutoff, model.T)
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     y = model.to_solver(y, start).flatten(1)
     y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
     found = _Found(model.from_solver(y.reshape(x.shape), end).to(x.dtype), calls=problem.nfe)
     if options.trajectory:
-        if not watch.times:
+        if not seen.times:
             raise ValueError(f"trajectory=True: {plan.solver} did not call problem.observe after its steps.")
-        found.states = torch.stack([x, *watch.states[:-1], found.x])
-        found.times = torch.tensor([start, *watch.times[:-1], end], dtype=torch.float64)
+        found.states = torch.stack([x, *seen.states[:-1], found.x])
+        found.times = torch.tensor([start, *seen.times[:-1], end], dtype=torch.float64)
     if options.denoise or options.return_denoised:
         _denoise(model, found, end, options)
     return found
@@ -242,7 +229,7 @@ def _denoise(model: Model, found: _Found, end: float, options: Options) -> None:
             found.states[-1] = found.x
 
 
-class _Watch:
+class _Seen:
     """Sees the state after each step as its user does: keeps it for the trajectory, shows it to the callback."""
 
     def __init__(self, model: Model, x: Tensor, options: Options) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -25,7 +26,7 @@ from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import Blocks
 from sdeflow.numerics.noise import NoiseStream, mixed_seed, resolve_seed
 from sdeflow.scores import DeclaredSDE
-from sdeflow.solvers import Clock, EulerMaruyama, Problem, Solver, Torchsde
+from sdeflow.solvers import Clock, EulerMaruyama, Field, Problem, Solver, Torchsde, Watch
 from sdeflow.solvers.registry import demands_of, resolved
 from sdeflow.solving.boundary import Boundary
 from sdeflow.solving.fields import Fields
@@ -192,10 +193,13 @@ class _Path:
         self.plan, self.seed, self.event, self.ends = plan, seed, event, ends
         self.noise = seed.rows() if isinstance(seed, BrownianPath) else NoiseStream(seed, "simulation")
         self._drift = fields.function_of_state(fields.declaration.drifts)
-        self._diffusion = fields.noise(forward(fields.declaration), event)
+        self._diffusion, self._hint = (
+            fields.diffusion(forward(fields.declaration), event),
+            fields.declaration.domain_hint,
+        )
         if ends is not None:
             self._drift = self._at_nearest(self._drift, event)
-            self._diffusion["diffusion"] = self._at_nearest(self._diffusion["diffusion"], event)
+            self._diffusion = replace(self._diffusion, g=self._at_nearest(self._diffusion.g, event))
         self._stretch = 0
 
     def _at_nearest(self, function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable:
@@ -229,10 +233,9 @@ class _Path:
         on_call: Callable[[], object] | None,
     ) -> Tensor:  # fmt: skip
         plan = self.plan
-        problem = Problem(
-            self._field, Clock(first, last), backward=False, noise=noise, max_calls=plan.max_calls, on_call=on_call,
-            **self._diffusion,
-        )  # fmt: skip
+        watch = Watch(plan.max_calls, on_call, hint=self._hint)
+        field = Field(self._field, self._diffusion)
+        problem = Problem(field, Clock(first, last), backward=False, watch=watch, noise=noise)
         return plan.solver.solve(problem, y, steps, plan.rtol, plan.atol)
 
     def _field(self, y: Tensor, time: Tensor) -> Tensor:

@@ -338,8 +338,7 @@ def propagated_variance(reverse, solver, steps):
     model, n = reverse.model, steps * getattr(solver, "calls_per_step", 1) + 1
 
     problem = Problem(
-        lambda y, time: y, model.clock("log_snr"), backward=True, noise=OneAtATime(), max_calls=10_000,
-        **model.solver_inputs((1,), torch.float64),
+        None, model.clock("log_snr"), backward=True, view=model.view((1,), torch.float64), noise=OneAtATime()
     )  # fmt: skip
     start = torch.zeros(n, 1, dtype=torch.float64)
     start[0] = 1.0

@@ -20,7 +20,7 @@ from sdeflow import SDE, catalog, x
 from sdeflow.numerics.basis import Orthogonal
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GaussianMixture
-from sdeflow.solvers import Exponential, Problem, Torchdiffeq, Torchsde, make_clock
+from sdeflow.solvers import Diffusion, Exponential, Field, Problem, Torchdiffeq, Torchsde, View, Watch, make_clock
 from sdeflow.solvers.edm import StochasticHeun
 from sdeflow.solvers.euler import Euler, EulerMaruyama, Heun
 from sdeflow.solvers.exponential.singlestep import SingleStep
@@ -74,11 +74,10 @@ class Impulses:
         return out
 
 
-def problem_of(kernel, noise, event, std=0.5, grid=None, score=None, **options):
+def problem_of(kernel, noise, event, std=0.5, grid=None, score=None, field=None, on_step=None, on_call=None, **view):
     clock = make_clock(grid, kernel, kernel.cutoff, kernel.T, std or 1.0)
-    score = score or exact_score(kernel, std)
-    given = {"backward": True, "noise": noise, "kernel": kernel, "event": event, "score": score, "max_calls": 10**6}
-    return Problem(None, clock, **{**given, **options})
+    seen = View(event, score or exact_score(kernel, std), kernel, **view)
+    return Problem(field, clock, backward=True, view=seen, watch=Watch(10**6, on_call, on_step), noise=noise)
 
 
 def propagated(solver, sde, steps, std=0.5, event=(1,), start=None, **options):
@@ -725,10 +724,10 @@ def test_every_step_is_observed(solver):
         return a(y) - q(exact_score(kernel, 0.5)(y, t))
 
     problem = problem_of(
-        kernel, NoiseStream(0, "path"), (2,), diffusion=lambda y, t: kernel.equation(y, t)[2].values.sqrt(),
-        score=lambda u, t: -u, on_step=lambda step, t, y: seen.append((step, t, tuple(y.shape))),
+        kernel, NoiseStream(0, "path"), (2,), score=lambda u, t: -u,
+        field=Field(drift, Diffusion(lambda y, t: kernel.equation(y, t)[2].values.sqrt())),
+        on_step=lambda step, t, y: seen.append((step, t, tuple(y.shape))),
     )  # fmt: skip
-    problem._drift = drift
     steps = None if solver.adaptive else 12
     with torch.no_grad():
         out = solver.solve(problem, torch.ones(3, 2, dtype=double), steps, 0.1, 0.1)

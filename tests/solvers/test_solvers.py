@@ -30,11 +30,10 @@ def propagated_variance(reverse, steps, method="euler"):
     n = steps + 1
 
     problem = Problem(
-        reverse._field((1,), torch.float64),
+        model.field(reverse.equation, (1,), torch.float64, noisy=True),
         model.clock(None),
         backward=True,
         noise=OneAtATime(),
-        **model.noise(reverse.equation, (1,)),
     )
     start = torch.zeros(n, 1, dtype=torch.float64)
     start[0] = 1.0

@@ -82,12 +82,9 @@ class _Compiled:
     def gram(self, x: Array, at: float) -> Array:
         """The noise squared, (n, e, k, k)."""
         state = self._states(x[:, None])
-        noise = self.fields.noise(self.equations["reverse"], self.event)
-        diffusion = noise["diffusion"]
-        if not callable(diffusion):
-            raise UnknownValue("the noise is no function.")
-        value = diffusion(state.flatten(1), torch.tensor(at, dtype=torch.float64))
-        if "components" in noise:
+        diffusion = self.fields.diffusion(self.equations["reverse"], self.event)
+        value = diffusion.g(state.flatten(1), torch.tensor(at, dtype=torch.float64))
+        if diffusion.components:
             return (value @ value.mT).numpy()[:, None]
         value = value.expand(len(x), *self.event) if value.ndim == 0 else value.reshape(-1, *self.event)
         rows = self._rows(value.expand(len(x), *self.event))

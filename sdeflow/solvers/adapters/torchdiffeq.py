@@ -106,7 +106,7 @@ class Torchdiffeq(Solver):
         scheme = _SCHEMES.get(self.method)
         points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive, order=4, scheme=scheme)
         flow = problem.normalised() if self.adaptive else None
-        observed = None if problem.on_step is None else _Observed(problem, points[0], flow)
+        observed = None if problem.watch.on_step is None else _Observed(problem, points[0], flow)
         if flow is not None:
             first, last = flow.size(points[0]), flow.size(points[-1])
             y = self._integrated(problem, observed, flow, y / first, points, rtol, atol / last)
@@ -144,11 +144,11 @@ class Torchdiffeq(Solver):
                 warnings.filterwarnings("ignore", message="The following arguments have no")  # SciPy, of min_step
                 out = odeint(drift, y, ts, rtol=rtol, atol=atol, method=self.method, options=options)
         except (UserWarning, AssertionError) as error:
-            if error is problem.failure or (observed is not None and observed.failure is error):
+            if error is problem.watch.failure or (observed is not None and observed.failure is error):
                 raise  # the score's or an observer's own
             raise self._failure(problem, error) from error
         if len(out) != 2:
-            t = problem.last_time
+            t = problem.watch.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
         if observed is not None:
             observed.step_ended(float(ts[-1]), out[-1])
@@ -166,7 +166,7 @@ class Torchdiffeq(Solver):
 
     def _failure(self, problem: Problem, error: Exception) -> SolverError:
         """torchdiffeq's warnings and assertions as what they mean."""
-        t = problem.last_time
+        t = problem.watch.last_time
         if isinstance(error, UserWarning):
             message = f"the iteration of {self.method} did not converge near t = {t:.6g}: take more steps."
             return SolverError(message, t=t, nfe=problem.nfe)

@@ -100,7 +100,7 @@ class Torchsde(Solver):
         system = _System(problem, "stratonovich" if self.method in _STRATONOVICH else "ito")
         end = float(points[-1])
         brownian, tolerances = self._brownian(problem, y, end), (rtol, atol, 1e-6 * end)
-        observed = problem.on_step is not None and self.observable
+        observed = problem.watch.on_step is not None and self.observable
         if not observed and problem.in_unit_steps:
             points = [points[0], points[-1]]
         step = 0
@@ -136,9 +136,9 @@ class Torchsde(Solver):
                     atol=atol, dt_min=dt_min, extra=True, extra_solver_state=extra,
                 )  # fmt: skip
             except (UserWarning, AssertionError) as error:
-                if error is problem.failure:
+                if error is problem.watch.failure:
                     raise
-                t = problem.last_time
+                t = problem.watch.last_time
                 raise StepUnderflowError(
                     f"the adaptive step of {self.method} shrank to nothing at t = {t:.6g}: loosen rtol and atol.",
                     t=t, nfe=problem.nfe,

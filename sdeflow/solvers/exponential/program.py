@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.basis import Basis
-from sdeflow.numerics.linear import Factor, Linear, add_multiple, multiplied
+from sdeflow.numerics.linear import Factor, Linear, add_multiple, add_multiples, multiplied
 from sdeflow.scores import GridScore
 from sdeflow.solvers.exponential.weights import Rule, Transfer, weights
 from sdeflow.solvers.problem import Problem
@@ -148,7 +148,7 @@ class Program:
         if self.first_order is not None and record is None:
             return self._run_first_order(problem, u, self.first_order)
         past: deque[Tensor] = deque(maxlen=self.steps.longest)
-        base, noise = u, None
+        base, noise, observed = u, None, problem.watch.on_step is not None
         for n in range(len(self.steps.state)):
             if len(past) == self.steps.longest:
                 past.appendleft(self._prediction(problem, n, u, past.pop()))
@@ -158,26 +158,28 @@ class Program:
                 record.append(past[0].clone())
             if n and self.steps.corrector[n - 1]:
                 base = self._moved(n - 1, base, self.steps.corrector[n - 1], past, noise)
-                if problem.on_correction is not None:
-                    problem.on_correction(n, u, base)
+                if problem.watch.on_correction is not None:
+                    problem.watch.on_correction(n, u, base)
             else:
                 base = u
             if self.steps.noise is not None:
                 noise = multiplied(self.steps.noise[n], self._motion(problem, n, u))
             u = self._moved(n, base, self.steps.predictor[n], past, noise)
-            problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
+            if observed:
+                problem.observe(n + 1, self.times[n + 1], u if self.basis is None else self.basis.inverse(u))
         return u
 
     def _run_first_order(self, problem: Problem, u: Tensor, factors: list[tuple[float, float]]) -> Tensor:
         """The same, a step's prediction and propagation in one; ``factors`` are of the state and of the output."""
-        noise = self.steps.noise
+        noise, observed = self.steps.noise, problem.watch.on_step is not None
         for n, (of_state, of_output) in enumerate(factors):
             output = self.score.call(n, u)
-            problem.called(u, output, n)
+            problem.watch.called(u, output, n)
             u = torch.mul(u, of_state).add_(output, alpha=of_output)
             if noise is not None:
                 add_multiple(u, noise[n], self._motion(problem, n, u))
-            problem.observe(n + 1, self.times[n + 1], u)
+            if observed:
+                problem.observe(n + 1, self.times[n + 1], u)
         return u
 
     def _motion(self, problem: Problem, n: int, u: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ class Program:
             output = self.score.call(n, u)
         else:
             output = self.basis.forward(self.score.call(n, self.basis.inverse(u)))
-        problem.called(u, output, n)
+        problem.watch.called(u, output, n)
         factor = self.of_output[n]
         if torch.is_grad_enabled() and (output.requires_grad or u.requires_grad):
             out = multiplied(factor, output)  # memory that a graph holds must not be written again
@@ -207,9 +209,7 @@ class Program:
         self, n: int, base: Tensor, factors: list[Factor], past: Sequence[Tensor], noise: Tensor | None
     ) -> Tensor:
         """Ψ base + Σ_j w_j F_j + noise, over step n."""
-        u = multiplied(self.steps.state[n], base)
-        for factor, prediction in zip(factors, past, strict=False):
-            add_multiple(u, factor, prediction)
+        u = add_multiples(multiplied(self.steps.state[n], base), factors, past)
         if self.mean is not None:
             add_multiple(u, self.mean_in_step[n], self.mean)
         return u if noise is None else u.add_(noise)

@@ -162,6 +162,6 @@ class _Plan:
 
     def _prediction(self, problem: Problem, i: int, u: Tensor) -> Tensor:
         output = self.score.call(i, u)
-        problem.called(u, output, i)
+        problem.watch.called(u, output, i)
         F = add_multiple(multiplied(self.of_output[i], output), self.of_state[i], u)
         return F if self.constant is None else F.add_(self.constant[i])
