@@ -8,6 +8,7 @@ Gaussian reference of scale c,
 
 for any c > 0, and the integrand vanishes for Gaussian data of scale c.
 
+    route                 which of these ways is taken
     nodes, exponential    on the exponential solver's own nodes, in so many calls or to an error of log p in nats
     continuous            log p as one more coordinate of the state, by torchdiffeq: for every SDE
     adjoint               the gradient in x and the parameters, in memory that does not grow with the steps

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdeflow.errors import ScoreError, SolverError
 from sdeflow.likelihood.options import DEFAULT_PROBES, Options, is_exact
 from sdeflow.likelihood.result import Solved
+from sdeflow.likelihood.route import Continuous
 from sdeflow.likelihood.tolerance import Held, require_reached
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.traces import (
@@ -30,7 +31,7 @@ from sdeflow.numerics.traces import (
 from sdeflow.solvers import Field, Problem, Watch
 from sdeflow.solvers.clock import Clock
 from sdeflow.solving.model import Model
-from sdeflow.solving.plan import Plan, make_plan
+from sdeflow.solving.plan import Plan
 from sdeflow.solving.reference import reference, reference_growth
 from sdeflow.symbolic.equations import Equation
 
@@ -39,23 +40,11 @@ _FIRST_OF_HELD = 0.01  # times the error that log p is held to: the first tolera
 _MOST_FIRST = 1e-4
 _LOOSE = 1e-3  # from this tolerance on the error does not follow the tolerance; two tighter ones tell it
 
-__all__ = ["Flow", "by_torchdiffeq", "fixed_probes", "plan_of"]
-
-
-def plan_of(options: Options, dtype: torch.dtype) -> Plan:
-    """The method meant, and its steps or tolerances."""
-    if options.gradient == "adjoint":
-        raise ValueError(
-            'gradient="adjoint" goes along the nodes of an exponential solver: give steps= or atol= alone; a method of '
-            'torchdiffeq takes gradient="backprop".'
-        )
-    return make_plan(
-        "likelihood", options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid
-    )
+__all__ = ["Flow", "by_torchdiffeq", "fixed_probes"]
 
 
 def by_torchdiffeq(
-    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, dtype: torch.dtype,
+    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, way: Continuous, dtype: torch.dtype,
     on_call: Callable[[], object] | None,
 ) -> Solved:  # fmt: skip
     """log p of states x (batch, *event) in float64 at the cutoff.
@@ -66,10 +55,12 @@ def by_torchdiffeq(
         x: at the cutoff.
         rows: which rows of all samples these are, for their probes.
         options: as asked for.
+        way: the method, and its steps or tolerances.
         dtype: in which the score is called.
         on_call: called at each call of the score.
     """
-    plan, clock, calls = plan_of(options, dtype), model.clock(options.grid), []
+    plan, clock = way.plan, model.clock(options.grid)
+    calls: list[int] = []
     everyone = torch.arange(len(x), device=x.device)
 
     def solved(part: Tensor, plan: Plan, round: int = 0, graph: bool = False) -> tuple[Estimate, Tensor]:
@@ -94,8 +85,8 @@ def by_torchdiffeq(
         first, x_T = found[0]
         return total, x_T, first.value.detach()
 
-    if options.held is not None:
-        return _to_tolerance(x, plan, options, dtype, calls, solved, measured)
+    if way.held is not None:
+        return _to_tolerance(x, plan, way.held, options, dtype, calls, solved, measured)
     estimate, x_T, first = measured(everyone, plan)
     error, used = torch.full_like(first, math.nan), sum(calls)
     if options.full:
@@ -104,11 +95,11 @@ def by_torchdiffeq(
 
 
 def _to_tolerance(
-    x: Tensor, plan: Plan, options: Options, dtype: torch.dtype, calls: list[int],
+    x: Tensor, plan: Plan, error: float, options: Options, dtype: torch.dtype, calls: list[int],
     solved: Callable[[Tensor, Plan], tuple[Estimate, Tensor]],
     measured: Callable[[Tensor, Plan], tuple[Estimate, Tensor, Tensor]],
 ) -> Solved:  # fmt: skip
-    """log p of each sample to ``atol`` nats: at tolerances of dopri5 that become tighter until two solves agree.
+    """log p of each sample to an ``error`` in nats: at tolerances of dopri5 that become tighter until two solves agree.
 
     The tolerances are those of a solve with the probes of the first round, and without a graph; where more is asked
     for, it is found at the tolerance that served.
@@ -119,9 +110,9 @@ def _to_tolerance(
         return Plan(plan.solver, None, rtol, rtol, max(1, plan.max_calls - sum(calls)))
 
     def allowed(value: Tensor) -> Tensor:
-        return torch.full_like(value, options.held)
+        return torch.full_like(value, error)
 
-    first = min(_FIRST_OF_HELD * options.held, _MOST_FIRST)
+    first = min(_FIRST_OF_HELD * error, _MOST_FIRST)
     with torch.no_grad():
         left = held.settle(
             torch.arange(len(x), device=x.device), lambda part, rtol: solved(part, at(rtol)), allowed, first, dtype

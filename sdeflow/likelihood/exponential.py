@@ -14,12 +14,12 @@ from sdeflow.errors import LongSolveWarning, warn
 from sdeflow.likelihood import adjoint
 from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
-from sdeflow.likelihood.options import Options, estimator
+from sdeflow.likelihood.options import Options
 from sdeflow.likelihood.result import Solved
+from sdeflow.likelihood.route import OnNodes
 from sdeflow.likelihood.tolerance import Held, not_reached, require_reached
 from sdeflow.numerics.traces import Estimate, Exact, Given, Hutchinson, until
-from sdeflow.solvers import Exponential, Torchdiffeq
-from sdeflow.solvers.clock import steps_of
+from sdeflow.solvers import Torchdiffeq
 from sdeflow.solving.model import Model
 from sdeflow.solving.pilot import pilot
 from sdeflow.solving.plan import Plan
@@ -43,42 +43,28 @@ _LONG, _LARGE = 10_000, 100_000  # products, and parameters, from which on a sol
 _COMPARED_WITH = 20  # steps, at least, of the finer grid that a solve in fixed steps is compared with
 
 
-def carrier_of(model: Model, x: Tensor, options: Options, on_call: Callable[[], object] | None) -> Carrier:
-    """The solver, grid and trace that ``options`` ask for, the same for all chunks of x.
+def carrier_of(model: Model, x: Tensor, way: OnNodes, key: int, on_call: Callable[[], object] | None) -> Carrier:
+    """The grid of ``way`` with its solver and trace, the same for all chunks of x.
 
     Args:
         model: an SDE with a Gaussian kernel, and its score.
         x: all states (batch, *event), in the dtype in which the score is called.
-        options: as asked for.
+        way: as chosen.
+        key: of the probes.
         on_call: called at each call of the score.
     """
-    chosen = options.solver or Exponential(2 if model.kernel.coupled else 3)
-    named = options.grid
-    times = steps_of(named)
-    wanted = _steps(options)
-    if named is None:
-        named = "log_snr" if wanted is not None else "pilot"
-    clock = (
-        pilot(model, chosen, x.detach()[:1], likelihood=True).clock
-        if isinstance(named, str) and named == "pilot"
-        else model.clock(named)
-    )
-    steps = wanted or _FIRST_STEPS
-    if wanted not in (None, times) and options.solver is None:
-        steps = max(1, steps - 1)  # without a solver, calls are what is counted
-    trace = estimator(x, options)
+    if isinstance(way.grid, str) and way.grid == "pilot":
+        clock = pilot(model, way.solver, x.detach()[:1], likelihood=True).clock
+    else:
+        clock = model.clock(way.grid)
+    trace = way.trace
     if isinstance(trace, Given):
         trace = trace.mapped(model.kernel.to_basis, tuple(x.shape[1:]))
-    return Carrier(trace, chosen, clock, steps, options.key, x.dtype, on_call)
-
-
-def _steps(options: Options) -> int | None:
-    """Steps, or times of a grid, as asked for; None where log p is held to an error."""
-    return steps_of(options.grid) if options.steps is None and options.atol is None else options.steps
+    return Carrier(trace, way.solver, clock, way.steps or _FIRST_STEPS, key, x.dtype, on_call)
 
 
 def by_exponential(
-    carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options
+    carrier: Carrier, model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, in_steps: bool
 ) -> Solved:
     """log p of states x (batch, *event) in float64 at the cutoff.
 
@@ -89,8 +75,9 @@ def by_exponential(
         x: at the cutoff.
         rows: which rows of all samples these are, for their probes.
         options: as asked for.
+        in_steps: whether in the carrier's steps, rather than to an error in nats.
     """
-    if _steps(options) is not None:
+    if in_steps:
         return _in_steps(carrier, model, x, rows, options)
     return _to_tolerance(carrier, model, equation, x, rows, options)
 

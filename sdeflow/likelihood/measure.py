@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from sdeflow.errors import NonFiniteStateError, TraceErrorWarning, warn
 from sdeflow.likelihood.budget import mean_path, prior_mismatch, truncation
-from sdeflow.likelihood.continuous import by_torchdiffeq, plan_of
+from sdeflow.likelihood.continuous import by_torchdiffeq
 from sdeflow.likelihood.exponential import by_exponential, carrier_of
-from sdeflow.likelihood.nodes import Carrier
-from sdeflow.likelihood.options import DataOptions, LogProbOptions, Options, estimator, stands_still
-from sdeflow.likelihood.result import LogProb
+from sdeflow.likelihood.options import DataOptions, LogProbOptions, Options
+from sdeflow.likelihood.result import LogProb, Solved, joined
+from sdeflow.likelihood.route import Continuous, OnNodes, route
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.linear import Blocks
 from sdeflow.numerics.noise import NoiseStream
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
 _LARGEST = 2**22  # elements of states carried at once
+
+Solve = Callable[[Model, Tensor, Tensor], Solved]
 
 
 @overload
@@ -103,10 +105,8 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
         )
     if isinstance(options.trace, Given):
         options.trace.require(tuple(x.shape))
-    exponential = options.by_exponential(model)
-    if not exponential:
-        plan_of(options, x.dtype)
-    options = _with_gradient(model, x, options, exponential)
+    way = route(model, x, options)
+    options = replace(options, gradient=way.gradient)
     if not len(x):
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return LogProb(empty, empty, empty, empty, empty, 0, empty)
@@ -121,90 +121,46 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
         on_call = None if bar.disable else bar.update
         if x.is_inference():
             x = x.clone()
-        carrier = carrier_of(model, x, options, on_call) if exponential else None
+        solve = _solver(model, equation, x, way, options, on_call)
         if len(x) <= size:
-            return _chunk(model, equation, x, rows, options, carrier, on_call)
+            return _chunk(model, x, rows, options, way, solve)
         parts = [
-            _chunk(model.rows(part), equation, x[part], rows[part], options, carrier, on_call)
+            _chunk(model.rows(part), x[part], rows[part], options, way, solve)
             for part in torch.arange(len(x), device=x.device).split(size)
         ]
-    names = ("value", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-    return LogProb(**joined, nfe=sum(p.nfe for p in parts))
+    return joined(parts)
 
 
-def _chunk(
-    model: Model, equation: Equation, x: Tensor, rows: Tensor, options: Options, carrier: Carrier | None,
+def _solver(
+    model: Model, equation: Equation, x: Tensor, way: OnNodes | Continuous, options: Options,
     on_call: Callable[[], object] | None,
-) -> LogProb:  # fmt: skip
+) -> Solve:  # fmt: skip
+    """What solves for samples of x, by their model, states at the cutoff in float64 and rows."""
+    if isinstance(way, OnNodes):
+        carrier = carrier_of(model, x, way, options.key, on_call)
+        in_steps = way.steps is not None
+        return lambda part, state, rows: by_exponential(carrier, part, equation, state, rows, options, in_steps)
+    return lambda part, state, rows: by_torchdiffeq(part, equation, state, rows, options, way, x.dtype, on_call)
+
+
+def _chunk(model: Model, x: Tensor, rows: Tensor, options: Options, way: OnNodes | Continuous, solve: Solve) -> LogProb:
     """log p of some samples."""
     state, volume, from_data = x.double(), 0.0, options.at == "data"
     if from_data:
         state, volume = mean_path(model, x)
-    if carrier is not None:
-        found = by_exponential(carrier, model, equation, state, rows, options)
-    else:
-        found = by_torchdiffeq(model, equation, state, rows, options, x.dtype, on_call)
+    found = solve(model, state, rows)
     bad = (~torch.isfinite(found.value)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteStateError(f"log p is not finite in samples {bad[:8]}.", nfe=found.calls, bad_rows=bad)
     unknown = torch.full_like(found.value.detach(), math.nan)
     value, left, mismatch = found.value + volume, unknown, (unknown, unknown)
     if options.full or from_data:
-        of_cutoff = estimator(x, options) if carrier is not None else Hutchinson() if found.stderr.any() else Exact()
+        of_cutoff = way.trace if isinstance(way, OnNodes) else Hutchinson() if found.stderr.any() else Exact()
         change, left = truncation(model, x, of_cutoff, seed=options.key, rows=rows, from_data=from_data)
         value, left = (value + change, left) if from_data else (value, change)
     if options.full:
         mismatch = prior_mismatch(model, found.x_T, x.dtype)
     return LogProb(value, found.bar, found.error, left, mismatch[0], found.calls, mismatch[1])
-
-
-def _with_gradient(model: Model, x: Tensor, options: Options, exponential: bool) -> Options:
-    """The options with the gradient that is meant.
-
-    Raises:
-        ValueError: where it would miss something that requires grad.
-    """
-    chosen = options.gradient
-    if chosen is None and not (x.requires_grad and torch.is_grad_enabled()):
-        return options
-    if any(tensor.requires_grad for tensor in model.values.tensors.values()):
-        raise ValueError(
-            "the gradient of log p does not reach the parameters of the SDE itself: freeze them with "
-            "requires_grad_(False)."
-        )
-    hidden = len(x) > 0 and _reaches_more_than_parameters(model, x)
-    if chosen == "adjoint" and hidden:
-        raise ValueError(
-            'gradient="adjoint" finds the parameters of a score that is a module; this one uses others, in a closure. '
-            'Pass the module itself, or take gradient="backprop".'
-        )
-    still = exponential and stands_still(model)
-    if chosen == "adjoint" and still:
-        raise ValueError(
-            'gradient="adjoint" integrates over the log-SNR, which stands still at an end of this SDE or on the way '
-            '(g = 0 there): take gradient="backprop".'
-        )
-    return replace(options, gradient=chosen or ("adjoint" if exponential and not (hidden or still) else "backprop"))
-
-
-def _reaches_more_than_parameters(model: Model, x: Tensor) -> bool:
-    """Whether the score depends on tensors that require grad and are none of its parameters."""
-    one = model.rows(slice(0, 1))
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model.score):
-        output = one.score(x[:1].detach().clone(), model.T)
-    known = {id(p) for p in model.score.parameters()}
-    seen: set[object] = set()
-    queue = [output.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            return True
-        queue += [parent for parent, _ in node.next_functions]
-    return False
 
 
 def warn_if_noisy(stderr: Tensor, limit: float) -> None:

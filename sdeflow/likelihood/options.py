@@ -15,20 +15,17 @@ from sdeflow.likelihood.dequantisation import Dequantisation
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag, checked_real, checked_state
 from sdeflow.numerics.noise import resolve_seed
 from sdeflow.numerics.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
-from sdeflow.solvers import Exponential, Grid, Solver
-from sdeflow.solvers.clock import as_grid, steps_of
-from sdeflow.solving.model import Model
-from sdeflow.solving.plan import require_calls
+from sdeflow.solvers import Grid, Solver
+from sdeflow.solvers.clock import as_grid
 
 __all__ = [
     "DEFAULT_PROBES", "EXACT_BY_DEFAULT", "BitsOptions", "DataOptions", "LogProbOptions", "Options", "estimator",
-    "is_exact", "stands_still",
+    "is_exact",
 ]  # fmt: skip
 
 EXACT_BY_DEFAULT = 128
 EXACT_LIMIT = 4096
 DEFAULT_PROBES = 16
-_STILL = 1e-3  # a rate of the half-log-SNR, over the horizon
 TRACES = ("exact", "hutchinson", "hadamard", "hutch++")
 
 
@@ -183,11 +180,6 @@ class Options:
         return self if exact else replace(self, key=resolve_seed(self.seed))
 
     @property
-    def held(self) -> float | None:
-        """The error in nats that log p of each sample is held to, or None."""
-        return self.atol if self.solver is None and self.steps is None and self.rtol is None else None
-
-    @property
     def law(self) -> str:
         """That of Hutchinson's probes."""
         return self.probe or "rademacher"
@@ -196,28 +188,6 @@ class Options:
     def target(self) -> float | None:
         """The standard error of the trace in nats that probes are added for, or None."""
         return self.warn_above if self.probes == "auto" else None
-
-    def by_exponential(self, model: Model) -> bool:
-        """Whether the integral is taken on an exponential solver's nodes."""
-        solver, named = self.solver, (self.steps, self.rtol, self.atol)
-        if isinstance(solver, Exponential):
-            if solver.stochastic:
-                raise ValueError(f"the likelihood is the flow's: {solver} draws noise.")
-            if model.gaussian is None:
-                raise ValueError(f"{solver} needs a Gaussian kernel, which this SDE has not.")
-            steps = steps_of(self.grid) if self.steps is None and self.atol is None else self.steps
-            if self.rtol is not None or (steps is None) == (self.atol is None):
-                raise ValueError("an exponential solver takes either steps= or atol=, the error of log p in nats.")
-            return True
-        if self.steps is not None and self.max_calls is not None and self.steps > self.max_calls:
-            raise ValueError(f"{self.steps} steps take more than max_calls={self.max_calls} calls.")
-        require_calls(self.steps or 0, f"{self.steps} steps", self.max_calls)
-        return (
-            solver is None
-            and model.gaussian is not None
-            and self.rtol is None
-            and sum(v is not None for v in named) < 2
-        )
 
 
 def is_exact(x: Tensor, options: Options) -> bool:
@@ -245,18 +215,3 @@ def estimator(x: Tensor, options: Options) -> Trace:
     if trace == "hutch++":
         return HutchPP(probes)
     return Exact() if is_exact(x, options) else Hutchinson(probes, options.law)
-
-
-def stands_still(model: Model) -> bool:
-    """Whether the log-SNR stands still at the cutoff or at T, where an integrand over it has a pole.
-
-    On the way too where break points are times of the grid (coupled states, schedules per coordinate); else none falls
-    into a pause.
-    """
-    kernel = model.kernel
-    times = torch.tensor([model.cutoff, model.T], dtype=torch.float64)
-    with torch.no_grad():
-        still = not bool((kernel.half_log_snr_rate(times) < 0).all())
-        if still or not (kernel.coupled or kernel.values.shape):
-            return still
-        return bool((kernel.half_log_snr_rate(kernel.numbers.probes) * (model.T - model.cutoff) > -_STILL).any())

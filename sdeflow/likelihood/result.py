@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.numerics.traces import widening
 
-__all__ = ["LogProb", "Solved"]
+__all__ = ["LogProb", "Solved", "joined"]
 
 _SHOWN = 5  # values of each part, where it is printed
 
@@ -56,6 +56,17 @@ class LogProb:
         names = ("value", "error", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
         rows = [f"    {name:<14} {_shown(getattr(self, name))}" for name in names]
         return "\n".join([f"LogProb(shape={tuple(self.value.shape)}, unit={self.unit!r}, nfe={self.nfe},", *rows]) + ")"
+
+
+def joined(parts: list[LogProb]) -> LogProb:
+    """The parts of one batch as one."""
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    budget = whole("solver_error"), whole("truncation"), whole("prior_mismatch")
+    calls = sum(part.nfe for part in parts)
+    return LogProb(whole("value"), whole("stderr"), *budget, calls, whole("prior_error"), parts[0].unit)
 
 
 class Solved(NamedTuple):
