@@ -127,6 +127,9 @@ class ReverseSDE(_Bound):
     ) -> Solution:  # fmt: skip
         """Solves the reverse SDE from draws of the prior to t = cutoff.
 
+        Without a Gaussian kernel a step may lead out of the domain where f and g are real (x < 0 for √x): f, g and the
+        score are then asked for at the nearest state within, and states are shown there (truncation).
+
         Args:
             shape: (batch, *event).
             solver: a name that ``sdeflow.solvers.names_for("sde")`` lists, or a solver object; by default that of

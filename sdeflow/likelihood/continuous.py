@@ -240,7 +240,7 @@ class Flow:
             return self.rate(y, t, tuple(x.shape[1:]))
 
         with torch.enable_grad() if self.graph else torch.no_grad():
-            watch = Watch(plan.max_calls, on_call)
+            watch = Watch(plan.max_calls, on_call, hint=model.declaration.domain_hint)
             problem = Problem(Field(rate), self.clock, backward=False, watch=watch, row_norm=row_norm)
             start = model.to_solver(x, model.cutoff).flatten(1)
             y = torch.cat([start, start.new_zeros(len(x), columns + extra)], dim=1)

@@ -110,8 +110,8 @@ def _plan(options: Options, dtype: torch.dtype) -> Plan:
     """The method of torchdiffeq, and its steps or tolerances."""
     if options.gradient == "adjoint":
         raise ValueError(
-            'gradient="adjoint" goes along the nodes of an exponential solver: give steps= or atol= alone; a method of '
-            'torchdiffeq takes gradient="backprop".'
+            'gradient="adjoint" goes along the nodes of an exponential solver, which needs a Gaussian kernel, and '
+            'steps= or atol= alone; a method of torchdiffeq takes gradient="backprop".'
         )
     return make_plan(
         "likelihood", options.solver, options.steps, options.rtol, options.atol, options.max_calls, dtype, options.grid

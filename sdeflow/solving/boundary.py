@@ -23,7 +23,8 @@ dx = 2 (θ - x) dt + 0.6 sqrt(x) dw at θ = 0.04 from 0.05, in 25 steps: d E[x_1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import sympy as sp
 import torch
@@ -32,14 +33,16 @@ from torch import Tensor
 from sdeflow.errors import DeclarationError
 from sdeflow.numerics.checks import checked_choice
 from sdeflow.numerics.compile import compile_expressions
+from sdeflow.solvers.problem import Field
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.domain import ends_of, ends_that_are_told
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["BOUNDARIES", "Boundary", "states_to_try"]
+__all__ = ["BOUNDARIES", "Boundary", "Kept", "states_to_try"]
 
 BOUNDARIES = ("truncate", "reflect", "absorb")
 
+_OFF = 1e-9  # from an end, in the units of the state
 _TRIED = 512  # states of a coupled SDE, beside and without regard to its ends
 
 
@@ -74,6 +77,47 @@ def _beside(ends: Tensor) -> Tensor:
     return torch.cat([0.5 * (ends[1:] + ends[:-1]), (ends - steps).flatten(0, 1), (ends + steps).flatten(0, 1)])
 
 
+class Kept:
+    """The domain of an SDE without a Gaussian kernel in a solve of its reverse SDE, by truncation.
+
+    f, g and the score are asked for at the nearest state off the ends, and states are shown there.
+
+    Args:
+        declaration: the SDE.
+        values: numbers and tensors of its parameters.
+        x: states (batch, *event) at the start.
+        t: its time.
+    """
+
+    def __init__(
+        self, declaration: Declaration, values: Mapping[sp.Symbol, float | Tensor], x: Tensor, t: float
+    ) -> None:
+        self._event = tuple(x.shape[1:])
+        try:
+            self._ends: Boundary | None = Boundary("truncate", declaration, values, x, t)
+        except DeclarationError:  # no end, or none that is told for each component by itself
+            self._ends = None
+
+    def state(self, x: Tensor, t: float) -> Tensor:
+        """States as they are shown."""
+        return x if self._ends is None else self._ends.inside(x, t)
+
+    def field(self, field: Field) -> Field:
+        """The equation of flattened states, asked for within the domain."""
+        if self._ends is None:
+            return field
+        diffusion = field.diffusion
+        correction = None if diffusion.correction is None else self._function(diffusion.correction)
+        diffusion = replace(diffusion, g=self._function(diffusion.g), correction=correction)
+        return Field(self._function(field.drift), diffusion)
+
+    def _function(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def kept(y: Tensor, t: Tensor) -> Tensor:
+            return function(self._ends.inside(y.reshape(-1, *self._event), float(t)).flatten(1), t)
+
+        return kept
+
+
 class Boundary:
     """The ends of the domain of states (batch, *event) of one simulation, and what happens there.
 
@@ -81,7 +125,8 @@ class Boundary:
         kind: "truncate", "reflect" or "absorb".
         declaration: the SDE.
         values: numbers and tensors of its parameters.
-        x: the states at t = 0, inside the domain, which tell on which side of each end it lies.
+        x: the states at the start, inside the domain, which tell on which side of each end it lies.
+        t: the time of the start.
 
     Raises:
         ValueError: for another kind.
@@ -89,7 +134,14 @@ class Boundary:
             component by itself.
     """
 
-    def __init__(self, kind: str, declaration: Declaration, values: Mapping[sp.Symbol, float | Tensor], x: Tensor):  # noqa: ANN204
+    def __init__(
+        self,
+        kind: str,
+        declaration: Declaration,
+        values: Mapping[sp.Symbol, float | Tensor],
+        x: Tensor,
+        t: float = 0.0,
+    ) -> None:
         checked_choice(kind, "boundary", (*BOUNDARIES, None))
         self.kind, self._coupled, self._values = kind, declaration.coupled, values
         found = ends_of(declaration)
@@ -100,20 +152,20 @@ class Boundary:
             )
         self._symbols = set().union(*(root.free_symbols for ends in found for root, _ in ends))
         self._roots, self._below = [], []
-        zero = torch.zeros((), dtype=torch.float64)
+        start = torch.tensor(t, dtype=torch.float64)
         for part, component, ends in zip(self._components(x), declaration.state, found, strict=True):
             roots = [compile_expressions(root, (time_symbol,), values, declaration.T) for root, _ in ends]
             signs = [compile_expressions(factor, (time_symbol, component), values, declaration.T) for _, factor in ends]
             sides = []
             for root, sign in zip(roots, signs, strict=True):
-                end = root(zero).to(part)
+                end = root(start).to(part)
                 above = (
-                    sign(zero, end + 1e-6 * (1.0 + end.abs())).to(part) > 0
+                    sign(start, end + 1e-6 * (1.0 + end.abs())).to(part) > 0
                 )  # where a state starts on the end itself
                 sides.append(torch.where(part == end, above, part > end))
             self._roots.append(roots)
             self._below.append(sides)
-        low, high = self._limits(x, 0.0)
+        low, high = self._limits(x, t)
         self._stopped = (x <= low) | (x >= high), x
 
     def _components(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -163,6 +215,15 @@ class Boundary:
         """The nearest states of the domain."""
         low, high = self._limits(x, t)
         return torch.maximum(torch.minimum(x, high), low)
+
+    def inside(self, x: Tensor, t: float) -> Tensor:
+        """The nearest states that lie off the ends, where a score may be infinite."""
+        low, high = (end + side * self._off(end) for end, side in zip(self._limits(x, t), (1.0, -1.0), strict=True))
+        return torch.maximum(torch.minimum(x, high), low)
+
+    @staticmethod
+    def _off(end: Tensor) -> Tensor:
+        return (4.0 * torch.finfo(end.dtype).eps * end.abs()).clamp_min(_OFF).nan_to_num(posinf=0.0)
 
     def after_step(self, x: Tensor, t: float) -> Tensor:
         """The states from which the next step starts."""

@@ -24,6 +24,7 @@ from sdeflow.scores import evaluating
 from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import Clock, Grid, Problem, Solver, Watch
 from sdeflow.solvers.registry import demands_of, require
+from sdeflow.solving.boundary import Kept
 from sdeflow.solving.gradients import require_graph, require_reach
 from sdeflow.solving.model import Model
 from sdeflow.solving.options import Options
@@ -90,21 +91,31 @@ def _chunks(
         return _of_no_samples(x, plan, clock, backward, options)
     event, pieces = tuple(x.shape[1:]), _pieces(x, options.chunk, plan.solver)
     noisy = seed is not None
-    hint = model.declaration.domain_hint if noisy else ""
+    hint = model.declaration.domain_hint
     calls = None if plan.expected_calls is None else plan.expected_calls * len(pieces)
     hidden = None if options.progress is None else not options.progress
     found = []
     with tqdm(total=calls, desc="solving", disable=hidden, leave=False) as bar:
         for first, last in pieces:
             part = model if last - first == len(x) else model.rows(slice(first, last))
+            kept = _kept(part, x[first:last]) if noisy else None
+            field = part.field(equation, event, x.dtype, noisy)
             problem = Problem(
-                part.field(equation, event, x.dtype, noisy), clock, backward=backward, view=part.view(event, x.dtype),
+                field if kept is None else kept.field(field), clock, backward=backward, view=part.view(event, x.dtype),
                 watch=Watch(plan.max_calls, None if bar.disable else bar.update, hint=hint),
                 noise=_noise(options, seed, first),
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
-                found.append(_solve(part, x[first:last], problem, plan, options))
+                found.append(_solve(part, x[first:last], problem, plan, options, kept))
     return found[0] if len(found) == 1 else _joined(found)
+
+
+def _kept(model: Model, x: Tensor) -> Kept | None:
+    """The domain that the reverse SDE of an SDE without a Gaussian kernel keeps to, from states x at T."""
+    if model.gaussian is not None:
+        return None
+    working = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return Kept(model.declaration, model.values, working, model.T)
 
 
 def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | BrownianRows | None:
@@ -192,16 +203,16 @@ class _Found:
     calls: int = 0
 
 
-def _solve(model: Model, x: Tensor, problem: Problem, plan: Plan, options: Options) -> _Found:
+def _solve(model: Model, x: Tensor, problem: Problem, plan: Plan, options: Options, kept: Kept | None) -> _Found:
     """What one solve from x finds; in float32 on the way where the state is in half precision."""
-    seen = _Seen(model, x, options)
+    seen = _Seen(model, x, options, kept)
     if options.observed:
         problem.watch.on_step = seen
     start, end = (model.T, model.cutoff) if problem.backward else (model.cutoff, model.T)
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     y = model.to_solver(y, start).flatten(1)
     y = plan.solver.solve(problem, y, plan.steps, plan.rtol, plan.atol)
-    found = _Found(model.from_solver(y.reshape(x.shape), end).to(x.dtype), calls=problem.nfe)
+    found = _Found(_shown(model, y.reshape(x.shape), end, kept).to(x.dtype), calls=problem.nfe)
     if options.trajectory:
         if not seen.times:
             raise ValueError(f"trajectory=True: {plan.solver} did not call problem.observe after its steps.")
@@ -210,6 +221,12 @@ def _solve(model: Model, x: Tensor, problem: Problem, plan: Plan, options: Optio
     if options.denoise or options.return_denoised:
         _denoise(model, found, end, options)
     return found
+
+
+def _shown(model: Model, u: Tensor, t: float, kept: Kept | None) -> Tensor:
+    """The states behind what a solver carries, within the domain where it is kept."""
+    x = model.from_solver(u, t)
+    return x if kept is None else kept.state(x, t)
 
 
 def _denoise(model: Model, found: _Found, end: float, options: Options) -> None:
@@ -232,13 +249,14 @@ def _denoise(model: Model, found: _Found, end: float, options: Options) -> None:
 class _Seen:
     """Sees the state after each step as its user does: keeps it for the trajectory, shows it to the callback."""
 
-    def __init__(self, model: Model, x: Tensor, options: Options) -> None:
+    def __init__(self, model: Model, x: Tensor, options: Options, kept: Kept | None) -> None:
         self._model, self._shape, self._dtype, self._options = model, x.shape, x.dtype, options
+        self._kept = kept
         self.states: list[Tensor] = []
         self.times: list[float] = []
 
     def __call__(self, step: int, t: float, y: Tensor) -> None:
-        x = self._model.from_solver(y.reshape(self._shape), t).to(self._dtype)
+        x = _shown(self._model, y.reshape(self._shape), t, self._kept).to(self._dtype)
         if self._options.trajectory:
             self.states.append(x.clone())  # a solver may go on in place
             self.times.append(t)

@@ -195,7 +195,7 @@ class _Path:
         self._drift = fields.function_of_state(fields.declaration.drifts)
         self._diffusion, self._hint = (
             fields.diffusion(forward(fields.declaration), event),
-            fields.declaration.domain_hint,
+            fields.declaration.simulation_hint,
         )
         if ends is not None:
             self._drift = self._at_nearest(self._drift, event)

@@ -118,7 +118,17 @@ class Declaration:
 
     @property
     def domain_hint(self) -> str:
-        """The advice if a state has left the domain of coefficients such as √x; empty if no state can."""
+        """The advice if a step of a solve has left the domain of coefficients such as √x; empty if no state can."""
+        if not self.state_dependent_noise:
+            return ""
+        return (
+            " A step may have left the states where f, g and the score are real, such as x < 0 for √x: take more "
+            "steps (the flow adapts them where steps= is left out); the score should be finite wherever paths go."
+        )
+
+    @property
+    def simulation_hint(self) -> str:
+        """The same for a simulation."""
         if not self.state_dependent_noise:
             return ""
         return (

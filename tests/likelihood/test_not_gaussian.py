@@ -69,6 +69,7 @@ def test_an_atol_out_of_reach_is_told():
         ({"trace": "hadamard", "steps": 20}, "needs a Gaussian kernel"),
         ({"trace": "hutch++", "atol": 0.1}, "needs a Gaussian kernel"),
         ({"grid": "pilot", "steps": 20}, 'grid="pilot" needs a Gaussian kernel'),
+        ({"gradient": "adjoint"}, "needs a Gaussian kernel"),
         ({"grid": "angel", "steps": 20}, r'grid must be "t" \(all that this SDE has\)'),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import sympy as sp
 import torch
 from scipy.integrate import solve_ivp
-from scipy.stats import chi2, kstest, ncx2
+from scipy.stats import chi2, gamma, kstest, ncx2
 
 import sdeflow
 from sdeflow import SDE, t, x
@@ -148,7 +148,7 @@ def test_refusals():
         (CIR, {"boundary": "truncate", "solver": "milstein"}, ValueError, 'solver="euler"'),
         (CIR, {"solver": "exact", "steps": 5}, ValueError, "takes no steps"),
         (SDE(x - x**3, sp.sqrt(x)), {"solver": "exact"}, NotAffineError, "kernel"),
-        (SDE(-x, sp.sqrt(x**3 + 1)), {"boundary": "truncate"}, DeclarationError, "ends of each component"),
+        (SDE(-x, sp.sqrt(x**3 + 1)), {"boundary": "truncate"}, DeclarationError, "interval of each component"),
     ):
         with pytest.raises(error, match=match):
             sde.simulate(start, [1.0], **options)
@@ -206,3 +206,37 @@ def test_exact_and_started_on_the_end():
     states = CIR.simulate(torch.zeros(3000, 1, dtype=torch.float64), [0.6], solver="exact", seed=0)[0]
     var = -math.expm1(-1.2) / 8
     assert kstest(chi2.cdf(states[:, 0].numpy() / var, 0.32), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("theta", [0.3, 0.1])  # δ = 1.8 and 0.6: paths reach 0
+def test_the_reverse_sde_keeps_to_the_domain(theta):
+    """Stationary data of a square-root process, whose score is known: Gamma(2 κ θ / σ²) at every time."""
+    sde = SDE(1.5 * (theta - x), sp.sqrt(x), T=1)
+    a, rate = 3.0 * theta, 3.0
+    law = torch.distributions.Gamma(torch.tensor(a, dtype=torch.float64), rate)
+
+    class Stationary:
+        def sample(self, shape, seed=None, dtype=None, device=None):
+            level = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            return torch.from_numpy(gamma.ppf(level.numpy(), a, scale=1 / rate)).clamp_min(1e-12).to(dtype)
+
+        def log_prob(self, x):
+            return law.log_prob(x).sum(1)
+
+    reverse = sde.reverse(lambda x, t: (a - 1) / x - rate, prior=Stationary())
+    states, _ = reverse.sample((4000, 1), steps=200, seed=0, dtype=torch.float64, trajectory=True)
+    assert bool((states > 0).all())
+    spread, found = math.sqrt(a) / rate, states[-1].numpy().ravel()
+    assert abs(found.mean() - a / rate) < 4 * spread / math.sqrt(4000)
+    assert abs(found.std() / spread - 1) < 4 * math.sqrt((2 + 6 / a) / 4 / 4000)
+    if theta > 0.2:  # below, 13 % of the samples lie on the end
+        assert kstest(found, "gamma", (a, 0, 1 / rate)).statistic < 0.03
+
+
+def test_steps_of_the_flow_that_leave_the_domain_say_what_to_do():
+    sde = SDE(1.5 * (0.3 - x), sp.sqrt(x), T=1)
+    flow = sde.flow_ode(lambda x, t: -50 * x.log() / x, prior=sdeflow.Gaussian(0.3, 0.1))
+    points = torch.tensor([[0.01], [2.0]], dtype=torch.float64)
+    for solve in (lambda: flow.encode(points, steps=4), lambda: flow.log_prob(points, steps=4)):
+        with pytest.raises(sdeflow.errors.NonFiniteStateError, match="where steps= is left out"):
+            solve()
