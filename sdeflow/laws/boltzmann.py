@@ -21,6 +21,8 @@ class _OfPosition(Protocol):
 
     def log_prob(self, x: Tensor) -> Tensor: ...
 
+    def cdf(self, x: Tensor) -> Tensor: ...
+
 
 class BoltzmannLaw(DrawnLaw):
     """p(x, v) ∝ exp(-Φ(x) - v² / (2 θ)) of states (batch, 2, *event); coordinates of the event are independent.

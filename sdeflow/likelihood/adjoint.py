@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from sdeflow.likelihood.nodes import Carried, Carrier, Integrand, quadrature_weights
 from sdeflow.numerics.linear import multiplied
@@ -39,21 +40,21 @@ _ORDER = 3
 
 def carried(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, round: int = 0) -> Carried:
     """As :class:`~sdeflow.likelihood.nodes.Carrier`, with a value whose gradient the adjoint equation gives."""
-    solve = _Solve(carrier, model, rows, round)
+    with torch.no_grad():
+        found = carrier(model, x.detach(), rows, round)
     parameters = [p for p in model.score.parameters() if p.requires_grad]
-    value = _Adjoint.apply(solve, x, *parameters)
-    return solve.found._replace(value=value)
+    value = _Adjoint.apply(_Solve(carrier, model, rows, round), found, x, *parameters)
+    return found._replace(value=value)
 
 
 @dataclass
 class _Solve:
-    """One solve, forward and back."""
+    """A solve, for its way back."""
 
     carrier: Carrier
     model: Model
     rows: Tensor
     round: int
-    found: Carried | None = None
 
     def back(self, x_T: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Σ_b weight_b ∂ log p_b by x, (batch, *event), and by each parameter."""
@@ -63,7 +64,8 @@ class _Solve:
         field = _Hamiltonian(self, times, u, weight, parameters)
         lam, last = field.lam, len(times) - 1
         z, p = field.at_end(u)
-        base, past = (z, p), deque(maxlen=_ORDER + 1)
+        base = z, p
+        past: deque[State] = deque(maxlen=_ORDER + 1)
         for n in range(last, -1, -1):
             past.appendleft(field.rates(n, z, p))
             if n < last:
@@ -79,7 +81,7 @@ class _Hamiltonian:
     def __init__(
         self, solve: _Solve, times: np.ndarray, u: Tensor, weight: Tensor, parameters: Sequence[Tensor]
     ) -> None:
-        model, kernel = solve.model, solve.model.kernel
+        model, kernel = solve.model, solve.model.kernel.require_gaussian("the adjoint equation of log p")
         self.solve, self.weight, self.parameters = solve, weight, parameters
         self.integrand = Integrand(model, times, u, solve.carrier.dtype)
         self.rest = self.integrand.rest()
@@ -123,21 +125,29 @@ class _Hamiltonian:
         return G.detach(), -M.T(by_u)
 
 
+class _Context(Protocol):
+    """What PyTorch keeps from forward to backward."""
+
+    solve: _Solve
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, solve: _Solve, x: Tensor, *parameters: Tensor) -> Tensor:
-        solve.found = solve.carrier(solve.model, x, solve.rows, solve.round)
+    def forward(ctx: _Context, solve: _Solve, found: Carried, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.solve = solve
-        ctx.save_for_backward(solve.found.x_T, *parameters)  # PyTorch then knows if a parameter has changed since
-        return solve.found.value
+        ctx.save_for_backward(found.x_T, *parameters)  # PyTorch then knows if a parameter has changed since
+        return found.value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x_T, *parameters = ctx.saved_tensors
         with evaluating(ctx.solve.model.score):
             by_x, by_parameters = ctx.solve.back(x_T, gradient, parameters)
-        return None, by_x, *by_parameters
+        return None, None, by_x, *by_parameters
 
 
 State = tuple[Tensor, Tensor]

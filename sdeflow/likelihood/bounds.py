@@ -246,10 +246,9 @@ def kl_bound(
         for draw in sample.draws(clock, draws, seed, progress):
             difference = draw.noise_of(model) - draw.noise_of(other)
             parts.append(draw.product(difference, difference))
-        score, prior = torch.cat(parts).mean(0), sample.divergence_of_prior(truth, draws, seed)
-    stderr, error = _stderr_of_mean(score + prior), _bar_of_mean(score + prior)
-    value = float(score.mean()), float(prior.mean())
-    return KLBound(sum(value), stderr, *value, "kl", draws, error)
+        of_score, of_prior = torch.cat(parts).mean(0), sample.divergence_of_prior(truth, draws, seed)
+    each, score, prior = of_score + of_prior, float(of_score.mean()), float(of_prior.mean())
+    return KLBound(score + prior, _stderr_of_mean(each), score, prior, "kl", draws, _bar_of_mean(each))
 
 
 def _kernel(model: Model, purpose: str) -> Kernel:
@@ -399,7 +398,7 @@ class _Sample:
 
     def __init__(self, model: Model, x: Tensor) -> None:
         model.require_dtype(x)
-        self.model, self.kernel, self.dtype = model, model.kernel, x.dtype
+        self.model, self.kernel, self.dtype = model, _kernel(model, "The likelihood bound"), x.dtype
         self.x_0 = self.kernel.lift(x.detach().double(), noisy=False)
         self.event = tuple(self.x_0.shape[1:])
         self.kernel.require_event(self.event)
@@ -471,12 +470,13 @@ class _Sample:
         """Of each sample an estimate whose mean is KL(p_T ‖ π), or E KL(p(x_T | x_0) ‖ π) above it, (batch,)."""
         last, prior, stream = self.end(self.kernel.T), self._prior(), NoiseStream(seed, "bound prior")
         log_det, d = last.path.sigma.log_det(self.event), math.prod(self.event)
+        log_prob: Callable[[Tensor, float], Tensor] | None = getattr(truth, "log_prob", None)
         costs = []
         for _ in range(draws):
             eps = self._normal(stream)
             x_T = self._noisy(last.path, eps, 1, torch.float64)
-            if hasattr(truth, "log_prob"):
-                of_data = truth.log_prob(x_T, self.kernel.T)
+            if log_prob is not None:
+                of_data = log_prob(x_T, self.kernel.T)
             else:
                 of_data = -0.5 * eps.square().flatten(1).sum(1) - log_det - 0.5 * d * _LOG_2PI
             costs.append(of_data - prior.log_prob(x_T))
@@ -493,14 +493,14 @@ class _Sample:
         left = clean.one - clean  # eps - eps̃_ref = left eps - noiseᵀ signal deviation
         of_reference = 0.5 * (W @ left).gram.trace(self.event)
         of_reference = of_reference + 0.5 * W(noise.T(signal(self.deviation))).square().flatten(1).sum(1)
-        excess = []
+        parts = []
         for _ in range(draws):
             eps = self._normal(stream)
             x_t = self._noisy(path, eps, 1)
             ours = self.kernel.to_basis(self.model.score.noise(x_t, first.time).double())
             theirs = first.reference.expected_noise(self.deviation, eps)
-            excess.append(0.5 * (W(ours - theirs) * W(ours + theirs - 2.0 * eps)).flatten(1).sum(1))
-        excess = torch.stack(excess)
+            parts.append(0.5 * (W(ours - theirs) * W(ours + theirs - 2.0 * eps)).flatten(1).sum(1))
+        excess = torch.stack(parts)
         entropy = path.sigma.log_det(self.event) + 0.5 * math.prod(self.event) * (1.0 + _LOG_2PI)
         value = of_reference + excess.mean(0) + 0.5 * d * _LOG_2PI - half_log_det - entropy
         return value, excess.var(0) / draws

@@ -128,7 +128,7 @@ def _extrapolated(first: Tensor, twice: Tensor, error: Tensor) -> tuple[Tensor, 
 
 
 def _path(model: Model, x: Tensor, t: float) -> Path:
-    return model.kernel.path(x, torch.as_tensor(t, dtype=torch.float64))
+    return model.kernel.require_gaussian("log p of the data").path(x, torch.as_tensor(t, dtype=torch.float64))
 
 
 def _moved(model: Model, path: Path, x: Tensor) -> Tensor:

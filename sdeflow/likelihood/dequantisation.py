@@ -396,8 +396,18 @@ def bits_from(
     return Bits(-value * scale, variance.sqrt() * scale, 1.0 / share.square().sum(0), draws)
 
 
+class _Measured(Protocol):
+    """log p with its standard error, (batch,) each in nats."""
+
+    @property
+    def value(self) -> Tensor: ...
+
+    @property
+    def stderr(self) -> Tensor: ...
+
+
 def bits_per_dim(
-    log_prob: Callable[[Tensor], Tensor],
+    log_prob: Callable[[Tensor], Tensor | _Measured],
     images: Tensor,
     *,
     levels: int,
@@ -432,8 +442,8 @@ def bits_per_dim(
     drawn = scheme.sample(images, levels=levels, low=low, high=high, seed=seed, draws=draws, dtype=dtype)
     results = [log_prob(x) for x in drawn.x]
     values = torch.stack([result if isinstance(result, Tensor) else result.value for result in results])
-    known = not any(isinstance(result, Tensor) for result in results)
-    return bits_from(drawn, values, torch.stack([r.stderr for r in results]) if known else None, importance)
+    stderrs = [result.stderr for result in results if not isinstance(result, Tensor)]
+    return bits_from(drawn, values, torch.stack(stderrs) if len(stderrs) == len(results) else None, importance)
 
 
 def _unseen(drawn: Dequantised, log_w: Tensor) -> Tensor:

@@ -228,7 +228,8 @@ def langevin(score: AnyScore, x: Tensor, steps: int, step: float, *, t: float, s
     x = checked_states(x)
     checked_real(t, "t", "a finite number", math.isfinite)
     stream, width, dtype = NoiseStream(seed, "langevin"), math.sqrt(2.0 * step), x.dtype
-    time = t if isinstance(score, ScoreFunction) else network_time(torch.tensor(t, dtype=torch.float64), x)
+    time = torch.tensor(t, dtype=torch.float64)
+    time = time if isinstance(score, ScoreFunction) else network_time(time, x)
     with torch.inference_mode(False), torch.no_grad(), evaluating(score):
         x = (x.float() if dtype in (torch.float16, torch.bfloat16) else x).clone()  # small steps need the digits
         for _ in range(steps):
@@ -340,8 +341,7 @@ def annealed_langevin(
     checked_count(steps_per_scale, "steps_per_scale", 1)
     _require_eps(eps)
     checked_flag(denoise, "denoise")
-    score, seed = _bound(score, sde), resolve_seed(seed)
-    kernel = score.gaussian
+    (score, kernel), seed = _bound(score, sde), resolve_seed(seed)
     falling = _falling_times(kernel, scales, times)
     x = _start(score, kernel, shape, float(falling[0]), seed, dtype, device)
     if not len(x):
@@ -416,9 +416,9 @@ def matched_eps(scales: Sequence[float] | Tensor, steps_per_scale: int) -> float
     T = ``steps_per_scale`` and γ the (largest) ratio of successive ``scales`` (arXiv:2006.09011, technique 4): the
     excess of the variance after T steps on noise alone, whose stationary variance is r.
     """
-    scales = np.asarray(torch.as_tensor(scales, dtype=torch.float64))
-    ratio = float((scales[:-1] / scales[1:]).max())
-    return _matched_step(ratio, steps_per_scale) * float(scales[-1]) ** 2
+    levels = torch.as_tensor(scales, dtype=torch.float64)
+    ratio = float((levels[:-1] / levels[1:]).max())
+    return _matched_step(ratio, steps_per_scale) * float(levels[-1]) ** 2
 
 
 # -------------------------------------------------------------------------------------------- parts of the above
@@ -484,13 +484,13 @@ def _matched_step(ratio: float, steps: int) -> float:
     return float(e[best])
 
 
-def _bound(score: AnyScore, sde: DeclaredSDE | None) -> ScoreFunction:
-    """``score`` as a score with a Gaussian kernel."""
-    if not isinstance(score, ScoreFunction) and sde is None:
+def _bound(score: AnyScore, sde: DeclaredSDE | None) -> tuple[ScoreFunction, Kernel]:
+    """``score`` as a score with a Gaussian kernel, and the kernel."""
+    if sde is not None:
+        score = as_score(score, sde)
+    elif not isinstance(score, ScoreFunction):
         raise ValueError("a score that is a bare function needs sde=, such as catalog.EDM(T=50), whose t is the scale.")
-    score = score if sde is None else as_score(score, sde)
-    score.kernel.require_gaussian("annealed Langevin dynamics over scales sigma / alpha")
-    return score
+    return score, score.kernel.require_gaussian("annealed Langevin dynamics over scales sigma / alpha")
 
 
 def _falling_times(

@@ -41,7 +41,7 @@ def default_prior(
     """
     moments = score.data_moments()
     if isinstance(score.kernel, ReducibleKernel) and not score.kernel.reduction.map.fold:
-        pushed = _pushed_forward(score, like)
+        pushed = _pushed_forward(score, score.kernel, like)
         if pushed is not None:
             return pushed
     near = None if moments is None or sde.declaration.coupled else float(moments[0].mean())
@@ -87,10 +87,9 @@ def _warn_where_unreached(sde: DeclaredSDE, law: BoltzmannLaw) -> None:
     )
 
 
-def _pushed_forward(score: ScoreFunction, like: Tensor) -> PushForward | None:
+def _pushed_forward(score: ScoreFunction, kernel: ReducibleKernel, like: Tensor) -> PushForward | None:
     """x_T = X(y_T) with y_T Gaussian, its moments read off the score at T; None where s_y is not that of a Gaussian."""
-    kernel, moments = score.kernel, score.data_moments()
-    centre, spread = (0.0, 1.0)
+    moments, centre, spread = score.data_moments(), 0.0, 1.0
     if moments is not None:
         mean, std = (m.mean().reshape(1, 1) for m in moments)
         try:
@@ -104,7 +103,10 @@ def _pushed_forward(score: ScoreFunction, like: Tensor) -> PushForward | None:
     with torch.no_grad(), evaluating(score):
         line, gradient = kernel.line_score(x, score(x, kernel.T), kernel.T)
     fitted = fitted_moments(line, gradient, start)
-    return None if fitted is None else PushForward(kernel, Gaussian(*(m.cpu() for m in fitted)), kernel.T)
+    if fitted is None:
+        return None
+    mean, std = fitted
+    return PushForward(kernel, Gaussian(mean.cpu(), std.cpu()), kernel.T)
 
 
 def fit_prior(

@@ -16,8 +16,9 @@ __all__ = ["reference", "reference_growth"]
 
 def reference(model: Model, t: Tensor, like: Tensor) -> Linear:
     """S of the Gaussian reference at t, as a map of states like ``like``."""
-    path = model.kernel.path(like, t)
-    spread = path.sigma.inverse @ path.alpha @ model.kernel.scale(model.reference(like), like)
+    kernel = model.kernel.require_gaussian("the Gaussian reference")
+    path = kernel.path(like, t)
+    spread = path.sigma.inverse @ path.alpha @ kernel.scale(model.reference(like), like)
     return path.sigma @ spread.root_of_one_plus_gram
 
 

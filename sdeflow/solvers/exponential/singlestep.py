@@ -134,9 +134,8 @@ class _Plan:
             nodes = np.broadcast_to(nodes, (n, len(use)))
             values = weights(RULES[solver.rule](transfer.moments[:, : len(use)], nodes, transfer.length), nodes)
             self.weights.append([ready(values[:, j]) for j in range(len(use))])
-        self.noise = None
-        if solver.stochastic:  # of each part of the step, and how it moves on
-            self.noise = [(ready(part.state), ready(part.noise)) for part in parts]
+        # Of each part of the step, and how it moves on; none of the flow.
+        self.noise = [(ready(part.state), ready(part.noise)) for part in parts if part.noise is not None]
         at = np.stack(points[:-1], axis=1).reshape(-1)
         self.score = problem.on_grid(torch.as_tensor(at), like)
         own, of_noise = (
@@ -153,7 +152,7 @@ class _Plan:
             state = multiplied(self.state[j][n], u)
             for factors, i in zip(self.weights[j], use, strict=True):
                 add_multiple(state, factors[n], found[i])
-            if self.noise is not None:
+            if self.noise:
                 keep, spread = self.noise[j]
                 fresh = multiplied(spread[n], problem.normal(tuple(u.shape), u.dtype, u.device))
                 noise = fresh if noise is None else fresh.add_(multiplied(keep[n], noise))

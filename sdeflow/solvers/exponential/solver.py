@@ -19,8 +19,8 @@ With noise (eta > 0) the weak order is 1 for order 1 and 2 above: the polynomial
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 
 import numpy as np
 import torch
@@ -29,7 +29,14 @@ from torch import Tensor
 from sdeflow.errors import DataError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.basis import Basis, Orthogonal
-from sdeflow.numerics.checks import OF_BASIS, checked_finite, checked_methods, checked_numbers, checked_states
+from sdeflow.numerics.checks import (
+    OF_BASIS,
+    checked_finite,
+    checked_methods,
+    checked_numbers,
+    checked_real,
+    checked_states,
+)
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.exponential.program import Program, Steps, kept
 from sdeflow.solvers.exponential.weights import PREDICTIONS, RULES, VARIABLES, Eta, Transfer, derive
@@ -70,7 +77,7 @@ class Exponential(Solver):
     order: int = 2
     prediction: str = "reference"
     corrector: bool | int = True
-    eta: Eta = 0.0
+    eta: float | Callable[[np.ndarray], np.ndarray] = 0.0
     variance: str = "sde"
     variable: str = "log_snr"
     rule: str = "exact"
@@ -97,8 +104,9 @@ class Exponential(Solver):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}.")
         if not isinstance(self.corrector, int) or self.corrector not in (0, 1, 2, 3, 4):
             raise ValueError(f"corrector must be a bool or a number of past values up to 4, not {self.corrector!r}.")
-        if not callable(self.eta) and not (isinstance(self.eta, Real) and 0 <= self.eta < math.inf):
-            raise ValueError(f"eta must be a number >= 0 or a function of the half-log-SNR, not {self.eta!r}.")
+        if not callable(self.eta):
+            wanted = "a number >= 0 or a function of the half-log-SNR"
+            checked_real(self.eta, "eta", wanted, lambda number: 0 <= number < math.inf)
         if self.variance == "posterior" and (callable(self.eta) or self.eta > 1 or self.order > 1):
             raise ValueError('variance="posterior" is of order 1, with a number eta in [0, 1].')
         if self.rule == "half_step" and (self.prediction, self.variable) != ("data", "log_snr"):
@@ -120,7 +128,7 @@ class Exponential(Solver):
         return hash(self._options)
 
     @property
-    def _options(self) -> tuple:
+    def _options(self) -> tuple[object, ...]:
         """All options as numbers and names; a basis is itself alone."""
         scale = None if self.scale is None else tuple(torch.as_tensor(self.scale).flatten().tolist())
         plain = (self.order, self.prediction, self.past, self.eta, self.variance, self.variable, self.rule, self.start)
@@ -253,7 +261,7 @@ class Exponential(Solver):
 
     def _eta(self, kernel: Kernel, times: np.ndarray) -> Eta:
         """eta of the SDE; in each step the one that leaves eta times the posterior's deviation, where that is meant."""
-        if self.variance == "sde" or not self.eta:
+        if self.variance == "sde" or callable(self.eta) or not self.eta:
             return self.eta
         if self.eta == 1:
             return 1.0
