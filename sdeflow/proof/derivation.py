@@ -48,6 +48,7 @@ __all__ = ["Derivation", "derive"]
 
 _WIDTH = 100
 _SECONDS = 1.5  # for the steps of a large declaration
+_ROUNDING = 4 * float(torch.finfo(torch.float64).eps)
 _FIRST_NOISE = 2e-3  # sigma / alpha at the default cutoff
 
 
@@ -217,7 +218,8 @@ def _cutoff(kernel: Kernel) -> Step:
         alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.cutoff, dtype=torch.float64))
     check, holds = "", True
     if not kernel.coupled and not alpha.ndim:
-        check, holds = judged(max(abs(float(sigma / alpha) / _FIRST_NOISE - 1), 1e-16))
+        moved = abs(kernel.cutoff * float(kernel.half_log_snr_rate(kernel.cutoff).detach()))  # by the rounding of t
+        check, holds = judged(max(abs(float(sigma / alpha) / _FIRST_NOISE - 1), 1e-16), 1e-10 + _ROUNDING * moved)
     ratio = equals("σ/α", sp.Rational(str(_FIRST_NOISE)))
     return Step("The cutoff", text, (ratio, at), "", check.replace(" at 5 times", ""), holds)
 

@@ -14,7 +14,9 @@ from problems import AWKWARD, CATALOGUE, cpu_seconds
 import sdeflow
 from sdeflow import SDE, t, x
 from sdeflow.symbolic.derivation import Step, verify
+from sdeflow.symbolic.derivation.substitution import initial_value
 from sdeflow.symbolic.mathml import mathml
+from sdeflow.symbolic.moments import integral_moments
 
 position, velocity = sdeflow.state("x v")
 kappa, theta, sigma = sp.symbols("kappa theta sigma")
@@ -120,6 +122,22 @@ def test_a_table_has_its_values_at_numbers():
     assert verify([(sp.exp(-B(0) / 2), 1), (B(t), B(t) + B(0)), (sp.diff(B(t), t).subs(t, 0), 5)], {}, 1.0)[1]
     assert not verify([(sp.exp(-late(0) / 2), 1)], {}, 1.0)[1]
     assert not verify([(B(t), 5 * t)], {}, 1.0)[1]
+
+
+@pytest.mark.parametrize("factor", [1 + sp.sin(t) ** 2, 2 - sp.exp(-(t**2)), kappa + sigma * sp.exp(-(t**2))])
+@pytest.mark.parametrize("branches", [(1, 2), (2 - t, sp.exp(t)), (0, 2), (2, 0), (theta, 2 + theta)])
+def test_the_variance_of_a_switched_noise_is_no_false_alarm(factor, branches):
+    """The derivative of such an integral has factors in t that are sums, and a branch that may be 0."""
+    g = sp.Piecewise((branches[0], t < HALF), (branches[1], True))
+    moments = integral_moments((-factor, sp.Integer(0)), g, 0.0)
+    (rate, true), (start, zero) = initial_value(moments.var, -2 * factor * moments.var + g**2, sp.Integer(0))
+    assert verify([(rate, true), (start, zero)], VALUES, 1.0)[1]
+    assert not verify([(rate, true + g**2 / 100)], VALUES, 1.0)[1]
+
+
+def test_a_cutoff_just_after_a_pause_is_found_to_the_rounding_of_its_time():
+    derivation = SDE(-x, sp.Piecewise((0, t < HALF), (2, True))).derivation()
+    assert derivation.holds, derivation.verdict
 
 
 def test_the_steps_of_an_affine_sde():

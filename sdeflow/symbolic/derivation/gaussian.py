@@ -34,7 +34,8 @@ def kernel_steps(declaration: Declaration, moments: Moments, numbers: Numbers) -
     else:
         falls = "The signal-to-noise ratio falls, at the rate -g²/σ²; half of it is minus the rate of half_log_snr."
         data = "mean m_0 and standard deviation c"
-        informs = verify([(sp.diff(snr[0].rhs, t), -rationalised(declaration.gram[0]) / moments.var)], numbers, T)
+        rate = -rationalised(declaration.gram[0]) / moments.var
+        informs = verify([(sp.diff(snr[0].rhs, t), rate)], numbers, T, positive=moments.var)
     return [
         Step(
             "The perturbation kernel",

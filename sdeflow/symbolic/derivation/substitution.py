@@ -34,30 +34,34 @@ _FLOOR = 1e-29  # the resolution of 30 digits
 _EXPANDABLE = 400  # the most operations of an expression that is expanded
 
 
-def verify(identities: Iterable[Identity], numbers: Numbers, T: float) -> tuple[str, bool]:
+def verify(
+    identities: Iterable[Identity], numbers: Numbers, T: float, positive: sp.Expr | None = None
+) -> tuple[str, bool]:
     """How well both sides of each identity agree, in words, and whether they agree.
 
     Args:
         identities: pairs of expressions or matrices; symbols without a number get arbitrary numbers.
         numbers: values of the parameters.
         T: the horizon.
+        positive: what the identities divide by; times at which it is 0 are left out, as long as some are left.
     """
     pairs = [pair for sides in identities for pair in zip(*map(_entries, sides), strict=True)]
     differences = [left - right for left, right in pairs]
     if all(d == 0 or (d.count_ops() < _EXPANDABLE and sp.expand(d) == 0) for d in differences):
         return "0, by substitution", True
     try:
-        return judged(
-            max(_defect(at(left), at(right)) for at in _evaluators(pairs, numbers, T) for left, right in pairs)
-        )
+        held = pairs if positive is None else [*pairs, (positive, positive)]
+        points = [at for at in _evaluators(held, numbers, T) if positive is None or at(positive) > _FLOOR]
+        worst = max(_defect(at(left), at(right)) for at in points for left, right in pairs)
+        return judged(worst, times=len(points))
     except (TypeError, ValueError, ArithmeticError):  # no number, so no proof
         return "FAILED: it could not be evaluated", False
 
 
-def judged(worst: float, tolerance: float = _TOLERANCE) -> tuple[str, bool]:
-    """The check of a step whose largest relative residual is ``worst``."""
+def judged(worst: float, tolerance: float = _TOLERANCE, times: int = len(_TIMES)) -> tuple[str, bool]:
+    """The check of a step whose largest relative residual is ``worst``, at so many times."""
     if worst <= tolerance:
-        return f"≤ {max(worst, _FLOOR):.0e} at {len(_TIMES)} times", True
+        return f"≤ {max(worst, _FLOOR):.0e} at {times} times", True
     return f"FAILED: off by {worst:.1g} of its size", False
 
 
@@ -82,7 +86,7 @@ def _settled(expr: sp.Expr) -> sp.Expr:
         variable, *ends = limits[0]
         if len(ends) == 2 and ends[0] == ends[1]:
             return sp.Integer(0)
-        if isinstance(function, sp.Piecewise) and function.args[0][0] != 0:  # the first branch sets the scale
+        if isinstance(function, sp.Piecewise) and any(value != 0 for value, _ in function.args):
             constant, function = _scaled(function, variable)
         else:
             constant, function = function.as_independent(variable, as_Add=False)
@@ -92,13 +96,13 @@ def _settled(expr: sp.Expr) -> sp.Expr:
 
 
 def _scaled(function: sp.Piecewise, variable: sp.Symbol) -> tuple[sp.Expr, sp.Piecewise]:
-    """The factor of the first branch that does not contain ``variable``, and the function divided by it."""
+    """The factor of the first branch but 0 that does not contain ``variable``, and the function divided by it."""
     factors = [value.as_independent(variable, as_Add=False) for value, _ in function.args]
-    constant = factors[0][0]
+    constant = next(own for (own, _), (value, _) in zip(factors, function.args, strict=True) if value != 0)
     inside = {atom for own, _ in factors for atom in own.atoms(sp.Piecewise)}
     standing = {atom: sp.Dummy() for atom in inside}  # SymPy inverts a Piecewise by branches: no cancellation
     back = {dummy: atom for atom, dummy in standing.items()}
-    scales = [(own.xreplace(standing) / constant.xreplace(standing)).xreplace(back) for own, _ in factors]
+    scales = [sp.cancel(own.xreplace(standing) / constant.xreplace(standing)).xreplace(back) for own, _ in factors]
     branches = zip(scales, factors, function.args, strict=True)
     return constant, sp.Piecewise(*((scale * rest, when) for scale, (_, rest), (_, when) in branches))
 
