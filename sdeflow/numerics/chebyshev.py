@@ -329,7 +329,12 @@ class _Test:
             own = _rounded(bound, points[coarse], np.zeros_like(points[coarse]))[1]
             rounding[:, coarse] = np.minimum(rounding[:, coarse], np.maximum(own, 1e-3 * size[:, coarse]))
         certain = _TRUNCATION * radius <= np.maximum(_CERTAIN * size, rounding)
-        certain |= radius * width <= self._negligible("bounds", size, width)
+        negligible = self._negligible("bounds", size, width)
+        certain |= radius * width <= negligible
+        rest = ~certain.all(0)
+        if rest.any():  # beside the end of a root, where nothing is analytic, a panel may hold next to nothing
+            real = bound(centre[rest], 0.5 * width[rest], analytic=False)[1]
+            certain[:, rest] |= real * width[rest] <= negligible
         return certain.all(0), rounding
 
     def share(self, left: np.ndarray, right: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -142,7 +142,8 @@ class _Walk:
         if kind in _RULES:
             return _RULES[kind](*discs)
         if kind in _SLOPES:
-            return self._by_slope(*_SLOPES[kind], *discs)
+            disc = self._by_slope(*_SLOPES[kind], *discs)
+            return disc if self.analytic else _of_real_values(kind, *discs, disc)
         if isinstance(expr, Schedule):
             return self._table(kind, *discs)
         return self._special(special_functions()[kind], *discs)
@@ -169,6 +170,8 @@ class _Walk:
         # |z^p - c^p| by the series of (1 + w)^p, whose coefficients are at most those of (1 - |w|)^-|p|.
         share = np.where(u.radius < u.centre, u.radius / u.centre, np.nan)
         radius = _risen(value, p * np.log(u.centre), -abs(p) * np.log1p(-share))
+        if p > 0:
+            radius = np.where(u.largest == 0, 0.0, radius)  # exactly 0, as Max(t - 1/3, 0) before 1/3
         if p > 0 and not self.analytic:
             radius = np.fmin(radius, np.maximum(value, np.power(u.largest, p)))
         return Disc(value, radius + 2 * _ROUNDING * value, None if u.low is None else np.power(u.smallest, p))
@@ -226,7 +229,8 @@ def _product(u: Disc, v: Disc) -> Disc:
     value = u.centre * v.centre
     radius = np.abs(u.centre) * v.radius + u.radius * np.abs(v.centre) + u.radius * v.radius
     low = None if u.low is None and v.low is None else u.smallest * v.smallest
-    return Disc(value, radius + _ROUNDING * np.abs(value), low)
+    exact = (np.abs(u.centre) == 1) & (u.radius == 0) | (np.abs(v.centre) == 1) & (v.radius == 0)
+    return Disc(value, radius + np.where(exact, 0.0, _ROUNDING * np.abs(value)), low)
 
 
 def _reciprocal(u: Disc) -> Disc:
@@ -382,6 +386,19 @@ _SLOPES: dict[type, tuple[Callable, Callable[[Array, Array], Array]]] = {
     sp.erf: (_erf, _erf_slope),
     sp.erfc: (_erfc, _erf_slope),
 }  # fmt: skip
+
+
+# Functions that end, with a finite value, where their slope is infinite: the real arguments that they take.
+_ENDS: dict[type, tuple[float, float]] = {sp.asin: (-1.0, 1.0), sp.acos: (-1.0, 1.0), sp.acosh: (1.0, np.inf)}
+
+
+def _of_real_values(kind: type, u: Disc, disc: Disc) -> Disc:
+    """A disc with the real values alone: a function of ``_ENDS`` is monotone, and its ends bound it."""
+    if kind not in _ENDS:
+        return disc
+    ends = (_SLOPES[kind][0](np.clip(end, *_ENDS[kind])) for end in (u.centre - u.radius, u.centre + u.radius))
+    farthest = reduce(np.maximum, (np.abs(end - disc.centre) for end in ends))
+    return Disc(disc.centre, np.fmin(disc.radius, farthest + 4 * _ROUNDING * np.abs(disc.centre)))
 
 
 def _require_rules(expressions: Sequence[sp.Expr]) -> None:

@@ -354,3 +354,35 @@ def test_the_derivative_of_a_fit_is_the_derivative():
     curve = PiecewiseChebyshev.fit(lambda points: np.sin(points)[None], np.array([0.0, 0.3, 1.0, 3.0]))
     points = torch.linspace(0.05, 2.95, 40, dtype=torch.float64)
     torch.testing.assert_close(curve.derivative()(points)[0], points.cos(), rtol=0, atol=1e-9)
+
+
+ENDS = {  # alpha at T = 1 of f = -a x, whose a ends with an infinite slope, or is exactly 0 for a while
+    "Max": (sp.sqrt(sp.Max(t - R(1, 3), 0)), (2 / 3) ** 2.5),
+    "Min": (sp.sqrt(1 - sp.Min(1, 3 * t)), 2 / 9),
+    "asin": (sp.asin(t), math.pi / 2 - 1),
+    "acos": (sp.acos(t), 1.0),
+    "acosh": (sp.acosh(1 + t), 2 * math.acosh(2) - math.sqrt(3)),
+    "acosh at T": (sp.acosh(2 - t), 2 * math.acosh(2) - math.sqrt(3)),
+    "both ends": (sp.asin(2 * t - 1), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_coefficient_may_end_with_an_infinite_slope(name):
+    a, integral = ENDS[name]
+    assert float(SDE(-a * x, 1).kernel.coefficients(1.0)[0]) == pytest.approx(math.exp(-integral), rel=1e-10)
+
+
+@pytest.mark.parametrize(("amount", "power", "wave", "T"), [(50, 1000, 1000, 1.0), (1000, 10**7, 3, 2.0)])
+def test_peaks_of_a_high_power_are_found(amount, power, wave, T):
+    """Peaks of cos**n are exp(-n u²/2) (1 - n u⁴/12 + ...): wider than 1e-6 T, and found however high the power."""
+    sigma = SDE(-x, sp.sqrt(1 + amount * sp.cos(wave * t) ** power), T=T).kernel.coefficients(T)[1]
+    width = 1.0 / (wave * math.sqrt(power))
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    total = 0.5 * (1 - math.exp(-2 * T))
+    for peak in np.arange(0.0, T + 12 * width, math.pi / wave):
+        low, high = max(peak - 12 * width, 0.0), min(peak + 12 * width, T)
+        u = 0.5 * (low + high) + 0.5 * (high - low) * nodes
+        shape = np.exp(power * np.log(np.abs(np.cos(wave * (u - peak)))) - 2 * (T - u))
+        total += amount * 0.5 * (high - low) * float(weights @ shape)
+    assert float(sigma**2) == pytest.approx(total, rel=1e-9)
