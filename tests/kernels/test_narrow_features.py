@@ -6,6 +6,7 @@
 import cmath
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,15 @@ def test_smooth_spikes_of_any_width(width, shape, area):
     height = 0.3 / width
     g = sp.sqrt(1 + height * shape((t - sp.Float(0.31371)) / sp.Float(width)))
     assert at(SDE(0, g))[1] == pytest.approx(1 + height * width * area, rel=max(1e-10, 100 * EPSILON / width))
+
+
+@pytest.mark.parametrize("width", [1e-3, 1e-6, 1e-8, 1e-11])
+def test_spikes_of_the_drift_keep_the_bound_that_both_pages_state(width):
+    f = -x * sp.exp(-(((t - sp.Float(0.31371)) / sp.Float(width)) ** 2)) / sp.Float(width)
+    assert at(SDE(f, 1))[0] == pytest.approx(math.exp(-math.sqrt(math.pi)), rel=max(1e-10, 100 * EPSILON / width))
+    for page in ("README.md", "docs/declare.rst"):
+        text = " ".join((Path(__file__).parents[2] / page).read_text(encoding="utf-8").split())
+        assert "the bound is 100 ε T/w if that is more than 1e-10, where ε = 2.2e-16 is the rounding" in text
 
 
 def test_a_lorentzian_and_a_step():
