@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -42,10 +43,26 @@ from sdeflow.solvers.exponential.program import Program, Steps, kept
 from sdeflow.solvers.exponential.weights import PREDICTIONS, RULES, VARIABLES, Eta, Transfer, derive
 from sdeflow.solvers.problem import Problem
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["RULES", "Exponential"]
 
 _CLOSEST = 1e-3  # of past nodes, relative to the step
 _CLOSEST_WITH_NOISE = 0.25
+
+
+class ExponentialOptions(TypedDict, total=False):
+    """Options of :class:`Exponential`, with their meaning there, but for those of its reference."""
+
+    order: int
+    prediction: str
+    corrector: bool | int
+    eta: Eta
+    variance: str
+    variable: str
+    rule: str
+    start: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +158,14 @@ class Exponential(Solver):
         return self.prediction == "velocity" or self.rule == "half_step" or posterior
 
     @classmethod
-    def along(cls, data: Tensor, **options: object) -> Exponential:
+    def along(cls, data: Tensor, **options: Unpack[ExponentialOptions]) -> Exponential:
         """A solver whose reference has the data's own standard deviation in each of its principal directions.
 
         It is exact for Gaussian data of any covariance, and gains most in few calls on data of very different scales.
 
         Args:
             data: (samples, *event).
-            options: as of the class.
+            options: as of the class; its ``scale`` and ``basis`` are found here.
         """
         data = checked_states(data, "data")
         if len(data) < 2:
@@ -156,7 +173,7 @@ class Exponential(Solver):
         flat = data.detach().flatten(1).double().cpu()
         variances, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], flat.shape[1]))
         std = variances.clamp_min(0.0).sqrt().reshape(data.shape[1:])
-        return cls(**{**options, "scale": std, "basis": Orthogonal(vectors.mT)})
+        return cls(**options, scale=std, basis=Orthogonal(vectors.mT))
 
     @property
     def stochastic(self) -> bool:
