@@ -1067,7 +1067,8 @@ def test_bad_steps_update_nothing(backward, tmp_path):
     assert "step 12" in str(caught.value) and str(tmp_path / "run") in str(caught.value)
     assert len(seen) == 13
     assert not same(seen[2], seen[3])
-    assert all(same(seen[3], later) for later in seen[4:]) and same(seen[3], weights(score.net))
+    assert all(same(seen[3], later) for later in seen[4:])
+    assert not score.training and bool(torch.isfinite(score(states(), 1.0)).all())  # the average is what remains
 
 
 def test_no_checkpoint_is_named_where_there_is_none(tmp_path):
@@ -1171,8 +1172,9 @@ def test_resumed_run_is_the_uninterrupted_one(stop, kind, tmp_path):
     with pytest.raises(Stop):
         train(score, data, steps=6, schedule=stop_at(stop, 6), out=tmp_path, checkpoint_every=1)
     again = score_with_everything(seed=5)
-    result = train(again, data, steps=6, schedule=steady, out=tmp_path, checkpoint_every=1, resume=True)
-    assert result.steps == 6 and result.losses == expected.losses[stop:]
+    options = {"schedule": steady, "allow": ["schedule"], "checkpoint_every": 1}
+    result = train(again, data, steps=6, out=tmp_path, resume=True, **options)
+    assert result.steps == 6 and result.losses == expected.losses
     assert same(weights(again), weights(whole))
 
 
@@ -1250,7 +1252,7 @@ def test_resuming_twice_from_one_checkpoint_gives_one_result(tmp_path):
     for i in range(2):
         shutil.copytree(tmp_path / "run", tmp_path / str(i))
         score = small_score(seed=i)
-        train(score, steps=6, schedule=steady, out=tmp_path / str(i), resume=True)
+        train(score, steps=6, schedule=steady, out=tmp_path / str(i), resume=True, allow=["schedule"])
         results.append(weights(score))
     assert same(*results)
 

@@ -54,6 +54,7 @@ __all__ = [
     "checked_flag",
     "checked_images",
     "checked_methods",
+    "checked_names",
     "checked_noise",
     "checked_numbers",
     "checked_point",
@@ -468,6 +469,20 @@ def checked_methods(
     if value is None or (not isinstance(value, type) and enough(found)):
         return value
     raise TypeError(f"{name} must be an object with {' and '.join(methods)}, such as {example}, not {_shown(value)}.")
+
+
+def checked_names(names: object, name: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Some of the ``known`` names.
+
+    Raises:
+        ValueError: for a name that is not known, and for what is no list of names.
+    """
+    known = sorted(known)
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    for each in found:
+        if each not in known:
+            raise ValueError(f"{name} is a list of names of {', '.join(known)}, and {each!r} is none of them.")
+    return found
 
 
 def checked_count(value: object, name: str, least: int = 1) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "Wrapping", "as_score", "evaluating"]
 
+_evaluated: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""Parts of networks that are in training, and in eval mode for so many solves."""
+_evaluated_lock = threading.Lock()
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -439,12 +444,22 @@ def checked(output: object, x: Tensor, who: str) -> Tensor:
 
 @contextmanager
 def evaluating(score: object) -> Iterator[None]:
-    """A score that is a module in eval mode, each part's own mode restored afterwards."""
-    training = [part for part in score.modules() if part.training] if isinstance(score, nn.Module) else []
-    for part in training:
-        part.training = False
+    """A score that is a module in eval mode, each part's own mode restored afterwards.
+
+    Threads that ask one network at the same time share its parts: they come back when the last of the threads is done.
+    """
+    parts = list(score.modules()) if isinstance(score, nn.Module) else []
+    with _evaluated_lock:
+        ours = [part for part in parts if part.training or part in _evaluated]
+        for part in ours:
+            _evaluated[part] = _evaluated.get(part, 0) + 1
+            part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _evaluated_lock:
+            for part in ours:
+                _evaluated[part] -= 1
+                if not _evaluated[part]:
+                    del _evaluated[part]
+                    part.training = True

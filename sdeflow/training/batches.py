@@ -14,6 +14,7 @@ from sdeflow.errors import DataError
 from sdeflow.numerics.checks import checked_data
 from sdeflow.numerics.conditions import Condition, checked_condition, leaves, mapped, on, picked
 from sdeflow.numerics.noise import NoiseStream
+from sdeflow.training.identity import hash_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,10 +106,19 @@ class Batches:
                 step += 1
             iterator = iter(loader)
 
-    def fingerprint(self) -> list[float]:
-        """Shape and moments of some samples, as JSON holds them: a resumed run compares them with its own data."""
-        x = self.first.double()
-        return [*self.first.shape, float(f"{float(x.mean()):.9g}"), float(f"{float(x.std(correction=0)):.9g}")]
+    def fingerprint(self) -> str:
+        """A text that tells these data from others: a resumed run compares it with that of its own data.
+
+        Of a tensor it is a hash of all rows and of their conditions; of a Dataset one of its length and of the items
+        looked at first; of a DataLoader the shape alone.
+        """
+        samples = self._loader.dataset
+        if isinstance(samples, _Rows):
+            return f"{tuple(samples.data.shape)} {hash_of(samples.data, samples.conditions)}"
+        shape = tuple(self.first.shape[1:])
+        if self._order is not None:
+            return f"{self._order.n} items of {shape}, of which {len(self.first)} {hash_of(self.first)}"
+        return f"a DataLoader of {shape}, not hashed"
 
 
 def _first_batch(loader: DataLoader[Any]) -> Batch:

@@ -8,10 +8,12 @@ same step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,9 +21,12 @@ from sdeflow.errors import CheckpointError, CheckpointMismatch, warn
 from sdeflow.numerics.checks import checked_count
 from sdeflow.training.batches import SampleData, Samples
 from sdeflow.training.checkpoint import Checkpoint, latest_checkpoint, packed, unpacked, write_checkpoint
+from sdeflow.training.identity import differences
 from sdeflow.training.run import Run, recent
 
 __all__ = ["Callback", "Checkpoints", "Progress", "Validation", "checked_callbacks"]
+
+_EXTRA = "extra state/"  # names of a module's tensors hold no slash before their dots
 
 
 @runtime_checkable
@@ -159,14 +164,17 @@ class Checkpoints:
         """Where the last checkpoint is, for an error's text."""
         return "" if self._saved is None else f" (the last checkpoint, of step {self._saved}, is in {self.folder})"
 
-    def begin(self, run: Run, resume: bool) -> None:
-        """Puts the newest checkpoint's state back, if there is one.
+    def begin(self, run: Run, resume: bool, allow: Iterable[str] = ()) -> None:
+        """Puts the newest checkpoint's state back, if there is one; ``allow`` names what may differ.
+
+        A network's state that a checkpoint cannot hold is an error now, before the first step.
 
         Raises:
             CheckpointError: where there is one and it is not to be resumed.
             CheckpointMismatch: for a checkpoint of another run, or with more steps done than the run has; nothing is
                 changed then.
         """
+        _parted(run.score.state_dict())
         found = latest_checkpoint(self.folder)
         if found is None:
             return
@@ -181,21 +189,26 @@ class Checkpoints:
                 f"the run in {self.folder} has done {state['step']} steps, more than steps={run.steps}."
             )
         theirs, ours = state.get("identity", {}), self.identity
-        if state["format"] == 1:  # which knew no other objectives
-            theirs = {"objective": ours.get("objective"), **theirs}
-        differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        differing = differences(theirs, ours, state["format"], allow)
         if differing:
             shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
-            raise CheckpointMismatch(f"the checkpoint in {self.folder} is of another run: {shown}.")
+            raise CheckpointMismatch(
+                f"the checkpoint in {self.folder} is of another run: {shown}. fit(allow={differing}) goes on with it "
+                "all the same."
+            )
         for group in ("weights", "average"):
-            _require_same_layout(run.score.state_dict(), tensors.get(group, {}), self.folder)
-        run.score.load_state_dict(tensors["weights"])
-        run.average.score.load_state_dict(tensors["average"])
+            _require_same_layout(_parted(run.score.state_dict())[0], tensors.get(group, {}), self.folder)
+        run.score.load_state_dict(_with_others(tensors["weights"], state, "weights"))
+        run.average.score.load_state_dict(_with_others(tensors["average"], state, "average"))
         run.average.updates.copy_(tensors["counters"]["n_averaged"])
         run.optimiser.load_state_dict(_optimiser_state(run, state, tensors))
         for callback, kept in zip(self._stateful, state.get("callbacks", ()), strict=True):
             callback.load_state_dict(unpacked(kept, tensors["callbacks"]))
         self._saved = run.result.steps = int(state["step"])
+        if "losses" in tensors["counters"]:  # since format 3
+            run.result.losses[:] = tensors["counters"]["losses"].tolist()
+            run.result.skipped = sum(map(math.isnan, run.result.losses))
+            run.result.validation[:] = [(int(n), mean, error) for n, mean, error in state["validation"]]
 
     def _write(self, step: int, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         write_checkpoint(self.folder, step, state, tensors)
@@ -209,19 +222,46 @@ class Checkpoints:
         """
         of_optimiser: dict[str, Tensor] = {}
         of_callbacks: dict[str, Tensor] = {}
+        weights, of_weights = _parted(run.score.state_dict())
+        average, of_average = _parted(run.average.score.state_dict())
         state = {
             "identity": self.identity,
+            "validation": run.result.validation,
+            "others": {"weights": of_weights, "average": of_average},
             "optimiser": packed(run.optimiser.state_dict(), of_optimiser, "the optimiser"),
             "callbacks": [packed(c.state_dict(), of_callbacks, type(c).__name__) for c in self._stateful],
         }
         tensors = {
-            "weights": run.score.state_dict(),
-            "average": run.average.score.state_dict(),
-            "counters": {"n_averaged": run.average.updates},
+            "weights": weights,
+            "average": average,
+            "counters": {
+                "n_averaged": run.average.updates,
+                "losses": torch.tensor(run.result.losses, dtype=torch.float64),
+            },
             "optimiser": of_optimiser,
             "callbacks": of_callbacks,
         }
         return state, tensors
+
+
+def _parted(state: dict[str, Any]) -> tuple[dict[str, Tensor], object]:
+    """The tensors of a state dict; and the rest, a module's extra state, as JSON and tensors beside them.
+
+    Raises:
+        CheckpointError: for extra state that a checkpoint cannot hold.
+    """
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    held: dict[str, Tensor] = {}
+    others = packed({key: value for key, value in state.items() if key not in tensors}, held, "the network")
+    return {**tensors, **{f"{_EXTRA}{name}": tensor for name, tensor in held.items()}}, others
+
+
+def _with_others(tensors: dict[str, Tensor], state: dict[str, Any], group: str) -> dict[str, Any]:
+    """The state dict that :func:`_parted` was given."""
+    others = state.get("others", {}).get(group)
+    held = {key.removeprefix(_EXTRA): value for key, value in tensors.items() if key.startswith(_EXTRA)}
+    plain = {key: value for key, value in tensors.items() if not key.startswith(_EXTRA)}
+    return plain if others is None else {**plain, **unpacked(others, held)}
 
 
 def _optimiser_state(run: Run, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any byte and hold no code: safetensors, JSON, SHA-256.
 
 A checkpoint is a folder ``step-00001000`` with one safetensors file for each group of tensors and a
-``state.json`` that lists the files' hashes. It is written beside its place, flushed to disk and renamed,
-so that a folder of that name is always whole. The two newest are kept.
+``state.json`` that lists the files' hashes; its own hash stands in ``state.sha256``. It is written beside its place,
+flushed to disk and renamed, so that a folder of that name is always whole. The two newest are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -30,12 +31,15 @@ except ImportError:  # not a POSIX system: runs are not locked there
 
 __all__ = ["FORMAT", "Checkpoint", "latest_checkpoint", "packed", "run_lock", "unpacked", "write_checkpoint"]
 
-FORMAT = 2
-"""1 held Adam's tensors in a file of their own, and no objective, optimiser or callbacks."""
+FORMAT = 3
+"""1 held Adam's tensors in a file of their own, and no objective, optimiser or callbacks; 2 no hash of state.json."""
 KEEP = 2
 MAX_FILE = 2**34
 """Bytes of a file of tensors, 16 GiB: a larger one is neither written nor read."""
 _LARGEST_STATE = 2**24  # bytes of state.json that are written and read
+
+_held: set[str] = set()
+"""Folders that runs of this process hold: the operating system's lock is one between processes."""
 
 Checkpoint = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
@@ -59,7 +63,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: di
         partial.mkdir(parents=True)
         hashes = {}
         for name, group in tensors.items():
-            data = save_tensors({key: value.detach().cpu().contiguous() for key, value in group.items()})
+            data = save_tensors(_of_their_own(group))
             if len(data) > MAX_FILE:
                 raise CheckpointError(
                     f"{name} has {len(data) / 2**30:.0f} GiB, over {MAX_FILE / 2**30:.0f} in one file."
@@ -70,6 +74,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], tensors: di
         if len(listed) > _LARGEST_STATE:
             raise CheckpointError(f"state.json has {len(listed):,} bytes, over the {_LARGEST_STATE:,} that are read.")
         _write(partial / "state.json", listed)
+        _write(partial / "state.sha256", hashlib.sha256(listed).hexdigest().encode())
         aside = target.with_suffix(".old")  # still read if a kill comes between the two renames
         if target.exists():
             os.replace(target, aside)
@@ -97,12 +102,19 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written to: {error}") from error
     with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise CheckpointError(f"another process is training into {folder}: choose another out=.") from error
-        yield
+        place = os.path.realpath(folder)
+        try:
+            if place in _held:
+                raise OSError("held by this process")
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process alone, not of a worker it forks
+        except OSError as error:
+            raise CheckpointError(f"another run is training into {folder}: choose another out=.") from error
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -170,8 +182,16 @@ def unpacked(plain: object, tensors: dict[str, Tensor]) -> Any:
 def _read(path: Path) -> Checkpoint:
     try:
         with open(path / "state.json", "rb") as file:
-            state = json.loads(file.read(_LARGEST_STATE))
-        version, hashes = state["format"], state["sha256"]
+            text = file.read(_LARGEST_STATE)
+        own = path / "state.sha256"
+        if own.exists() and own.read_bytes() != hashlib.sha256(text).hexdigest().encode():
+            raise CheckpointCorrupt(f"{path}/state.json is not what was written (its SHA-256 differs).")
+        state = json.loads(text)
+        version, hashes, step = state["format"], state["sha256"], state["step"]
+        if not own.exists() and version > 2:
+            raise CheckpointCorrupt(f"{path}/state.sha256 is missing.")
+        if not isinstance(step, int) or not isinstance(hashes, dict):
+            raise CheckpointCorrupt(f"{path}/state.json holds no step, or no hashes.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointCorrupt(f"{path}/state.json cannot be read: {error}.") from error
     if not isinstance(version, int) or version > FORMAT:
@@ -187,7 +207,22 @@ def _read(path: Path) -> Checkpoint:
             tensors[name] = load_tensors(data)
         except (OSError, SafetensorError) as error:
             raise CheckpointCorrupt(f"{path}/{name}.safetensors cannot be read: {error}.") from error
+    for group in ("weights", "average"):
+        for key, value in tensors.get(group, {}).items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CheckpointCorrupt(f"{path}: {key} of the {group} is not finite.")
     return state, tensors
+
+
+def _of_their_own(group: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, each with memory of its own: tied weights share theirs, which safetensors refuses."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in group.items():
+        here = value.detach().cpu().contiguous()
+        found[key] = here.clone() if here.untyped_storage().data_ptr() in taken else here
+        taken.add(here.untyped_storage().data_ptr())
+    return found
 
 
 def _bytes_of(path: Path) -> bytes:

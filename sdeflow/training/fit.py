@@ -17,8 +17,9 @@ machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from sdeflow.numerics.checks import (
     checked_choice,
     checked_count,
     checked_flag,
+    checked_names,
     checked_numbers,
     checked_real,
     checked_within,
@@ -40,11 +42,12 @@ from sdeflow.numerics.conditions import described, picked
 from sdeflow.numerics.noise import resolve_seed
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
-from sdeflow.storage import tables_of
+from sdeflow.training import identity
 from sdeflow.training.batches import Batches, SampleData
 from sdeflow.training.callbacks import Callback, Checkpoints, Progress, Validation, checked_callbacks
 from sdeflow.training.checkpoint import run_lock
 from sdeflow.training.ema import MovingAverage
+from sdeflow.training.interrupts import Interrupts
 from sdeflow.training.objectives import Objective, chosen
 from sdeflow.training.run import Fit, Run, drawn_steps, seed_global
 from sdeflow.training.times import Times
@@ -82,6 +85,7 @@ def fit(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
+    allow: Iterable[str] = (),
     checkpoint_every: int = 1000,
     mixed_precision: str | None = None,
     accelerator: Accelerator | None = None,
@@ -92,6 +96,9 @@ def fit(
     progress: bool | None = None,
 ) -> Fit:
     """Trains ``score`` in place, inside ``no_grad`` too; then its weights are the moving average, in eval mode.
+
+    That holds after an error and an interrupt as well. SIGTERM and Ctrl-C finish the step, write a checkpoint where
+    there is ``out``, and leave: with the exit status 143, and with a KeyboardInterrupt.
 
     Args:
         score: the score, whose network has parameters.
@@ -120,6 +127,8 @@ def fit(
         seed: of the order, the times and the noise; the global random state is left as it was.
         out: a folder for checkpoints.
         resume: whether to go on from the newest checkpoint in ``out``, if there is one.
+        allow: names of what may differ from the run in ``out`` when it is resumed, as the error names them ("data",
+            "schedule", ...).
         checkpoint_every: steps between checkpoints.
         mixed_precision: "bf16" or "fp16", as accelerate takes it.
         accelerator: an accelerate ``Accelerator`` of your own.
@@ -151,36 +160,41 @@ def fit(
     rate = None if optimiser is not None and schedule is None else _learning_rate(schedule, steps)
     held_out = () if validation is None else (Validation(validation, -(-steps // _VALIDATIONS)),)
     watching = (*held_out, *checked_callbacks(callbacks))
-    if accelerator is None:
-        accelerator = _make_accelerator(score, mixed_precision)
     folder, seed = _folder(out), resolve_seed(seed)
-    lock = run_lock(folder) if folder is not None and accelerator.is_main_process else nullcontext()
-    devices: list[torch.device] | None = [] if accelerator.device.type == "cpu" else None
-    with torch.random.fork_rng(devices), lock:
+    with ExitStack() as stack:
+        if accelerator is None:
+            accelerator = stack.enter_context(_own_accelerator(score, mixed_precision))
+        stack.enter_context(torch.random.fork_rng([] if accelerator.device.type == "cpu" else None))
+        if folder is not None and accelerator.is_main_process:
+            stack.enter_context(run_lock(folder))
         seed_global(seed, accelerator)
         batches = Batches(data, batch_size, seed, accelerator, score.dtype)
         law = objective.law(score, _prepare_score(score, objective, batches, label_dropout, accelerator))
         made = _optimiser(score, optimiser, lr)
         run = Run(score, objective, law, accelerator, made, rate, clip, MovingAverage(score, ema), steps)
         if folder is not None:
-            identity = {
-                **_identity_of_score(score),
+            compared = {
+                **identity.of_score(score),
                 **objective.identity(),
-                **_identity_of_optimiser(made, optimiser is None, schedule),
+                **identity.of_optimiser(made, optimiser is None, schedule),
                 **({"label_dropout": label_dropout} if label_dropout else {}),
                 **{"seed": seed, "batch_size": batch_size, "ema": ema, "clip": clip, "data": batches.fingerprint()},
+                **{"precision": accelerator.mixed_precision, "processes": accelerator.num_processes},
             }
-            run.checkpoints = Checkpoints(folder, checkpoint_every, identity, watching)
-            run.checkpoints.begin(run, resume)
+            run.checkpoints = Checkpoints(folder, checkpoint_every, compared, watching)
+            run.checkpoints.begin(run, resume, checked_names(allow, "allow", compared))
         score.train()
         dropped = (label_dropout, score.no_condition()) if label_dropout else None
         drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator, dropped)
-        with Progress(steps, run.step, _hidden(progress, accelerator)) as bar:
-            run.callbacks = (run.average, *watching, bar, *filter(None, [run.checkpoints]))
-            while not (run.stopped or run.step >= steps):
-                run.take(*next(drawn))
-        run.keep_average()
-    score.eval()
+        try:
+            with Progress(steps, run.step, _hidden(progress, accelerator)) as bar, Interrupts() as interrupts:
+                run.callbacks = (run.average, *watching, bar, *filter(None, [run.checkpoints]))
+                while not (run.stopped or run.step >= steps):
+                    run.take(*next(drawn), interrupted=interrupts.caught is not None)
+        finally:
+            run.keep_average()
+            score.eval()
+    interrupts.leave()
     return run.result
 
 
@@ -217,27 +231,47 @@ def _optimiser(score: Score, optimiser: Optimizer | OptimiserFactory | None, lr:
     return made
 
 
-def _identity_of_optimiser(
-    optimiser: Optimizer, ours: bool, schedule: Callable[[float], float] | str | None
-) -> dict[str, Any]:
-    """What of the optimiser and the learning rate must be the same for a run to be resumed, as JSON holds it."""
-    shape = "a function" if callable(schedule) else schedule
-    if ours:
-        return {"lr": optimiser.param_groups[0]["lr"], "schedule": shape or "cosine"}
-    groups = [{k: repr(v) for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
-    return {"optimiser": type(optimiser).__name__, "groups": groups, "schedule": shape}
-
-
-def _make_accelerator(score: Score, mixed_precision: str | None) -> Accelerator:
+@contextmanager
+def _own_accelerator(score: Score, mixed_precision: str | None) -> Iterator[Accelerator]:
+    """An accelerator of the process group that there is; accelerate's shared state is left as it was."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    on_cpu = next(score.parameters()).device.type == "cpu"
-    if alone:
-        AcceleratorState._reset_state()  # it would hold this process to the first fit's precision for ever
     checked_choice(mixed_precision, "mixed_precision", ("no", "fp8", "fp16", "bf16", None))
-    return Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
+    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()  # it would hold this run to the precision of the one before
+    on_cpu = next(score.parameters()).device.type == "cpu"
+    try:
+        with _environment_of_group():
+            accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+        yield accelerator
+    finally:
+        for state, kept in zip(shared, before, strict=True):
+            state.clear()
+            state.update(kept)
+
+
+@contextmanager
+def _environment_of_group() -> Iterator[None]:
+    """The variables from which accelerate learns of a process group that the user made."""
+    group = torch.distributed
+    if not group.is_available() or not group.is_initialized() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    rank, size = str(group.get_rank()), str(group.get_world_size())
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    ours.update({k: v for k, v in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")) if k not in os.environ})
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _prepare_score(
@@ -327,20 +361,3 @@ def _learning_rate(schedule: Callable[[float], float] | str | None, steps: int) 
     shape = schedule if callable(schedule) else shapes[schedule]
     warm_up = max(1.0, 0.02 * steps)
     return lambda step: min(1.0, (step + 1) / warm_up) * float(checked_numbers(shape(step / steps), "schedule(done)"))
-
-
-def _identity_of_score(score: Score) -> dict[str, Any]:
-    """What of the score must be the same for a run to be resumed, as JSON holds it."""
-    declaration = score.declaration
-    return {
-        "f": str(declaration.f),
-        "g": str(declaration.g),
-        "T": declaration.T,
-        "cutoff": declaration.cutoff,
-        "P0": [v for row in declaration.initial_covariance for v in row] if declaration.coupled else declaration.P0,
-        "basis": None if score.basis is None else repr(score.basis),
-        "schedules": tables_of(declaration),
-        "parameters": score.values.fixed,
-        "predicts": score.predicts,
-        "time": score.time if isinstance(score.time, str) else "a function",
-    }

@@ -37,10 +37,12 @@ class Fit:
     """What a training run did.
 
     Attributes:
-        losses: the loss of each step of this call, NaN where the step was skipped.
-        steps: the number of steps done in all, earlier calls of a resumed run included.
-        skipped: how many steps of this call had a loss or gradient that was not finite.
-        validation: (step, objective, standard error) of the moving average on the validation data, of this call.
+        losses: the loss of each step, NaN where the step was skipped.
+        steps: the number of steps.
+        skipped: how many steps had a loss or gradient that was not finite.
+        validation: (step, objective, standard error) of the moving average on the validation data.
+
+    All are of the whole run, with the earlier calls of a resumed one.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -110,7 +112,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """The losses of this call so far."""
+        """The losses of the whole run so far."""
         return self.result.losses
 
     @property
@@ -122,8 +124,10 @@ class Run:
         """Ends the run after this step, as if it had been its last."""
         self.stopped = True
 
-    def take(self, batch: Batch, weight: Tensor, y: Condition | None) -> None:
+    def take(self, batch: Batch, weight: Tensor, y: Condition | None, interrupted: bool = False) -> None:
         """One step on a batch: it counts, or is skipped and changes nothing; then the callbacks.
+
+        Where the process was ``interrupted``, or another of the run's, the run ends after the step.
 
         Raises:
             TrainingDivergedError: after too many skipped steps in a row.
@@ -132,6 +136,8 @@ class Run:
         self.result.losses.append(loss)
         self.result.skipped += math.isnan(loss)
         self.result.steps += 1
+        if self._any_process(interrupted):
+            self.stop()
         try:
             for callback in self.callbacks:
                 callback.after_step(self, loss)
@@ -141,6 +147,12 @@ class Run:
             if self.checkpoints is not None:
                 self.checkpoints.rescue(self)
             raise
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process of the run: all must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
     def keep_average(self) -> None:
         """Puts the moving average in the score's place, and the optimiser's own learning rates back."""

@@ -17,6 +17,7 @@ from sdeflow.scores import ScoreFunction
 from sdeflow.scores.function import evaluating
 from sdeflow.solving.simulate import start
 from sdeflow.training.batches import SampleData, Samples
+from sdeflow.training.identity import shown
 from sdeflow.training.losses import data_std_of
 from sdeflow.training.times import Times, WeightedTimes, default_times, require_times
 from sdeflow.training.weightings import Weighting, mean_weight, of_times, require_weighting, share
@@ -169,7 +170,7 @@ class Objective(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, as JSON holds it: the class and its attributes."""
-        return {"objective": type(self).__name__, **{name: _shown(value) for name, value in vars(self).items()}}
+        return {"objective": type(self).__name__, **{name: shown(value) for name, value in vars(self).items()}}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)!r}' for name, value in vars(self).items())})"
