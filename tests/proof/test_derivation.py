@@ -13,7 +13,7 @@ from problems import AWKWARD, CATALOGUE, cpu_seconds
 
 import sdeflow
 from sdeflow import SDE, t, x
-from sdeflow.symbolic.derivation import Step, verify
+from sdeflow.symbolic.derivation import Step, pearson_steps, reducible_steps, verify
 from sdeflow.symbolic.derivation.substitution import initial_value
 from sdeflow.symbolic.mathml import mathml
 from sdeflow.symbolic.moments import integral_moments
@@ -138,6 +138,17 @@ def test_the_variance_of_a_switched_noise_is_no_false_alarm(factor, branches):
 def test_a_cutoff_just_after_a_pause_is_found_to_the_rounding_of_its_time():
     derivation = SDE(-x, sp.Piecewise((0, t < HALF), (2, True))).derivation()
     assert derivation.holds, derivation.verdict
+
+
+@pytest.mark.parametrize("make, steps", [
+    (lambda: SDE(-(1 + sp.exp(-(t**2))) * x, x * sp.Piecewise((1, t < HALF), (2, True))), lambda sde: reducible_steps(
+        sde.declaration, sde.kernel.reduction, {})),
+    (lambda: SDE((1 + sp.exp(-(t**2))) * (1 - x), sp.sqrt((1 + sp.exp(-(t**2))) * x)), lambda sde: pearson_steps(
+        sde.declaration, sde.kernel.pearson, {})),
+], ids=["reducible", "square root"])  # fmt: skip
+def test_a_density_is_checked_whatever_integrals_its_moments_hold(make, steps):
+    found = steps(make())
+    assert found[-1].title.startswith("The kernel") and all(step.holds for step in found)
 
 
 def test_the_steps_of_an_affine_sde():

@@ -141,12 +141,25 @@ def _stationary_law(declaration: Declaration, numbers: Numbers) -> Step:
     )
 
 
-def log_fokker_planck(declaration: Declaration, log_p: sp.Expr, place: Mapping[sp.Symbol, sp.Expr]) -> list[Identity]:
-    """∂p/∂t = -∂(f p)/∂x + ½ ∂²(g² p)/∂x² for p = exp(log_p), divided by p, with symbols put in their place."""
+def log_fokker_planck(
+    declaration: Declaration,
+    log_p: sp.Expr,
+    rates: Mapping[sp.Symbol, sp.Expr],
+    place: Mapping[sp.Symbol, sp.Expr],
+) -> list[Identity]:
+    """∂p/∂t = -∂(f p)/∂x + ½ ∂²(g² p)/∂x² for p = exp(log_p), divided by p.
+
+    Args:
+        declaration: the SDE of x.
+        log_p: in x, t, x_0 and moments, which are symbols.
+        rates: of each moment its derivative in t, which a step before has checked.
+        place: what is put in the place of symbols at the end.
+    """
     f, q = rationalised(declaration.f), rationalised(declaration.gram[0])
     slope, curve = sp.diff(log_p, x), sp.diff(log_p, x, 2)
     right = -sp.diff(f, x) - f * slope + (sp.diff(q, x, 2) + 2 * sp.diff(q, x) * slope + q * (curve + slope**2)) / 2
-    return [(sp.diff(log_p, t).subs(place), right.subs(place))]
+    left = sp.diff(log_p, t) + sum(sp.diff(log_p, moment) * rate for moment, rate in rates.items())
+    return [(left.subs(place), right.subs(place))]
 
 
 def _divergence(field: Sequence[sp.Expr], state: Sequence[sp.Symbol]) -> sp.Expr:

@@ -79,14 +79,14 @@ def _noncentral(
     density = ratio ** (nu / 2) / (2 * v) * sp.exp(exponent) * bessel
     log_p = nu / 2 * sp.log(ratio) - sp.log(v) + exponent + sp.log(bessel)
     units = {u: (x - pearson.origin) / pearson.scale, u_0: (x_0 - pearson.origin) / pearson.scale}
-    log_p = log_p.subs({a: moments.alpha, v: moments.var}).subs(units)
+    rates = {a: pearson.a * a, v: 2 * pearson.a * v + pearson.c**2}
     place = {x: pearson.origin + pearson.scale * u, x_0: pearson.origin + pearson.scale * u_0}
     return Step(
         "The kernel",
         "u / σ² follows the noncentral χ² law of δ degrees of freedom and noncentrality α² u₀ / σ²; v is σ².",
         (equals("p(u | u₀)", density),),
         "Feller 1951",
-        *check(log_fokker_planck(declaration, log_p, place)),
+        *check(log_fokker_planck(declaration, log_p.subs(units), rates, place)),
     )
 
 

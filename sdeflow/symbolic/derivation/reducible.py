@@ -41,6 +41,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
     density = branches / sp.sqrt(2 * sp.pi * v) * sp.diff(H, x)
     log_p = sp.log(branches) - sp.log(v) / 2 + sp.log(sp.diff(H, x))
     place = {x: X, x_0: change.to_state.subs({line: there, t: 0})}
+    rates = {m: reduction.a * m + reduction.b, v: 2 * reduction.a * v + change.c**2}
     shown = {"E[x | x₀]": change.mean, "Var[x | x₀]": change.var}
     return [
         declared(declaration),
@@ -70,7 +71,7 @@ def reducible_steps(declaration: Declaration, reduction: Reduction, numbers: Num
                 *(equals(name, e.subs({line_mean: m, line_var: v})) for name, e in shown.items() if e is not None),
             ),
             "change of variables",
-            *check(log_fokker_planck(declaration, log_p.subs({m: exact_mean, v: moments.var}), place)),
+            *check(log_fokker_planck(declaration, log_p, rates, place)),
         ),
     ]
 
