@@ -298,7 +298,7 @@ class Coefficients:
         version = self.values.version
         if self._panels is not None and self._panels.version == version:
             return self._panels
-        entries, numbers = _entries(self.declaration), self._numbers()
+        entries, numbers = _entries(self.declaration), self.values.entries()
         try:
             bound = Enclosure(entries, numbers, self.T)
         except NoEnclosure:  # such as the derivative of a table: the samples decide
@@ -337,18 +337,6 @@ class Coefficients:
             return False
         values, error = self._with_rounding((entry,), points)
         return bool(values.any() and (np.abs(values) <= error).all())
-
-    def _numbers(self) -> dict[sp.Symbol, float | np.ndarray]:
-        """The parameters' values; of tensors each different entry of their common shape, (entries, 1)."""
-        tensors = self.values.tensors
-        if not tensors:
-            return dict(self.values)
-        columns = [v.detach().double().cpu().expand(self.values.shape).reshape(-1) for v in tensors.values()]
-        entries = torch.stack(columns, dim=-1).unique(dim=0).numpy()
-        arrays = {symbol: entries[:, i : i + 1] for i, symbol in enumerate(tensors)}
-        if len(entries) == 1:
-            arrays = {symbol: float(array[0, 0]) for symbol, array in arrays.items()}
-        return {**self.values, **arrays}
 
     def _current_table(self) -> MomentTable:
         """The table, with a graph where the values need a gradient, and never out of date."""
@@ -454,7 +442,9 @@ class Coefficients:
     def _with_rounding(self, entries: Sequence[sp.Expr], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values (rows, n) of entries at times (n,), for all parameters, and bounds of what rounding makes of them."""
         try:
-            values, error = Enclosure(entries, self._numbers(), self.T)(points, np.zeros_like(points), analytic=False)
+            values, error = Enclosure(entries, self.values.entries(), self.T)(
+                points, np.zeros_like(points), analytic=False
+            )
         except NoEnclosure:
             return np.ones((1, len(points))), np.zeros((1, len(points)))
         return values, 8.0 * np.where(np.isfinite(error), error, 0.0)

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import ScheduleError
-from sdeflow.kernels.gaussian import broadcast_to_event
 from sdeflow.kernels.notgaussian import NotGaussian
 from sdeflow.numerics.compile import Compiled, compile_expressions
-from sdeflow.numerics.linear import Linear, maps_of
+from sdeflow.numerics.linear import Linear, maps_of, per_sample
 from sdeflow.numerics.parameters import Declared, Values
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.derivative import derivative
@@ -122,11 +121,13 @@ class LocalLaw:
     def _values(self, compiled: Compiled[tuple[Tensor, ...]], x: Tensor, t: Tensor) -> list[Tensor]:
         """The compiled expressions at x (batch, ...) and t (batch,), each shaped as a component."""
         components = x.unbind(1) if self.coupled else (x,)
-        values = compiled(self._side(t, x).to(x.dtype), *components)
-        return [value.expand_as(components[0]) for value in values]
+        values = compiled(self._side(t, x), *components)
+        return [value.expand_as(components[0]).to(x.dtype) for value in values]
 
     def _side(self, t: Tensor, x: Tensor) -> Tensor:
-        return broadcast_to_event(t, x[:, 0] if self.coupled else x)
+        """t, shaped to go with a component, in its own dtype: single precision has too few digits for short pulses."""
+        like = x[:, 0] if self.coupled else x
+        return t if t.ndim == 0 else per_sample(t, like)
 
     def _wide(self, h: Tensor, x: Tensor) -> Tensor:
         """h, shaped to multiply columns and matrices."""

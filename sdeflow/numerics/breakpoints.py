@@ -4,29 +4,37 @@ Each :class:`~sdeflow.symbolic.switches.Switch` of an expression gives a functio
 expression is not smooth. If u is linear, the times are fractions, rounded once. If not, u is interpolated on panels
 between the break points found before, with bounds so that no crossing is missed, and each panel's series is halved
 until it has no root or is monotone.
+
+:class:`Features` says where steps in t must end for the sake of any SDE, and whether they jump over something smooth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 import sympy as sp
 from numpy.polynomial.chebyshev import chebder, chebval
 
-from sdeflow.errors import ScheduleError
-from sdeflow.numerics.chebyshev import MAX_PANELS, PiecewiseChebyshev, halved
+from sdeflow.errors import CoarseStepsWarning, ScheduleError, warn
+from sdeflow.numerics.chebyshev import MAX_PANELS, PiecewiseChebyshev, geometric_edges, halved
+from sdeflow.numerics.parameters import Declared
 from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.switches import Switch, exact, switches
+from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["break_points"]
+__all__ = ["Features", "break_points"]
 
 _LARGEST_COUNT = MAX_PANELS // 2
 _DEPTH = 48  # the most halvings of a panel
 _ROUNDING = 1e-14
 _EARLIEST = 1e-15
 _PANELS = 37  # panels at the start: a prime number, so that their edges are rarely roots
+
+_MOST_PIECES = 33  # that have a step of their own, however few steps there are
+_MISSED, _FEW = 0.25, 4.0  # of an integral over the horizon; the last over the number of steps
 
 Numbers = Mapping[sp.Symbol, "float | np.ndarray"]
 
@@ -44,12 +52,108 @@ def break_points(expressions: Sequence[sp.Expr], values: Numbers, T: float) -> n
     """
     found = np.zeros(0)
     for switch in switches(expressions):
+        if not switch.expr.free_symbols <= {time_symbol, *values}:
+            continue  # it depends on the state too: no times
         line = switch.line
         times = _of_line(*line, switch, values, T) if line else _of_curve(switch, values, T, found)
         found = np.union1d(found, times[(times > 0.0) & (times < T)])
         if len(found) > _LARGEST_COUNT:
             raise _too_many(switch, T)
     return found
+
+
+class Features:
+    """What f and g of an SDE do in t alone, whatever its kernel: for methods that go forwards in steps of t.
+
+    Attributes:
+        breaks: the times in (0, T) at which f or g may not be smooth; none where they are too many to be found.
+    """
+
+    def __init__(self, sde: Declared) -> None:
+        declaration, self._numbers, self._T = sde.declaration, sde.values.entries(), sde.declaration.T
+        rows = (declaration.drifts, 1), (declaration.diffusions, 2)
+        self._parts = [
+            (part, power) for row, power in rows for e in row for part in _parts_of_time(e, declaration.state)
+        ]
+        try:
+            self.breaks = break_points([e for row, _ in rows for e in row], self._numbers, self._T)
+        except ScheduleError:
+            self.breaks = np.zeros(0)
+
+    def edges(self, steps: int | None) -> np.ndarray:
+        """Those of the break points at which steps are to end: none where they are more than the steps, and many."""
+        return self.breaks if len(self.breaks) < max(steps or 0, _MOST_PIECES) else np.zeros(0)
+
+    def warn_of_missed(self, times: np.ndarray) -> None:
+        """A :class:`~sdeflow.errors.CoarseStepsWarning` where steps between rising ``times`` jump over f or g.
+
+        The integrals of what depends on t alone, of |f| and g², by trapezoids or by the value at the start of each
+        step, are compared with the true ones.
+        """
+        steps = len(times) - 1
+        for part, power in self._parts:
+            missed, at = self._missed(part, power, times)
+            if missed > max(_MISSED, _FEW / steps):
+                warn(
+                    f"{steps} steps jump over what f or g does near t = {at:.6g}: between them they miss {missed:.0%} "
+                    f"of the integral of {'|f|' if power == 1 else 'g²'} over the horizon, as far as it depends on t "
+                    'alone. Take more steps, or solver="exact" where the SDE has an exact kernel.',
+                    CoarseStepsWarning,
+                )
+                return
+
+    def _missed(self, part: sp.Expr, power: int, times: np.ndarray) -> tuple[float, float]:
+        """What the steps miss of the integral of |part|^power, relative to it, and where they miss most."""
+        try:
+            bound = Enclosure([part], self._numbers, self._T)
+
+            def function(points: np.ndarray) -> np.ndarray:
+                return bound(points, np.zeros_like(points), analytic=False)[0]
+
+            start = np.union1d(geometric_edges(0.0, self._T), self.breaks)
+            panels = PiecewiseChebyshev.fit(function, start, bound=bound, lenient=True, name=str(part)).edges
+        except (NoEnclosure, ScheduleError):
+            return 0.0, 0.0
+        inner = panels[(panels > times[0]) & (panels < times[-1])]
+        ends = np.union1d(times, inner)
+        middle, half = 0.5 * (ends[1:] + ends[:-1]), 0.5 * np.diff(ends)
+        nodes, weights = np.polynomial.legendre.leggauss(8)
+        beside = np.diff(times) * 1e-6  # the value of the step's own side
+        with np.errstate(all="ignore"):
+            size, first, last = (
+                np.nan_to_num(np.abs(function(at)) ** power, nan=0.0, posinf=0.0).max(0)
+                for at in (
+                    (middle[:, None] + half[:, None] * nodes).reshape(-1),
+                    times[:-1] + beside,
+                    times[1:] - beside,
+                )
+            )
+        pieces = (size.reshape(len(middle), -1) * weights).sum(1) * half
+        true = np.add.reduceat(pieces, np.searchsorted(ends, times[:-1]))
+        apart = np.minimum(*(np.abs(true - np.diff(times) * value) for value in (first, 0.5 * (first + last))))
+        total = true.sum()
+        if not total > 0.0 or not math.isfinite(total):
+            return 0.0, 0.0
+        worst = int(apart.argmax())
+        inside = np.flatnonzero((middle > times[worst]) & (middle < times[worst + 1]))
+        return float(apart.sum() / total), float(middle[inside[pieces[inside].argmax()]])
+
+
+def _parts_of_time(expr: sp.Expr, state: Sequence[sp.Symbol]) -> Iterator[sp.Expr]:
+    """The largest parts of an expression that depend on t and not on the state; none of a polynomial in t."""
+    if not expr.has(time_symbol):
+        return
+    if not expr.has(*state):
+        if not expr.is_polynomial(time_symbol):
+            yield expr
+        return
+    alone = [part for part in expr.args if not part.has(*state)]
+    rest = [part for part in expr.args if part.has(*state)]
+    if isinstance(expr, sp.Add | sp.Mul):
+        alone = [expr.func(*alone)]
+    for part in (*alone, *rest):
+        if isinstance(part, sp.Expr):
+            yield from _parts_of_time(part, state)
 
 
 def _too_many(switch: Switch, T: float) -> ScheduleError:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Protocol
 
+import numpy as np
 import sympy as sp
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,18 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
             symbol: value if isinstance(value, float) else float(value.detach().double().flatten().median())
             for symbol, value in self._values.items()
         }
+
+    def entries(self) -> dict[sp.Symbol, float | np.ndarray]:
+        """The values as numbers; of tensors each different entry of their common shape, (entries, 1)."""
+        tensors = self.tensors
+        if not tensors:
+            return dict(self._values)
+        columns = [v.detach().double().cpu().expand(self.shape).reshape(-1) for v in tensors.values()]
+        entries = torch.stack(columns, dim=-1).unique(dim=0).numpy()
+        arrays = {symbol: entries[:, i : i + 1] for i, symbol in enumerate(tensors)}
+        if len(entries) == 1:
+            arrays = {symbol: float(array[0, 0]) for symbol, array in arrays.items()}
+        return {**self._values, **arrays}
 
     def replaced(self, changes: Mapping[sp.Symbol, object]) -> Values:
         """A copy with some values changed."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from sdeflow.errors import DataError
 from sdeflow.kernels.local import semidefinite_root
 from sdeflow.numerics.basis import Basis
+from sdeflow.numerics.breakpoints import Features
 from sdeflow.numerics.brownian import BrownianPath, BrownianRows
 from sdeflow.numerics.checks import (
     checked_dtype,
@@ -40,6 +42,7 @@ from sdeflow.symbolic.symbols import t as time_symbol
 __all__ = ["simulate", "start"]
 
 _STEPS = 500
+_BESIDE = 1e-13  # of the horizon: how far from a break point f and g are asked for
 
 
 def simulate(
@@ -67,8 +70,8 @@ def simulate(
         ts: increasing times in [0, T].
         solver: a name of torchsde's or a solver object; "euler" by default. "exact" draws each state from the
             transition law, for every SDE with an exact kernel (affine, reducible, Pearson): it takes no steps.
-        steps: of a fixed-step method between 0 and the last time, 500 by default; each interval of ``ts`` gets its
-            share, and at least one.
+        steps: of a fixed-step method between 0 and the last time, 500 by default; each interval between ``ts`` and
+            break points of f and g in t (up to ``steps`` of these, or 32) gets its share, and at least one.
         seed: makes the result reproducible; path i does not depend on the batch size.
         noise: a :class:`~sdeflow.BrownianPath` to follow in place of ``seed``, for one path in different steps.
         rtol, atol: of an adaptive solver.
@@ -80,6 +83,9 @@ def simulate(
             meant. Not with boundary="absorb".
         max_calls: the budget of an adaptive solve, 10,000 by default.
         progress: a progress bar; None shows it on a terminal only.
+
+    Warns:
+        CoarseStepsWarning: where fixed steps jump over something smooth that f or g does in t.
 
     Raises:
         DataError: for an x_0 that is not a finite floating tensor, or not a state of this SDE.
@@ -114,7 +120,7 @@ def simulate(
     ends = None if boundary is None else _boundary(boundary, fields, working, plan)
     if graph and ends is not None:
         ends.require_gradient()
-    path = _Path(fields, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, ends)
+    path = _Path(fields, tuple(x.shape[1:]), plan, resolve_seed(seed) if noise is None else noise, times, ends)
     shown = checked_flag(progress, "progress", optional=True)
     hidden = None if shown is None else not shown
     found, now = [], 0.0
@@ -125,7 +131,7 @@ def simulate(
         y = (working if basis is None else basis.forward(working)).flatten(1)
         for time in times:
             if time > now:
-                y = path.advance(y, now, time, times[-1], None if bar.disable else bar.update)
+                y = path.advance(y, now, time, None if bar.disable else bar.update)
             shown = _restored(y, working, basis)
             found.append(shown if ends is None else ends.nearest(shown, time))
             now = time
@@ -188,8 +194,9 @@ class _Path:
     """Stretches of one path, each a solve of its own in t, that share their noise."""
 
     def __init__(
-        self, fields: Fields, event: tuple[int, ...], plan: Plan, seed: int | BrownianPath, ends: Boundary | None = None
-    ) -> None:
+        self, fields: Fields, event: tuple[int, ...], plan: Plan, seed: int | BrownianPath, times: list[float],
+        ends: Boundary | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.seed, self.event, self.ends = plan, seed, event, ends
         self.noise = seed.rows() if isinstance(seed, BrownianPath) else NoiseStream(seed, "simulation")
         self._drift = fields.function_of_state(fields.declaration.drifts)
@@ -200,7 +207,23 @@ class _Path:
         if ends is not None:
             self._drift = self._at_nearest(self._drift, event)
             self._diffusion = replace(self._diffusion, g=self._at_nearest(self._diffusion.g, event))
-        self._stretch = 0
+        self._stretch, self._end = 0, times[-1]
+        features = Features(fields)
+        self._breaks, self._beside = features.edges(plan.steps), _BESIDE * fields.T
+        if plan.steps is not None and self._end > 0.0:
+            stops = np.unique([0.0, *times, *self._breaks[self._breaks < self._end].tolist()]).tolist()
+            visited = [self._steps(a, b) for a, b in pairwise(stops)]
+            features.warn_of_missed(np.array([0.0, *(t for part in visited for t in part[1:])]))
+        self._drift = self._sided(self._drift)
+        g, correction = self._diffusion.g, self._diffusion.correction
+        self._diffusion = replace(
+            self._diffusion, g=self._sided(g), correction=None if correction is None else self._sided(correction)
+        )
+
+    def _steps(self, first: float, last: float) -> list[float]:
+        """The ends of the steps from one break point, or time that is shown, to the next."""
+        count = max(1, math.ceil(self.plan.steps * (last - first) / self._end - 1e-9))
+        return [first + (last - first) * k / count for k in range(count)] + [last]
 
     def _at_nearest(self, function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable:
         """``function`` of the nearest states of the domain, of states or flattened states."""
@@ -211,22 +234,43 @@ class _Path:
 
         return nearest
 
-    def advance(self, y: Tensor, first: float, last: float, end: float, on_call: Callable[[], object] | None) -> Tensor:
-        """Flattened states at ``last`` from those at ``first``."""
+    def advance(self, y: Tensor, first: float, last: float, on_call: Callable[[], object] | None) -> Tensor:
+        """Flattened states at ``last`` from those at ``first``: a solve for each piece between break points of f, g."""
+        inner = self._breaks[(self._breaks > first) & (self._breaks < last)].tolist()
+        for begin, end in pairwise([first, *inner, last]):
+            y = self._over_piece(y, begin, end, on_call)
+        return y
+
+    def _over_piece(self, y: Tensor, first: float, last: float, on_call: Callable[[], object] | None) -> Tensor:
         plan, noise = self.plan, self.noise
         if plan.solver.adaptive and isinstance(
             noise, NoiseStream
         ):  # torchsde's own Brownian motion starts from a seed: each stretch needs another
             noise = NoiseStream(mixed_seed(self.seed, self._stretch), "simulation")
         self._stretch += 1
-        steps = None if plan.steps is None else max(1, math.ceil(plan.steps * (last - first) / end - 1e-9))
+        self._set_sides(first, last)
         if self.ends is None:
+            steps = None if plan.steps is None else len(self._steps(first, last)) - 1
             return self._solved(y, first, last, steps, noise, on_call)
-        times = [first + (last - first) * k / steps for k in range(steps + 1)]
-        for before, after in pairwise(times):  # one solve for each step, and then the end of the domain
+        for before, after in pairwise(
+            self._steps(first, last)
+        ):  # a solve for each step, and then the end of the domain
             y = self._solved(y, before, after, 1, noise, on_call)
             y = self.ends.after_step(y.reshape(-1, *self.event), after).flatten(1)
         return y
+
+    def _set_sides(self, first: float, last: float) -> None:
+        """From now on f and g are asked inside [first, last], not at ends where they may jump."""
+        inside = min(self._beside, 0.25 * (last - first))
+        self._inside = tuple(
+            end + side * inside * bool((self._breaks == end).any()) for end, side in ((first, 1.0), (last, -1.0))
+        )
+
+    def _sided(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """``function`` of a state and t, taken on the side of the present piece."""
+        if not len(self._breaks):
+            return function
+        return lambda x, time: function(x, time.clamp(*self._inside))
 
     def _solved(
         self, y: Tensor, first: float, last: float, steps: int | None, noise: NoiseStream | BrownianRows,

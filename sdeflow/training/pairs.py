@@ -29,11 +29,15 @@ Not to be confused with matching p(x_t | x_0) itself, which :mod:`sdeflow.traini
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.errors import NonFiniteStateError, ScheduleError, TooLargeError
 from sdeflow.kernels.local import LocalLaw, semidefinite_root
+from sdeflow.numerics.breakpoints import Features
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.linear import Linear
 from sdeflow.numerics.noise import NoiseStream
@@ -46,6 +50,7 @@ from sdeflow.training.weightings import Weighting, of_times, require_weighting
 __all__ = ["SimulatedPairs"]
 
 _MOST_STEPS = 1_000_000
+_SHORT = 1e-12  # of the horizon
 
 
 class SimulatedPairs:
@@ -56,6 +61,9 @@ class SimulatedPairs:
         weighting: "score", in units of the last step's standard deviation; "likelihood", in those of g; or w(t).
         gap: the last step's length in units of T / steps; near t = 0 it is cut to [0, t].
         steps: of the chain over [0, T]; each path spends as many on its own [0, s].
+
+    Warns:
+        CoarseStepsWarning: where the steps jump over something smooth that f or g does in t.
 
     Raises:
         ScheduleError: for gap = 1 where g gᵀ is singular, for then a step has no density.
@@ -80,28 +88,51 @@ class SimulatedPairs:
                 "spreads to every component."
             )
         self.weighting, self.gap, self.steps = weighting, gap, steps
-        self.law = LocalLaw(sde)
+        self.law, features, T = LocalLaw(sde), Features(sde), self.declaration.T
+        self._breaks = torch.as_tensor(features.edges(steps))
+        features.warn_of_missed(np.union1d(np.linspace(0.0, T, steps + 1), features.edges(steps)))
 
     @torch.no_grad()
     def __call__(self, data: Tensor, t: Tensor, noise: NoiseStream) -> Pairs:
         """Pairs at the times t (batch,) for data (batch, *event)."""
-        h = torch.clamp_max(t, self.gap * self.declaration.T / self.steps)
+        h = self._last_step(t)
         x_s = self.path(start(self.declaration, data, noise), t - h, noise)
-        mean, root = (self.law.euler if self.gap == 1 else self.law)(x_s.double(), t - h, h)
+        mean, root = (self.law.euler if self.gap == 1 else self.law)(x_s.double(), self._inside(t - h, h), h)
         eps = noise.normal(tuple(x_s.shape), torch.float64, x_s.device)
         x_t = mean + root(eps)
         _require_finite(x_t, "the local step")
         target = -root.T.inverse(eps)
         return Pairs(x_t.to(x_s.dtype), t, target.to(x_s.dtype), self._metric(x_t, t, h))
 
+    def _last_step(self, t: Tensor) -> Tensor:
+        """Its length for each t: no step crosses a break point of f and g."""
+        T = self.declaration.T
+        h = torch.clamp_max(t, self.gap * T / self.steps)
+        for at in self._breaks.tolist():
+            h = torch.where(t > at + _SHORT * T, torch.minimum(h, t - at), h)
+        return h
+
+    def _inside(self, t: Tensor, h: Tensor) -> Tensor:
+        """Where f and g of a step of length h from t are taken: beside a break point, not on it."""
+        if not len(self._breaks):
+            return t
+        near = (t[..., None] - self._breaks.to(t)).abs().amin(-1) <= _SHORT * self.declaration.T
+        return torch.where(near, t + torch.clamp_max(0.25 * h, 2.0 * _SHORT * self.declaration.T), t)
+
     def path(self, x: Tensor, s: Tensor, noise: NoiseStream) -> Tensor:
-        """x_s of each sample from its x_0, for its own time s (batch,), in steps of s / steps."""
-        length = s / self.steps
-        for i in range(self.steps):
+        """x_s of each sample from its x_0, for its own time s (batch,), in steps of s / steps and to break points."""
+        ends = torch.arange(self.steps, device=s.device) * (s / self.steps)[:, None]
+        if len(self._breaks):
+            stops = torch.minimum(self._breaks.to(s.device), s.double()[:, None])
+            ends = torch.cat([ends.double(), stops], dim=1).sort(1).values
+        ends = torch.cat([ends, s[:, None].to(ends.dtype)], dim=1)
+        ends = ends if len(self._breaks) else ends.to(x.dtype)
+        for begin, end in pairwise(ends.unbind(1)):
             motions = noise.normal(
                 (len(x), self.law.motions, *x.shape[2:]) if self.law.coupled else tuple(x.shape), x.dtype, x.device
             )
-            x = x + self.law.increment(x, i * length, length, motions)
+            length = end - begin
+            x = x + self.law.increment(x, self._inside(begin, length), length, motions)
         _require_finite(x, "Euler-Maruyama")
         return x
 

@@ -21,6 +21,7 @@ from sdeflow.training.losses import KernelPairs
 from sdeflow.training.pairs import SimulatedPairs
 
 R = sp.Rational
+PULSE = sp.Piecewise((10**5, sp.And(t > R(1, 3), t < R(1, 3) + R(1, 10**4))), (0, True))
 DOUBLE_WELL = SDE(x - x**3, 1, T=2)
 MEAN, STD = 0.3, 0.2  # of its data
 
@@ -629,3 +630,58 @@ def test_a_gradient_that_leads_nowhere_is_refused(solver):
     sde = SDE(-x + sp.sin(x), sp.sqrt(1 + x**2) / 5)
     with pytest.raises(ValueError, match="neither the state nor a parameter"):
         sde.simulate(torch.ones(2, 1), [1.0], solver, steps=3, gradient="backprop")
+
+
+# ------------------------------------------------------------------ what f and g do in t, between the steps
+
+SPIKE = 10**5 * sp.exp(-((10**5 * (t - R(1, 3))) ** 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 20}, {"solver": "heun", "steps": 50}, {"solver": "srk", "steps": 20}, {"ts": [R(1, 3), 1]}],
+)
+def test_paths_see_short_pulses(options):
+    """Of noise 10⁵ for 10⁻⁴ the variance is that of the kernel, 10 e^(-4/3) more than without; of drift the mean."""
+    zeros, ts = torch.zeros(10_000, 1), [float(time) for time in options.pop("ts", [1])]
+    noisy, driven = SDE(-x, sp.sqrt(1 + PULSE)), SDE(-x + PULSE / 10, 1)
+    states = noisy.simulate(zeros, ts, seed=0, **options)[-1]
+    true = 0.5 * (1 - math.exp(-2)) + 10 * math.exp(-4 / 3)
+    assert float(states.var()) == pytest.approx(true, rel=4 * math.sqrt(2 / 10_000) + 0.03)
+    mean = float(driven.simulate(zeros, ts, seed=0, **options)[-1].mean())
+    assert mean == pytest.approx(math.exp(-2 / 3), abs=4 * math.sqrt(0.44 / 10_000) + 0.01)
+
+
+def test_paths_see_short_pulses_without_a_kernel_and_at_an_end_of_the_domain():
+    """The cubic drift is too small to matter; full truncation takes a solve for each step."""
+    general = SDE(-x - x**3 / 10**9, sp.sqrt(1 + PULSE))
+    true = 0.5 * (1 - math.exp(-2)) + 10 * math.exp(-4 / 3)
+    found = general.simulate(torch.zeros(10_000, 1), [1.0], seed=0, steps=60)[-1]
+    assert float(found.var()) == pytest.approx(true, rel=4 * math.sqrt(2 / 10_000) + 0.03)
+    square_root = SDE(1 - x + PULSE / 10, sp.sqrt(x) / 10)
+    ended = square_root.simulate(torch.ones(1000, 1), [1.0], seed=0, steps=60, boundary="truncate")[-1]
+    assert float(ended.mean()) == pytest.approx(1 + math.exp(-2 / 3), abs=0.02)
+
+
+def test_simulated_pairs_see_short_pulses():
+    general = SDE(-x - x**3 / 10**9, sp.sqrt(1 + PULSE))
+    for gap in (1, 5):
+        pairs = SimulatedPairs(general, "score", gap, 40)
+        for time in (0.3, 0.34, 1.0):
+            times = torch.full((10_000,), time, dtype=torch.float64)
+            x_t = pairs(torch.zeros(10_000, 1), times, NoiseStream(0, "pairs"))[0]
+            true = 0.5 * (1 - math.exp(-2 * time)) + (time > 1 / 3) * 10 * math.exp(-2 * (time - 1 / 3))
+            assert float(x_t.var()) == pytest.approx(true, rel=4 * math.sqrt(2 / 10_000) + 0.03)
+
+
+def test_steps_that_jump_over_a_smooth_spike_are_warned_of():
+    zeros = torch.zeros(10, 1)
+    for spiked in (SDE(-x, sp.sqrt(1 + SPIKE)), SDE(-x - x**3 / 10, sp.sqrt(1 + SPIKE)), SDE(-x + SPIKE / 10, 1)):
+        with pytest.warns(errors.CoarseStepsWarning, match=r"near t = 0\.3333"):
+            spiked.simulate(zeros, [1.0], seed=0, steps=100)
+    with pytest.warns(errors.CoarseStepsWarning, match="jump over"):
+        SimulatedPairs(SDE(-x - x**3 / 10, sp.sqrt(1 + SPIKE)), "score", 5, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steady in (catalog.VP(), catalog.EDM(), catalog.VE(), SDE(-x, sp.sqrt(1 + PULSE)), DOUBLE_WELL):
+            steady.simulate(zeros, [steady.T], seed=0, steps=50)
