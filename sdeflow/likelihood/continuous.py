@@ -291,7 +291,7 @@ class Flow:
         if self.probes is None:
             divergence = self.products.divergence(field, u)[None]
             return divergence, divergence.detach()[:0]
-        forms, spread = [], Spread(self.probes.normals)
+        forms, spread = [], Spread(bool(self.probes.normals))
         for vectors in self.products.chunks(self.probes.vectors.flatten(2), field):
             gradients = self.products.gradients(field, u, vectors)
             forms.append((gradients * vectors.to(gradients.dtype)).sum(-1, dtype=torch.float64))

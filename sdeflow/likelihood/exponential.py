@@ -14,11 +14,11 @@ from sdeflow.errors import LongSolveWarning, warn
 from sdeflow.likelihood import adjoint
 from sdeflow.likelihood.continuous import FixedProbes, Flow, fixed_probes
 from sdeflow.likelihood.nodes import Carried, Carrier
-from sdeflow.likelihood.options import Options
+from sdeflow.likelihood.options import DEFAULT_PROBES, Options
 from sdeflow.likelihood.result import Solved
 from sdeflow.likelihood.route import OnNodes
 from sdeflow.likelihood.tolerance import Held, not_reached, require_reached
-from sdeflow.numerics.traces import Estimate, Exact, Given, Hutchinson, until
+from sdeflow.numerics.traces import Estimate, Exact, Given, Hutchinson, Probed, until
 from sdeflow.solvers import Torchdiffeq
 from sdeflow.solving.model import Model
 from sdeflow.solving.pilot import pilot
@@ -105,16 +105,20 @@ def _until(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, options: Opt
         return total, total
     found: list[Carried] = []
 
+    design = carrier.trace
+    if not isinstance(design, Probed):
+        raise ValueError(f'probes="auto" is of a trace with a number of probes, not of {design}.')
+
     def run(round: int, part: Tensor) -> Estimate:
         """Twice the probes of the round before, on the samples that need them."""
-        trace = replace(carrier.trace, probes=carrier.trace.probes * 2**round)
+        trace = design.with_probes(design.probes * 2**round)
         found.append(once(replace(carrier, trace=trace), part.to(x.device), round))
         last = found[-1]
         return Estimate(last.value, last.stderr, last.dof, trace.probes)
 
-    total = until(run, len(x), options.target, rounds=8)
+    pooled = until(run, len(x), options.target, rounds=8)
     calls = sum(part.calls for part in found)
-    return Carried(total.value, total.stderr, total.dof, found[0].x_T, calls, found[0].defect), found[0]
+    return Carried(pooled.value, pooled.stderr, pooled.dof, found[0].x_T, calls, found[0].defect), found[0]
 
 
 def _same_for_all_grids(carrier: Carrier) -> Carrier:
@@ -149,10 +153,11 @@ def _compared(carrier: Carrier, model: Model, x: Tensor, rows: Tensor, found: Ca
     refined = max(2, math.ceil(_COMPARED_WITH / carrier.steps))
     finer = _alone(replace(carrier, solver=solver, refined=refined), model, x, rows)
     # Where the trace is estimated the difference is too, and may be small by chance.
-    falls = (_SAFETY * finer.defect / found.defect).nan_to_num(1.0).clamp_max(1.0)
-    falls = falls if isinstance(carrier.trace, Exact) else 1.0
+    error = finer.defect
+    if isinstance(carrier.trace, Exact):
+        error = error * (_SAFETY * finer.defect / found.defect).nan_to_num(1.0).clamp_max(1.0)
     rounding = torch.finfo(carrier.dtype).eps * finer.value.abs()
-    return torch.stack([found.value.detach() - finer.value, finer.defect * falls, rounding]).norm(dim=0)
+    return torch.stack([found.value.detach() - finer.value, error, rounding]).norm(dim=0)
 
 
 def _to_tolerance(
@@ -204,13 +209,14 @@ def _to_tolerance(
         part = ((steps_of == n) & (held.rtol == rtol)).nonzero().flatten()
         if rtol:
             graph = options.gradient is not None and torch.is_grad_enabled()
-            found, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
+            of_part: Estimate | Carried
+            of_part, _, nfe = _adaptively(carrier, model, equation, x, rows, part, options, rtol, budget, graph)
         else:
-            found, _ = _measured(replace(carrier, steps=n), model.rows(part), x[part], rows[part], options)
-            nfe = found.calls
+            of_part, _ = _measured(replace(carrier, steps=n), model.rows(part), x[part], rows[part], options)
+            nfe = of_part.calls
         calls += nfe
-        value, stderr = value.index_copy(0, part, found.value), stderr.index_copy(0, part, found.stderr)
-        dof = dof.index_copy(0, part, found.dof)
+        value, stderr = value.index_copy(0, part, of_part.value), stderr.index_copy(0, part, of_part.stderr)
+        dof = dof.index_copy(0, part, of_part.dof)
     return Solved(value, stderr, dof, error, x_T, calls)
 
 
@@ -244,7 +250,7 @@ def _off_by(
 
 def _told_if_long(carrier: Carrier, model: Model, options: Options, calls: int, d: int) -> bool:
     """Says so once where much work on a large network goes on and no bar shows it, as off a terminal."""
-    products = getattr(carrier.trace, "probes", d)
+    products = carrier.trace.probes if isinstance(carrier.trace, Probed) else d
     if carrier.on_call is not None or options.progress is not None or calls * products < _LONG:
         return False
     if sum(parameter.numel() for parameter in model.score.parameters()) < _LARGE:
@@ -268,7 +274,8 @@ def _adaptively(
     elif isinstance(trace, Given):
         probes = FixedProbes(trace.of_rows(rows[part], tuple(x.shape), x.device), 1.0, None)
     else:
-        probes = fixed_probes(x[part], rows[part], options, trace.probes)
+        count = trace.probes if isinstance(trace, Probed) else DEFAULT_PROBES
+        probes = fixed_probes(x[part], rows[part], options, count)
     flow = Flow(model.rows(part), equation, model.clock(None), carrier.dtype, probes, graph)
     return flow(x[part], Plan(Torchdiffeq("dopri5"), None, rtol, rtol, max(1, budget)), carrier.on_call)
 

@@ -145,8 +145,10 @@ class Carrier:
         draws: list[int] | None = None,
     ) -> Integral:  # fmt: skip
         """The sum over the nodes, empty."""
-        where = {"rows": rows, "device": u.device, "draws": draws}
-        return self.trace.start(tuple(u.shape), weight, seed=self.seed, round=round, create_graph=create_graph, **where)
+        return self.trace.start(
+            tuple(u.shape), weight, seed=self.seed, round=round, rows=rows, device=u.device, create_graph=create_graph,
+            draws=draws,
+        )  # fmt: skip
 
 
 class Integrand:
@@ -165,10 +167,10 @@ class Integrand:
     """
 
     def __init__(self, model: Model, times: np.ndarray, like: Tensor, dtype: torch.dtype) -> None:
-        kernel, n = model.kernel, len(times)
+        kernel, n = model.kernel.require_gaussian("log p on the nodes of an exponential solver"), len(times)
         self.times = torch.as_tensor(times)
         self.score = model.score.on_grid(self.times, like, dtype)
-        self._model, self._like = model, like[:1].detach()
+        self._model, self._kernel, self._like = model, kernel, like[:1].detach()
         self._score: tuple | None = None
         with torch.no_grad():
             moving = _where_finite(kernel, self.times)
@@ -207,7 +209,7 @@ class Integrand:
 
     def mean(self) -> Tensor | None:
         """alpha m at each node, m the data's mean in the basis; None where it is 0."""
-        kernel, like, moments = self._model.kernel, self._like, self._model.score.data_moments()
+        kernel, like, moments = self._kernel, self._like, self._model.score.data_moments()
         mean = None if moments is None else kernel.data_level(moments[0], like)
         return None if mean is None else kernel.path(like, self.times.to(like.device)).alpha(mean)
 

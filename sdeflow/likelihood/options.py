@@ -14,7 +14,7 @@ from typing_extensions import Required
 from sdeflow.likelihood.dequantisation import Dequantisation
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag, checked_real, checked_state
 from sdeflow.numerics.noise import resolve_seed
-from sdeflow.numerics.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Trace
+from sdeflow.numerics.traces import Exact, Given, Hadamard, Hutchinson, HutchPP, Probed, Trace
 from sdeflow.solvers import Grid, Solver
 from sdeflow.solvers.clock import as_grid
 
@@ -156,11 +156,11 @@ class Options:
         for name in ("trace", "probes"):
             if isinstance(getattr(self, name), np.ndarray | list | tuple):
                 object.__setattr__(self, name, checked_state(getattr(self, name), "the probes"))
-        if isinstance(self.trace, Tensor) or isinstance(self.probes, Tensor):
+        given = [value for value in (self.trace, self.probes) if isinstance(value, Tensor)]
+        if given:
             if self.trace is not None and self.probes is not None:
                 raise ValueError("give the probes alone, as trace= or as probes=.")
-            given = self.trace if self.probes is None else self.probes
-            object.__setattr__(self, "trace", Given(given, self.first_row))
+            object.__setattr__(self, "trace", Given(given[0], self.first_row))
             object.__setattr__(self, "probes", None)
         if self.solver is None and self.steps is not None and (atol is not None or self.rtol is not None):
             raise ValueError("give steps=, or atol= for an error of log p in nats, or rtol= and atol=; not both.")
@@ -206,10 +206,10 @@ def estimator(x: Tensor, options: Options) -> Trace:
     """The trace estimator meant, on nodes that are known beforehand."""
     trace, auto = options.trace, options.probes == "auto"
     if isinstance(trace, Trace):
-        if options.probes is not None and not (auto and hasattr(trace, "probes")):
+        if options.probes is not None and not (auto and isinstance(trace, Probed)):
             raise ValueError("a trace object has its own number of probes.")
         return trace
-    probes = DEFAULT_PROBES if auto or options.probes is None else options.probes
+    probes = options.probes if isinstance(options.probes, int) else DEFAULT_PROBES
     if trace == "hadamard" or (auto and trace is None and options.probe is None):
         return Hadamard(probes // 2 if auto else probes)
     if trace == "hutch++":

@@ -48,8 +48,8 @@ class LogProb:
     @property
     def error(self) -> Tensor:
         """One bar for all of it, the root of the sum of squares."""
-        parts = (self.stderr, self.solver_error, self.truncation, self.prior_mismatch, self.prior_error)
-        return sum(part.square() for part in parts).sqrt()
+        parts = (self.solver_error, self.truncation, self.prior_mismatch, self.prior_error)
+        return sum((part.square() for part in parts), self.stderr.square()).sqrt()
 
     def __repr__(self) -> str:
         """The first values of each part; ``value.tolist()`` has all."""

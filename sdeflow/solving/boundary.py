@@ -104,18 +104,20 @@ class Kept:
 
     def field(self, field: Field) -> Field:
         """The equation of flattened states, asked for within the domain."""
-        if self._ends is None:
+        ends, event, diffusion = self._ends, self._event, field.diffusion
+        if ends is None:
             return field
-        diffusion = field.diffusion
-        correction = None if diffusion.correction is None else self._function(diffusion.correction)
-        diffusion = replace(diffusion, g=self._function(diffusion.g), correction=correction)
-        return Field(self._function(field.drift), diffusion)
 
-    def _function(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def kept(y: Tensor, t: Tensor) -> Tensor:
-            return function(self._ends.inside(y.reshape(-1, *self._event), float(t)).flatten(1), t)
+        def within(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+            def kept(y: Tensor, t: Tensor) -> Tensor:
+                return function(ends.inside(y.reshape(-1, *event), float(t)).flatten(1), t)
 
-        return kept
+            return kept
+
+        if diffusion is not None:
+            correction = None if diffusion.correction is None else within(diffusion.correction)
+            diffusion = replace(diffusion, g=within(diffusion.g), correction=correction)
+        return Field(within(field.drift), diffusion)
 
 
 class Boundary:

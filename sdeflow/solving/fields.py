@@ -95,9 +95,9 @@ class Fields:
 
     def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
         """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
-        if not self.kernel.has_offset:
+        if self.gaussian is None or not self.gaussian.has_offset:
             return 0.0
-        level = self.kernel.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
+        level = self.gaussian.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
         return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
 
     def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:

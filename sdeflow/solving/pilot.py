@@ -31,11 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.linear import multiplied, per_sample
 from sdeflow.numerics.traces import Hutchinson
 from sdeflow.scores import GridScore, evaluating
 from sdeflow.solvers import Clock, Exponential, Problem, Solver
 from sdeflow.solvers.clock import smooth_clock
+from sdeflow.solvers.exponential.weights import Transfer
 from sdeflow.solving.model import Model
 from sdeflow.solving.reference import reference
 
@@ -94,8 +96,9 @@ def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) 
         found = {}
     grid = found.get((*key, *model.score.wrapping))
     if grid is None:
-        grid = _measure(model, known, like, likelihood)
-        found[(*key, *model.score.wrapping)] = grid  # asked again: a function now tells whether it is tied to its batch
+        grid = _measure(model, model.gaussian, known, like, likelihood)
+        asked_again = (*key, *model.score.wrapping)  # a function now tells whether it is tied to its batch
+        found[asked_again] = grid
         while len(found) > _KEPT:
             del found[next(iter(found))]
     return grid
@@ -107,10 +110,10 @@ def _identity_of(solver: Exponential) -> tuple:
     return scale, None if solver.basis is None else id(solver.basis)
 
 
-def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) -> Pilot:
+def _measure(model: Model, kernel: Kernel, solver: Exponential, like: Tensor, likelihood: bool) -> Pilot:
     n, samples = (_CALLS_IN_NATS, _SAMPLES_IN_NATS) if likelihood else (_CALLS, _SAMPLES)
     model, event = model.spread(samples), tuple(like.shape[1:])
-    kernel, order = model.kernel, solver.order
+    order = solver.order
     runner = Exponential(2, solver.prediction, variable=solver.variable, scale=solver.scale, basis=solver.basis)
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
     states: list[Tensor] = []
@@ -143,7 +146,8 @@ def _measure(model: Model, solver: Exponential, like: Tensor, likelihood: bool) 
         centres = np.array([lam[i : i + order + 1].mean() for i in range(len(differences))])
         transfer = program.steps.transfer
         if likelihood:
-            size = _sizes_in_nats(model, solver, transfer, torch.as_tensor(times), lam, states, differences, like.dtype)
+            at = torch.as_tensor(times)
+            size = _sizes_in_nats(model, kernel, solver, transfer, at, lam, states, differences, like.dtype)
             calls += 2 * len(size[::_STRIDE])
         else:
             middle = 0.5 * (lam[1:] + lam[:-1])
@@ -177,11 +181,11 @@ def _density(size: np.ndarray, order: int) -> np.ndarray:
 
 
 def _sizes_in_nats(
-    model: Model, solver: Exponential, transfer: object, times: Tensor, lam: np.ndarray, states: list[Tensor],
-    differences: Tensor, dtype: torch.dtype,
+    model: Model, kernel: Kernel, solver: Exponential, transfer: Transfer, times: Tensor, lam: np.ndarray,
+    states: list[Tensor], differences: Tensor, dtype: torch.dtype,
 ) -> np.ndarray:  # fmt: skip
     """What local errors δ = B_u F^{(p)} do to log p, root mean square over the samples."""
-    kernel, like = model.kernel, states[0]
+    like = states[0]
     length = torch.as_tensor(np.diff(lam)).reshape(-1, *(1,) * (transfer.moments.ndim - 2))
     back, forward = (kernel.maps.shaped(v, like) for v in (transfer.state, transfer.moments[:, 0] / length))
     forcing = (back.inverse @ forward).at_each(like)
@@ -212,7 +216,7 @@ def _sizes_in_nats(
     return np.exp(np.interp(np.arange(len(differences)), looked_at, sizes))
 
 
-def _influence(transfer: object, h: np.ndarray) -> np.ndarray:
+def _influence(transfer: Transfer, h: np.ndarray) -> np.ndarray:
     """The size of B in each step: what a unit of F there adds at the end, per unit of half-log-SNR."""
     state, first = transfer.state, transfer.moments[:, 0]
     coupled = transfer.length is None

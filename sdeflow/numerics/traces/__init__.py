@@ -28,7 +28,7 @@ from sdeflow.numerics.traces.deterministic import Exact, Given
 from sdeflow.numerics.traces.estimate import Estimate, pool, until
 from sdeflow.numerics.traces.hutchinson import Hutchinson
 from sdeflow.numerics.traces.hutchpp import HutchPP
-from sdeflow.numerics.traces.integral import Integral, Trace
+from sdeflow.numerics.traces.integral import Integral, Probed, Trace
 from sdeflow.numerics.traces.products import Products
 from sdeflow.numerics.traces.standard_error import (
     Spread,
@@ -49,6 +49,7 @@ __all__ = [
     "HutchPP",
     "Hutchinson",
     "Integral",
+    "Probed",
     "Products",
     "Spread",
     "Trace",

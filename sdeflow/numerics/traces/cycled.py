@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_count
-from sdeflow.numerics.traces.integral import Integral, Setting, Trace
+from sdeflow.numerics.traces.integral import Integral, Probed, Setting
 from sdeflow.numerics.traces.products import dot
 from sdeflow.numerics.traces.standard_error import Spread, satterthwaite, unknown
 from sdeflow.numerics.traces.walsh import columns_of, hadamard, padded, walsh_hadamard
@@ -35,7 +35,7 @@ _LENGTHS = [0.5 * 1.25**k for k in range(22)]  # correlation lengths tried, in n
 
 
 @dataclass(frozen=True)
-class Hadamard(Trace):
+class Hadamard(Probed):
     """Columns of a randomised Hadamard matrix, cycled over the nodes: the best design if nodes x probes exceeds d.
 
     Args:

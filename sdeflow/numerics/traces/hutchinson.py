@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag
-from sdeflow.numerics.traces.integral import Integral, Setting, Trace
+from sdeflow.numerics.traces.integral import Integral, Probed, Setting
 from sdeflow.numerics.traces.products import dot
 from sdeflow.numerics.traces.standard_error import ZERO, Nodewise, Spread, are_few
 from sdeflow.numerics.traces.walsh import columns_of, hadamard, padded
 
 
 @dataclass(frozen=True)
-class Hutchinson(Trace):
+class Hutchinson(Probed):
     """Independent probes.
 
     Args:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from sdeflow.numerics.checks import checked_count
-from sdeflow.numerics.traces.integral import Integral, Setting, Trace
+from sdeflow.numerics.traces.integral import Integral, Probed, Setting
 from sdeflow.numerics.traces.products import dot
 from sdeflow.numerics.traces.standard_error import Nodewise
 
 
 @dataclass(frozen=True)
-class HutchPP(Trace):
+class HutchPP(Probed):
     """Hutch++: a third of the products for the sketch, a third for the trace within it, a third for the rest.
 
     Sketch and probes are drawn anew at each node.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from sdeflow.errors import ScoreError
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
@@ -84,6 +85,21 @@ class Trace(ABC):
     @abstractmethod
     def _integral(self, setting: Setting) -> Integral:
         """The empty sum."""
+
+
+@dataclass(frozen=True)
+class Probed(Trace):
+    """A design with a number of probes at each node.
+
+    Attributes:
+        probes: this number.
+    """
+
+    probes: int
+
+    def with_probes(self, probes: int) -> Self:
+        """The same design with another number of probes."""
+        return replace(self, probes=probes)
 
 
 class Integral(ABC):
