@@ -167,6 +167,28 @@ def test_the_reverse_sde_takes_the_steps_written_by_hand(name):
         torch.testing.assert_close(with_states[-1], found)
 
 
+@pytest.mark.parametrize("name", ["Euler", "Heun", "euler", "heun3", "rk4"])
+def test_steps_between_given_times_are_exact_in_the_offset(name):
+    """dx = (-x + 3 t²) dt + √2 dw: the steps written by hand are those of u = x - m(t), m' = -m + 3 t²."""
+    sde = SDE(-x + 3 * time_symbol**2, sp.sqrt(2), T=1, cutoff=0.01)
+
+    def offset(t):
+        return 3 * t**2 - 6 * t + 6 - 6 * math.exp(-t)
+
+    score = lambda state, t: torch.sin(3 * state) - state  # noqa: E731
+    solver = {"Euler": solvers.Euler(), "Heun": solvers.Heun()}.get(name) or Torchdiffeq(name)
+    times = random_times(sde, 4, 0).flip(0).tolist()
+    z = torch.randn(3, 2, dtype=double, generator=torch.Generator().manual_seed(0))
+    expected, _ = runge_kutta(
+        lambda u, t: -u - score(u + offset(t), t),
+        z - offset(1.0),
+        times,
+        TABLEAUX[{"Heun": "heun2"}.get(name, name.lower())],
+    )
+    found = sde.flow_ode(score, prior=sde.prior).decode(z, solver, grid=times)
+    torch.testing.assert_close(found, expected + offset(times[-1]), rtol=1e-10, atol=1e-10)
+
+
 def constant():
     """f = 0, g = 1, score -2 everywhere: dx/dt = 1 along the flow, 2 along the reverse SDE."""
     sde = SDE(0, 1, T=1, cutoff=0.001)
