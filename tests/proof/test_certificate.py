@@ -546,6 +546,15 @@ HARD = {
     "a pulse of arguments that overflow": lambda: SDE(-x + 10**4 * sp.sech((t - R(2, 5)) * 10**4), 1),
     "a sawtooth that falls to zero at the horizon": lambda: SDE(-x * sp.Mod(-3 * t, 1), 1),
     "constant elasticity of variance": lambda: SDE(x / 20, x ** R(3, 4) / 5),
+    "an infinite slope at 0": lambda: SDE(-t * x * sp.log(t), 1),
+    "an infinite drift at 0": lambda: SDE(-x * sp.log(1 + 1 / t), 1),
+    "noise that falls below rounding": lambda: SDE(-x, sp.exp(-50 * t)),
+    "noise that falls below all digits": lambda: SDE(-x, sp.exp(-100 * t)),
+    "silent until a round time": lambda: SDE(-x, sp.Piecewise((0, t < R(1, 2)), (1, True))),
+    "noise between round times": lambda: SDE(
+        -x, sp.Piecewise((0, t < R(23, 100)), (1, t < R(71, 100)), (0, True))
+    ),
+    "Jacobi of mass at its ends": lambda: SDE(R(1, 100) * (1 - 2 * x), sp.sqrt(x * (1 - x)), T=1),
     "decoupled scales": lambda: SDE(lambda a, v, t: [v, 10**4 - v], [R(1, 10**4), 10**3], state=("a", "v")),
 }  # fmt: skip
 

@@ -42,6 +42,8 @@ _TOLERANCE = 1e-9
 _PROBABILITY = 1e-7
 _SLOW, _SECONDS = 2e-3, 3.0  # of a density, and of all that are needed at once
 
+_TERMS = 200  # by which the power of a density near an end is told
+_MOST_HIDDEN = 1e-2  # of the mass
 _INDISTINCT = 1e-13  # relative distance from an end
 HIDDEN = "too much of the law lies closer to an end of the domain than numbers can tell."
 
@@ -285,11 +287,23 @@ def mass(subject: Subject) -> None:
         if rest[0] > 0 and 0 < p[0] < p[1]:  # a power of the distance, whose terms fall geometrically to the low end
             p[0], rest[0] = p[0] + p[0] ** 2 / (p[1] - p[0]), 0.0
         # What lies between the last point and an end that rounding hides.
-        tolerance = _PROBABILITY + 10 * float((p[[0, -1]] * rest).max())
+        tolerance = _PROBABILITY + max(10 * float((p[[0, -1]] * rest).max()), 2 * _beyond(p, rest))
+        if tolerance > _MOST_HIDDEN:
+            raise UnknownValue(HIDDEN)
         subject.note("kernel.log_prob", "∫ p dx = 1", p.sum() - 1, tolerance, at)
         first = (p * (x - mean)).sum() / std
         second = (p * (x - mean) ** 2).sum() / std**2 - 1
         subject.note("kernel.moments", "mean and variance of p", np.array([first, second]), 10 * tolerance, at)
+
+
+def _beyond(p: Array, rest: Array) -> float:
+    """The mass between the last point and an end: near one p is a power of the distance, and its terms geometric."""
+    found = 0.0
+    for terms in (side for side, hides in zip((p, p[::-1]), rest, strict=True) if hides):
+        some = min(_TERMS, len(terms) - 1)
+        if 0 < terms[0] < terms[some]:
+            found = max(found, float(terms[0] / math.expm1(math.log(terms[some] / terms[0]) / some)))
+    return found
 
 
 def _reach(subject: Subject, x_0: torch.Tensor, at: float) -> tuple[float, float]:

@@ -95,7 +95,7 @@ def transitions(subject: Subject) -> None:
     random = np.sort(subject.rng.uniform(low, T, size=(3, 2)), axis=1).tolist()
     pairs = [(0.0, 0.5 * T), (low, 0.4 * T), (0.3 * T, 0.7 * T), (0.5 * T, 0.51 * T), (0.6 * T, T), *random]
     x = torch.zeros(1, *subject.event, dtype=torch.float64)
-    for s, t in pairs:
+    for s, t in zip(*(subject.apart(np.array(ends)).tolist() for ends in zip(*pairs, strict=True)), strict=True):
         for known in (False, True) if s == 0 and any(subject.declaration.initial_variances) else (False,):
             if not s < t:
                 continue

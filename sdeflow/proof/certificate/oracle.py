@@ -445,7 +445,8 @@ class Oracle:
             u = np.clip(np.asarray(u, dtype=float), 0.0, self.T)
             i = np.clip(np.searchsorted(edges, u, "right") - 1, 0, len(width) - 1)
             rest = u - edges[i]
-            return total[i] + (values(edges[i][..., None] + rest[..., None] * _NODES) * _WEIGHTS).sum(-1) * rest
+            mean = (values(edges[i][..., None] + rest[..., None] * _NODES) * _WEIGHTS).sum(-1)
+            return total[i] + np.where(rest > 0, mean, 0.0) * rest  # at 0 itself it may be infinite
 
         return integral
 
