@@ -36,6 +36,7 @@ from sdeflow.symbolic.coupled import rank
 __all__ = ["PREDICTIONS", "Conditional", "Score"]
 
 HIDDEN = "pass an nn.Module whose forward(x, time) does what the function does, and holds the module that it calls"
+_MEANING = "meaning"
 PREDICTIONS = ("score", "noise", "data", "v", "velocity", "edm")
 
 
@@ -159,8 +160,32 @@ class Score(ScoreFunction):
         self.data_mean, self.data_std = mean.to(self.data_mean.device), std.to(self.data_std.device)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Adds what the weights mean, so that they are not loaded as something else."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + _MEANING] = torch.tensor(list(self._meaning().encode()), dtype=torch.uint8)
+
+    def _meaning(self) -> str:
+        """The SDE, whatever its cutoff, and the parametrisation, as text."""
+        declaration, time = self.declaration, "a function" if callable(self.time) else repr(self.time)
+        fixed = "".join(
+            f", {name} = {v if not isinstance(v, list) else '...'}" for name, v in self.values.fixed.items()
+        )
+        sde = f"dx = ({declaration.f}) dt + ({declaration.g}) dw with T = {declaration.T:g}{fixed}"
+        return f"{sde}, predicts={self.predicts!r}, time={time}"
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Takes the moments' shapes, and whether there are conditions, from what is loaded."""
+        """Takes the moments' shapes, and whether there are conditions, from what is loaded.
+
+        Raises:
+            ScoreError: for the state of a score of another SDE or parametrisation.
+        """
+        theirs, ours = state_dict.pop(prefix + _MEANING, None), self._meaning()
+        if theirs is not None and bytes(theirs.tolist()).decode(errors="replace") != ours:
+            raise ScoreError(
+                f"this state is of a score of {bytes(theirs.tolist()).decode(errors='replace')}, and would be loaded "
+                f"into one of {ours}."
+            )
         for name in ("data_mean", "data_std"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))

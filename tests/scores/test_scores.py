@@ -5,7 +5,8 @@ import torch
 from problems import CATALOGUE, correlated, ring
 
 import sdeflow
-from sdeflow import SDE, Score, catalog, t, x
+from sdeflow import SDE, Score, catalog, nets, t, x
+from sdeflow.errors import ScoreError
 from sdeflow.scores import PREDICTIONS, GaussianMixture
 from sdeflow.training.losses import denoising_score_matching
 
@@ -207,3 +208,17 @@ def test_moving_a_mixture_keeps_its_precision():
     exact = ring(catalog.VP())
     before = exact(torch.ones(1, 2, dtype=torch.float64), 0.3)
     assert torch.equal(exact.float()(torch.ones(1, 2, dtype=torch.float64), 0.3), before)
+
+
+def test_weights_are_not_loaded_as_something_else():
+    def score(sde, **options):
+        return Score(nets.MLP(2, width=4, depth=1), sde, **options)
+
+    one = score(catalog.VP())
+    again = score(catalog.VP(cutoff=1e-5))
+    again.load_state_dict(one.state_dict())
+    for other in (score(catalog.VP(beta_max=10.0)), score(catalog.OU()), score(catalog.VP(), predicts="noise")):
+        with pytest.raises(ScoreError, match=r"is of a score of dx = .*predicts='edm'.*into one of dx = "):
+            other.load_state_dict(one.state_dict())
+    old = {key: value for key, value in one.state_dict().items() if key != "meaning"}
+    again.load_state_dict(old)
