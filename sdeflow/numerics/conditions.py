@@ -52,14 +52,15 @@ def read_condition(y: object, name: str = "y") -> Condition:
         return {key: read_condition(value, f"{name}[{key!r}]") for key, value in y.items()}
     if isinstance(y, tuple):
         return tuple(read_condition(value, f"{name}[{i}]") for i, value in enumerate(y))
-    if isinstance(y, Tensor):
-        return y
     try:
-        return torch.as_tensor(y)
+        found = torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{name} must be a tensor (batch, ...), or a tuple or dict of such, not {type(y).__name__}: {error}"
         ) from error
+    if found.is_complex() or found.layout != torch.strided or found.is_quantized:
+        raise DataError(f"{name} must hold dense real numbers, whole numbers or bools, not {found.dtype}.")
+    return found
 
 
 def checked_condition(y: object, name: str = "y") -> Condition:

@@ -77,6 +77,7 @@ def denoising_score_matching(
     Raises:
         ValueError: for an unknown weighting, and a WeightingError for one whose values make no sense.
     """
+    require_weighting(weighting)
     x_0 = checked_state(x_0, "x_0", dtype=score.dtype)
     noise, t = checked_noise(noise, x_0), checked_numbers(t, "t")
     kernel = score.kernel.require_gaussian("denoising score matching")
