@@ -296,6 +296,8 @@ def test_a_drift_too_long_to_write_stands_as_a_function():
         assert sde.bridge(0.0).drift == named_drift(sde.declaration)
         certificate = sde.verify()
     assert not certificate.checks and "has run out" in certificate.unchecked[-1]
+    assert not certificate and certificate.missing == ("f and g", "the moments")
+    assert "NO VERDICT, for f and g and the moments could not be checked" in str(certificate)
 
 
 def test_panels_that_take_too_long_are_refused():

@@ -627,6 +627,11 @@ def test_all_entries_of_tensors_are_compared(monkeypatch):
     assert "sigma²" in failed(sde, moments.moments)
 
 
+def test_of_long_formulas_a_few_entries_are_compared():
+    subject = Subject(sdeflow.catalog.Blurring((8, 8)))
+    assert len(subject.rows) == 3 and subject.unchecked == ["61 of the 64 entries of params"]
+
+
 # -------------------------------------------------------------------------------- more planted mistakes
 
 

@@ -86,6 +86,15 @@ CHECKS: dict[str, tuple[tuple[str, Callable[[Subject], None]], ...]] = {
 """What is checked of each kind of kernel, in order."""
 
 
+ESSENTIAL = {
+    "affine": ("f and g", "the moments"),
+    "reducible": ("the change of state",),
+    "pearson": ("the moments",),
+    "general": ("the drifts",),
+}
+"""Without these checks a certificate of the kind is not true: what solvers compute with was not seen."""
+
+
 def certify(sde: CertifiedSDE) -> Certificate:
     """Checks every identity that applies to ``sde``, in about a second; what takes longer than ten is unchecked.
 
@@ -96,11 +105,15 @@ def certify(sde: CertifiedSDE) -> Certificate:
         subject = Subject(sde)
         if subject.kind in ("reducible", "pearson") and sde.values.shape:
             return _by_entries(sde, subject)
+        missing = []
         for name, check in CHECKS[subject.kind]:
+            before = len(subject.unchecked)
             with subject.allowing(name):
                 require_time()
                 check(subject)
-    return Certificate(repr(sde), tuple(subject.checks), tuple(subject.unchecked))
+            if name in ESSENTIAL[subject.kind] and any(w.startswith(f"{name}: ") for w in subject.unchecked[before:]):
+                missing.append(name)
+    return Certificate(repr(sde), tuple(subject.checks), tuple(subject.unchecked), tuple(missing))
 
 
 def _by_entries(sde: CertifiedSDE, subject: Subject) -> Certificate:
@@ -112,4 +125,7 @@ def _by_entries(sde: CertifiedSDE, subject: Subject) -> Certificate:
     rest = math.prod(sde.values.shape) - len(parts)
     reasons = dict.fromkeys([why for part in parts for why in part.unchecked])
     unchecked = [*reasons, *([f"{rest} of the entries of params"] if rest else [])]
-    return Certificate(repr(sde), tuple(check for part in parts for check in part.checks), tuple(unchecked))
+    missing = dict.fromkeys(name for part in parts for name in part.missing)
+    return Certificate(
+        repr(sde), tuple(check for part in parts for check in part.checks), tuple(unchecked), tuple(missing)
+    )

@@ -50,16 +50,18 @@ class Certificate:
         subject: the SDE, as it prints.
         checks: one for each identity.
         unchecked: what could not be checked, and why.
+        missing: what was not checked though a verdict needs it, such as the moments of a Gaussian kernel.
     """
 
     subject: str
     checks: tuple[Check, ...]
     unchecked: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every check holds."""
-        return all(check.holds for check in self.checks)
+        """Whether every check holds, and none that a verdict needs is missing."""
+        return not self.missing and all(check.holds for check in self.checks)
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -79,6 +81,14 @@ class Certificate:
     def __bool__(self) -> bool:
         return self.ok
 
+    @property
+    def _verdict(self) -> str:
+        if self.failures:
+            return f"{len(self.failures)} of {len(self.checks)} identities FAIL"
+        if self.missing:
+            return f"NO VERDICT, for {' and '.join(self.missing)} could not be checked; what was checked holds"
+        return "every identity holds"
+
     def _rows(self) -> list[tuple[str, ...]]:
         return [
             (
@@ -92,12 +102,11 @@ class Certificate:
         ]
 
     def __str__(self) -> str:
-        verdict = "every identity holds" if self.ok else f"{len(self.failures)} of {len(self.checks)} identities FAIL"
         rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         rest = [f"not checked: {why}" for why in self.unchecked or ("nothing",)]
-        return "\n".join([f"{self.subject}: {verdict}", *lines, *rest])
+        return "\n".join([f"{self.subject}: {self._verdict}", *lines, *rest])
 
     __repr__ = __str__
 

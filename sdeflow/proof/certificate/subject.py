@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["CertifiedSDE", "Subject", "product", "tensor", "transposed"]
 
 _MOST_ENTRIES = 1024  # of tensor parameters
+_LONG, _MOST_OPERATIONS = 40, 400  # of f and g; where they are longer, only so many operations of all entries
 _TOGETHER = 1024  # integrated at once
 _NEAR = 1e-9  # of the horizon: which side of a break a time lies on is not compared closer
 
@@ -183,9 +184,11 @@ class Subject:
         if not shape:
             return np.zeros(1, dtype=int), {**self.values.numbers}
         rows = np.arange(math.prod(shape))
-        if len(rows) > _MOST_ENTRIES:
-            rows = np.sort(self.rng.choice(rows, _MOST_ENTRIES, replace=False))
-            self.unchecked.append(f"{math.prod(shape) - _MOST_ENTRIES} of the {math.prod(shape)} entries of params")
+        operations = sum(sp.count_ops(e) for e in (*self.declaration.drifts, *self.declaration.diffusions))
+        most = _MOST_ENTRIES if operations <= _LONG else max(2, _MOST_OPERATIONS // operations)
+        if len(rows) > most:
+            rows = np.sort(self.rng.choice(rows, most, replace=False))
+            self.unchecked.append(f"{math.prod(shape) - most} of the {math.prod(shape)} entries of params")
         numbers: dict[sp.Symbol, Value] = {}
         for symbol, value in self.values.items():
             if isinstance(value, Tensor):
