@@ -5,6 +5,7 @@ unit impulses sent through the real code. Where it is not, bounds are standard e
 """
 
 import math
+import warnings
 from functools import partial
 from itertools import pairwise
 
@@ -798,3 +799,14 @@ def test_tolerances_of_a_method_that_does_not_iterate_are_refused():
     flow = sde.flow_ode(lambda u, t: -u, prior=sde.prior)
     with pytest.raises(ValueError, match="rtol and atol mean nothing"):
         flow.sample((2, 1), "explicit_adams", steps=10, rtol=1e-3)
+
+
+def test_reversible_heun_says_where_its_two_states_come_apart():
+    gentle, stiff = sdeflow.SDE(-sdeflow.x, math.sqrt(2.0), T=1.0), sdeflow.catalog.CosineVP()
+    means = torch.tensor([[-2.0], [1.0]], dtype=torch.float64)
+    for sde, variance in ((gentle, 1.0), (stiff, 0.01)):
+        exact = sdeflow.scores.GaussianMixture(sde, means if variance < 1 else 0 * means, torch.full((2,), variance))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            sde.reverse(exact).sample((200, 1), "reversible_heun", 100, seed=0, dtype=torch.float64)
+        assert any("come apart" in str(warning.message) for warning in told) == (sde is stiff)
