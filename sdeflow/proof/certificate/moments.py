@@ -50,10 +50,12 @@ def coefficients(subject: Subject) -> None:
         F_, b_, Q_ = (v[:, entry] for v in _compiled(subject, few))
         f, gram = by_sympy(subject.declaration, subject.numbers_of(entry), few, states)
         size = product(abs(F_), abs(states)) + abs(b_)
-        beside, _ = by_sympy(subject.declaration, subject.numbers_of(entry), few * (1.0 - 4e-16), states)
-        doubt = abs(beside - f)  # what the rounding of t moves, as near a zero of a sawtooth
-        error = ratio(np.maximum(abs(product(F_, states) + b_ - f) - doubt, 0.0), size)
-        subject.note("f", "compiled F x + b = f(x, t)", error, _TOLERANCE, few, states)
+        error = abs(product(F_, states) + b_ - f)
+        if not (ratio(error, size) <= _TOLERANCE).all():
+            beside, _ = by_sympy(subject.declaration, subject.numbers_of(entry), few * (1.0 - 4e-16), states)
+            # What the rounding of t moves, as near a zero of a sawtooth.
+            error = np.maximum(error - abs(beside - f), 0.0)
+        subject.note("f", "compiled F x + b = f(x, t)", ratio(error, size), _TOLERANCE, few, states)
         subject.note("g", "compiled Q = g gᵀ", ratio(Q_ - gram, sizes(gram)), _TOLERANCE, few)
     if subject.values.shape:
         errors = (ratio(F - expected[0], abs(F)), ratio(b - expected[1], abs(b)))
