@@ -48,20 +48,9 @@ class Solver(ABC):
         ValueError: for ``kinds`` other than a tuple of "sde" and "ode", when the subclass is defined.
     """
 
-    default_grid: str | None = None
-    default_tolerances: tuple[float, float] = (1e-5, 1e-5)
-    observable: bool = True
-    per_sample: bool = False
-    elementwise: bool = False
-    diagonal: bool = False
-    follows_path: bool = False
-    iterates: bool = False
-    integrates_divergence: bool = False
-    differentiable: bool = True
-
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        kinds = cls.kinds
+        kinds: object = cls.kinds
         if not (hasattr(type(kinds), "__get__") or (isinstance(kinds, tuple) and kinds and set(kinds) <= set(_KINDS))):
             raise ValueError(
                 f'{cls.__name__}.kinds must be a tuple of "sde" and "ode", such as ("ode",), not {kinds!r}.'
@@ -86,6 +75,56 @@ class Solver(ABC):
     @abstractmethod
     def calls_per_step(self) -> int:
         """Calls of the score in a step of fixed size."""
+
+    @property
+    def default_grid(self) -> str | None:
+        """The time variable it prefers."""
+        return None
+
+    @property
+    def default_tolerances(self) -> tuple[float, float]:
+        """rtol and atol where none are given."""
+        return 1e-5, 1e-5
+
+    @property
+    def observable(self) -> bool:
+        """Whether it says when a step ends."""
+        return True
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample has steps of its own."""
+        return False
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether coupled states are beyond it."""
+        return False
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether noise that depends on the state must be one for each component."""
+        return False
+
+    @property
+    def follows_path(self) -> bool:
+        """Whether it follows a given path of Brownian motion."""
+        return False
+
+    @property
+    def iterates(self) -> bool:
+        """Whether its fixed steps are found by iteration."""
+        return False
+
+    @property
+    def integrates_divergence(self) -> bool:
+        """Whether log p may be one more component of its state."""
+        return False
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through a solve."""
+        return True
 
     @abstractmethod
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:

@@ -99,7 +99,7 @@ class StochasticHeun(Solver):
         times = problem.times(steps)
         raised = self._raised(problem, times)
         heun = _HeunSteps(problem, u, raised, times[1:])
-        for i in range(steps):
+        for i in range(len(times) - 1):
             if raised[i] > times[i]:
                 path = kernel.transition(u, float(times[i]), float(raised[i]), exactly=True)
                 noise = problem.normal(tuple(u.shape), u.dtype, u.device)

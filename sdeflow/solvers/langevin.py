@@ -148,7 +148,7 @@ class PredictorCorrector(Solver):
         langevin = _LangevinSteps(problem, path.sigma[1:], times[1:], u)
         log_scale = _log_scale(path.alpha)
         kept = torch.exp(2.0 * (log_scale[:-1] - log_scale[1:])).clamp(max=1.0).tolist()
-        for i in range(steps):
+        for i in range(len(times) - 1):
             u = predict(problem, u, float(times[i]), float(times[i + 1]))
             for _ in range(self.corrector_steps):
                 u = langevin(i, u, self._rule(kept[i]))

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,13 +26,12 @@ from torch import Tensor
 
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.brownian import BrownianRows
-from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores import GridScore
 from sdeflow.solvers.clock import Clock
 from sdeflow.solvers.schemes import Scheme
 from sdeflow.solvers.watch import Coefficient, Watch
 
-__all__ = ["Diffusion", "Field", "Normalised", "Problem", "View"]
+__all__ = ["Diffusion", "Field", "Normalised", "Normals", "Problem", "View"]
 
 _BESIDE = 1e-11  # of the clock's u: how far from a break point f and g are asked for, at most
 _BESIDE_TIME = 1e-13  # of the horizon: how far from it they are asked for, at least
@@ -88,6 +88,13 @@ class View:
     scale: Tensor | float = 1.0
 
 
+class Normals(Protocol):
+    """Where standard normal numbers come from, such as a :class:`~sdeflow.numerics.noise.NoiseStream`."""
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The next ones, those of a sample together."""
+
+
 class Problem:
     """An equation with its start, its end and its noise.
 
@@ -101,7 +108,7 @@ class Problem:
         row_norm: (batch, n) -> (batch,), the size of an error in each sample; root mean square by default.
 
     Attributes:
-        kernel, event, mean, scale: those of ``view``.
+        event, mean, scale: those of ``view``.
         components, motions: those of its diffusion.
     """
 
@@ -113,19 +120,18 @@ class Problem:
         backward: bool,
         view: View | None = None,
         watch: Watch | None = None,
-        noise: NoiseStream | BrownianRows | None = None,
+        noise: Normals | BrownianRows | None = None,
         row_norm: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.view = view
-        self._drift = None if field is None else field.drift
+        self._drift = _no_drift if field is None else field.drift
         self._diffusion = None if field is None else field.diffusion
         self.components, self.motions = None, None
         if self._diffusion is not None:
             self._g, self._correction = self._diffusion.g, self._diffusion.correction
             self.components, self.motions = self._diffusion.components, self._diffusion.motions
         if view is not None:
-            self.kernel, self.event = view.kernel, view.event
-            self._score, self._on_grid = view.score, view.on_grid
+            self.event, self._score = view.event, view.score
             self.mean = torch.as_tensor(view.mean, dtype=torch.float64)
             self.scale = torch.as_tensor(view.scale, dtype=torch.float64)
         self.clock, self.backward, self.noise = clock, backward, noise
@@ -218,9 +224,9 @@ class Problem:
 
     def normalised(self) -> Normalised | None:
         """The flow of the state relative to its scale, where the clock has it; see :class:`Normalised`."""
-        if self.view is None or self.kernel is None or self.clock.normalised is None or self.scale.ndim:
+        if self.view is None or self.view.kernel is None or self.clock.normalised is None or self.scale.ndim:
             return None
-        return Normalised(self, self.clock.normalised)
+        return Normalised(self, self.view.kernel, self.clock.normalised)
 
     def to_rows(self, y: Tensor) -> Tensor:
         """States (batch, n), components first, as rows of components (batch · n / k, k)."""
@@ -233,8 +239,10 @@ class Problem:
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The next standard normal numbers, for states or rows of them: those of a sample are drawn together."""
-        batch = self.watch.batch
-        return self.noise.normal((batch, math.prod(shape) // max(batch, 1)), dtype, device).reshape(shape)
+        batch, noise = self.watch.batch, self.noise
+        if noise is None or isinstance(noise, BrownianRows):
+            raise ValueError("this solver draws normal numbers, which a problem without noise or with a path has not.")
+        return noise.normal((batch, math.prod(shape) // max(batch, 1)), dtype, device).reshape(shape)
 
     def motion(
         self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -242,28 +250,29 @@ class Problem:
         """The increment of the Brownian motion between two times of the SDE, over the root of their distance."""
         if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device)
-        return self._along(between, shape, dtype, device)[0]
+        return self._along(self.noise, between, shape, dtype, device)[0]
 
     def motion_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """:meth:`motion` between two values of the clock's variable r."""
         if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device)
-        return self._along(self._times_of(a, b), shape, dtype, device)[0]
+        return self._along(self.noise, self._times_of(a, b), shape, dtype, device)[0]
 
     def area_in(self, a: float, b: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Its space-time area, likewise normalised, of variance 1/12: ∫ (w - w_a) dr = h (Δw / 2 + area)."""
         if not isinstance(self.noise, BrownianRows):
             return self.normal(shape, dtype, device) * math.sqrt(1.0 / 12.0)
-        return self._along(self._times_of(a, b), shape, dtype, device)[1]
+        return self._along(self.noise, self._times_of(a, b), shape, dtype, device)[1]
 
     def _times_of(self, a: float, b: float) -> tuple[float, float]:
         return self._at(a)[0], self._at(b)[0]
 
     def _along(
-        self, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, ...]:
+        self, path: BrownianRows, between: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         batch = self.watch.batch
-        found = self.noise.step(*between, (batch, math.prod(shape) // max(batch, 1)))
+        found = path.step(*between, (batch, math.prod(shape) // max(batch, 1)))
         return tuple(part.reshape(shape).to(device=device, dtype=dtype) for part in found)
 
     def time(self, r: Tensor | float) -> tuple[Tensor, float]:
@@ -321,8 +330,25 @@ class Problem:
 
     # ---------------------------------------------------------------- for methods that know the kernel
 
-    def times(self, steps: int) -> np.ndarray:
-        """The times of a solve in ``steps`` steps from its start to its end, (steps + 1,); see the clock's."""
+    @property
+    def kernel(self) -> Kernel:
+        """The perturbation kernel.
+
+        Raises:
+            ValueError: where it is not Gaussian.
+        """
+        if self.view is None or self.view.kernel is None:
+            raise ValueError("this equation has no Gaussian kernel; a solver that needs one has needs_kernel = True.")
+        return self.view.kernel
+
+    def times(self, steps: int | None) -> np.ndarray:
+        """The times of a solve in ``steps`` steps from its start to its end, (steps + 1,); see the clock's.
+
+        Raises:
+            ValueError: without ``steps``.
+        """
+        if steps is None:
+            raise ValueError("this solver takes fixed steps: give steps=.")
         times = self.clock.times(steps)
         return times[::-1].copy() if self.backward else times
 
@@ -342,8 +368,10 @@ class Problem:
     def on_grid(self, times: Tensor, like: Tensor) -> GridScore:
         """The score at the fixed ``times`` (n,) of a solve, for states like ``like``; after a call at time number i say
         so to ``watch.called``."""
+        if self.view is None or self.view.on_grid is None:
+            raise ValueError("this equation has no score on a grid, which is that of a Gaussian kernel.")
         self.watch.grid_times = times.tolist()
-        return self._on_grid(times, like)
+        return self.view.on_grid(times, like)
 
     def observe(self, step: int, t: float, y: Tensor) -> None:
         """To be called after step number ``step`` (from 1), with the state (batch, ...) at time t."""
@@ -375,11 +403,12 @@ class Normalised:
 
     Args:
         problem: an ODE, whose calls it counts.
+        kernel: of its SDE.
         curve: u -> t and ζ ζ' / (c² + ζ²).
     """
 
-    def __init__(self, problem: Problem, curve: Callable[[float], tuple[float, float]]) -> None:
-        self._problem, self._curve = problem, curve
+    def __init__(self, problem: Problem, kernel: Kernel, curve: Callable[[float], tuple[float, float]]) -> None:
+        self._problem, self._kernel, self._curve = problem, kernel, curve
 
     def size(self, r: float) -> float:
         """S at r."""
@@ -393,7 +422,7 @@ class Normalised:
         return self._curve(1.0 - r if self._problem.backward else r)
 
     def _size(self, t: float) -> float:
-        alpha, sigma, _ = self._problem.kernel.numbers.of_kernel(torch.tensor(t, dtype=torch.float64))
+        alpha, sigma, _ = self._kernel.numbers.of_kernel(torch.tensor(t, dtype=torch.float64))
         return math.hypot(float(alpha) * float(self._problem.scale), float(sigma))
 
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
@@ -402,6 +431,10 @@ class Normalised:
         size = self._size(t)
         score = self._problem.flat_score(y * size, torch.tensor(t, dtype=torch.float64))
         return (y + size * score) * (rate if self._problem.backward else -rate)
+
+
+def _no_drift(y: Tensor, t: Tensor) -> Tensor:
+    raise TypeError("this problem has no drift: it is for methods that know the kernel.")
 
 
 def _root_mean_square(error: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ before, each restart forgets what the noise up to ``high`` hides, at the price o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from sdeflow.kernels.gaussian import Path
 from sdeflow.scores import GridScore
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.clock import Clock
-from sdeflow.solvers.problem import Field, Problem
+from sdeflow.solvers.problem import Field, Problem, View
 from sdeflow.solvers.watch import Watch
 
 __all__ = ["Restart"]
@@ -117,7 +118,7 @@ class Restart(Solver):
             y = self.solver.solve(flow, y, n, rtol, atol)
         return problem.finish(y)
 
-    def _plan(self, problem: Problem, steps: int | None) -> Iterator[tuple]:
+    def _plan(self, problem: Problem, steps: int | None) -> Iterator[tuple[float, float, int | None, Path | None]]:
         """Stretches (u of the clock at their begin and end, steps, the transition up to the begin if any)."""
         kernel = problem.kernel
         like = torch.empty(0, *problem.event)
@@ -155,7 +156,8 @@ class Restart(Solver):
                 f"{steps} steps are too few for these restarts, which take {steps - spare} with one step for each "
                 "stretch between them (steps counts all steps, those of restarts included)."
             )
-        total, done, main = sum(lengths), 0.0, []
+        total, done = sum(lengths), 0.0
+        main: list[int | None] = []
         for length, counted in zip(lengths, stretches, strict=True):
             before, done = round(spare * done / total), done + length
             main.append(round(spare * done / total) - before + counted)
@@ -203,9 +205,9 @@ def _flow(problem: Problem, clock: Clock, on_step: Callable[[int, float, Tensor]
 
         return GridScore(grid.readout, call)
 
-    watch = problem.watch
+    watch, view = problem.watch, View(problem.event, problem.score, kernel, on_grid, problem.mean, problem.scale)
     return Problem(
-        Field(drift), clock, backward=True, view=replace(problem.view, score=problem.score, on_grid=on_grid),
+        Field(drift), clock, backward=True, view=view,
         watch=Watch(watch.max_calls + 1, on_step=on_step if watch.on_step else None, hint=watch.hint),
         row_norm=problem.row_norm,
     )  # fmt: skip

@@ -142,8 +142,9 @@ class _Walk:
         if kind in _RULES:
             return _RULES[kind](*discs)
         if kind in _SLOPES:
-            disc = self._by_slope(*_SLOPES[kind], *discs)
-            return disc if self.analytic else _of_real_values(kind, *discs, disc)
+            (u,) = discs
+            disc = self._by_slope(*_SLOPES[kind], u)
+            return disc if self.analytic else _of_real_values(kind, u, disc)
         if isinstance(expr, Schedule):
             return self._table(kind, *discs)
         return self._special(special_functions()[kind], *discs)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import CoarseStepsWarning, StepUnderflowError, warn
-from sdeflow.numerics.brownian import BrownianRows
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag
+from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.problem import Problem
 from sdeflow.solvers.schemes import EULER, HEUN, MIDPOINT
@@ -154,7 +154,7 @@ class Torchsde(Solver):
         import torchsde
 
         size = (len(y), problem.motions or y.shape[1])
-        if not self.adaptive or isinstance(problem.noise, BrownianRows):
+        if not self.adaptive or not isinstance(problem.noise, NoiseStream):
             return _Increments(problem, size, y, _levy_area(self.method))
         return torchsde.BrownianInterval(
             0.0, end, size=size, dtype=y.dtype, device=y.device, dt=1.0,

@@ -97,7 +97,7 @@ class SingleStep(Solver):
         u = y.reshape(-1, *problem.event)
         times = problem.times(steps)
         plan = _Plan(self, problem, times, u)
-        for n in range(steps):
+        for n in range(len(times) - 1):
             u = plan.step(problem, n, u)
             problem.observe(n + 1, float(times[n + 1]), u)
         return problem.finish(u.flatten(1))

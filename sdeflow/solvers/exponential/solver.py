@@ -58,7 +58,7 @@ class ExponentialOptions(TypedDict, total=False):
     order: int
     prediction: str
     corrector: bool | int
-    eta: Eta
+    eta: float | Callable[[np.ndarray], np.ndarray]
     variance: str
     variable: str
     rule: str
@@ -215,10 +215,10 @@ class Exponential(Solver):
         u = program.run(problem, u if self.basis is None else self.basis.forward(u))
         return problem.finish((u if self.basis is None else self.basis.inverse(u)).flatten(1))
 
-    def grid(self, problem: Problem, steps: int) -> np.ndarray:
+    def grid(self, problem: Problem, steps: int | None) -> np.ndarray:
         """The times of a solve, from its start to its end."""
         times = problem.times(steps)
-        extra = self._extra(steps)
+        extra = self._extra(len(times) - 1)
         if not len(extra):
             return times
         if problem.clock.given is not None:
