@@ -356,8 +356,8 @@ MUTATIONS = (
        ("tests/kernels/test_kinds.py",)),
     # -------------------------------------------------------------------- the prior of a solve
     _m("the given prior left out", "solving/prior_of.py",
-       "        if self.given is not None:\n            return self.given\n        event",
-       "        event", (), ("tests/solving/test_sampling.py", "tests/solvers/test_solvers.py", "-k", "prior")),
+       "        if self.given is not None:\n            return self.given\n        score",
+       "        score", (), ("tests/solving/test_sampling.py", "tests/solvers/test_solvers.py", "-k", "prior")),
     _m("the prior of other samples", "solving/prior_of.py", "return replace(self, index=ours[index])",
        "return replace(self, index=ours[: len(ours[index])])", (), ("tests/scores/test_rows.py",)),
     _m("a variance for a standard deviation", "solving/prior_of.py", "return (mean, variance.sqrt()) if",

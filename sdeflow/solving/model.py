@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdeflow.errors import DataError, ScoreError
+from sdeflow.errors import DataError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.kinds import AnyKernel
 from sdeflow.numerics.checks import OF_PRIOR, checked_dtype, checked_methods, checked_shape, checked_states
@@ -18,7 +18,7 @@ from sdeflow.scores import DeclaredSDE, Score, ScoreFunction, as_score
 from sdeflow.solvers import Clock, Field, View
 from sdeflow.solvers.clock import Grid
 from sdeflow.solving.fields import Fields
-from sdeflow.solving.prior_of import Prior, PriorOf
+from sdeflow.solving.prior_of import Prior, PriorOf, require_score
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.equations import Equation
 
@@ -98,9 +98,7 @@ class Model:
     @property
     def score(self) -> ScoreFunction:
         """The score, or a ScoreError where there is none."""
-        if self.bound is None:
-            raise ScoreError("no score is bound to this equation: pass one, as in sde.reverse(score).")
-        return self.bound
+        return require_score(self.bound)
 
     # ---------------------------------------------------------------- of the fields
 
@@ -210,7 +208,7 @@ class Model:
 
     # ---------------------------------------------------------------- states
 
-    def states(self, x: Tensor, name: str = "x") -> Tensor:
+    def states(self, x: object, name: str = "x") -> Tensor:
         """``x`` as finite states (batch, *event) that the score takes; see :mod:`sdeflow.numerics.checks`."""
         x = checked_states(x, name, None if isinstance(x, Tensor) or self.bound is None else self.bound.dtype)
         if self.bound is not None:

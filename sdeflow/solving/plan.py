@@ -69,8 +69,12 @@ def default_solver(
     """
     if kind == "likelihood" or (kind == "ode" and not with_kernel):
         return Torchdiffeq("dopri5" if steps is None else "euler" if steps == 1 else "heun2"), None
+    if kind == "sde" and not with_kernel:
+        return EulerMaruyama(), None
     if kind == "ode" and steps is None:
         return Torchdiffeq("dopri5"), None
+    if steps is None:
+        raise ValueError("a reverse SDE with a Gaussian kernel is solved in a number of steps by default.")
     if kind == "ode" and coupled:
         return Exponential(1 if steps < 16 else 2 if steps < 100 else 3), None
     if kind == "ode" and pilot:
@@ -81,8 +85,6 @@ def default_solver(
             if steps < 16
             else (Exponential(3 if steps < 25 else 4), None)
         )
-    if not with_kernel:
-        return EulerMaruyama(), None
     return Exponential(1 if coupled else 2, corrector=steps > 16, eta=1.0), None
 
 
@@ -120,6 +122,7 @@ def make_plan(
     demands = ("divergence", *demands) if kind == "likelihood" else demands
     with_kernel = "no kernel" not in demands
     tolerances = rtol is not None or atol is not None
+    chosen: Solver
     clock: str | None = None
     fixed = not tolerances and (solver is None or not resolve(solver, equation).adaptive)
     named = steps_of(grid)  # times are steps between them, whatever each costs

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sdeflow.errors import MissingPriorError, PriorMismatchWarning, warn
+from sdeflow.errors import MissingPriorError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.reducible import PushForward
 from sdeflow.laws.each import EachSample
@@ -15,7 +15,7 @@ from sdeflow.laws.each import Law as Prior
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
 
-__all__ = ["READ", "Prior", "PriorOf", "fitted_moments"]
+__all__ = ["READ", "Prior", "PriorOf", "fitted_moments", "require_score"]
 
 READ = 1024  # states from which a prior is read off a score, and that are given to it at once
 _READ_OF_EACH = 256  # where each sample has a condition of its own
@@ -87,31 +87,32 @@ class PriorOf:
         """
         if self.given is not None:
             return self.given
-        event, kernel, moments = tuple(like.shape[1:]), self.gaussian, self.score.prior_moments()
+        score, event, kernel = require_score(self.score), tuple(like.shape[1:]), self.gaussian
+        moments = score.prior_moments()
         if moments is not None and kernel is not None and kernel.basis is None:
             kernel.require_event(event)
             return kernel.marginal(*moments, kernel.T)  # which training may change
         prior = self.found.get((event, None))
         if prior is None:
-            samples = self.batch or self.score.samples or len(like) or 1
+            samples = self.batch or score.samples or len(like) or 1
             prior = self.found.get((event, samples))
             if prior is None:
-                prior = self._derived(like, samples)
+                prior = self._derived(score, like, samples)
                 self.found[event, samples if isinstance(prior, EachSample) else None] = prior
         return prior.rows(self.index) if self.index is not None and isinstance(prior, EachSample) else prior
 
-    def _derived(self, like: Tensor, samples: int) -> Prior:
-        kernel, event, moments = self.gaussian, tuple(like.shape[1:]), self.score.prior_moments()
+    def _derived(self, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
+        kernel, event, moments = self.gaussian, tuple(like.shape[1:]), score.prior_moments()
         if kernel is None:
-            return self._default(like, samples)
+            return self._default(score.of_batch(samples), like, samples)
         kernel.require_event(event)
         if moments is not None:
             return kernel.marginal(moments[0].expand(event), moments[1], kernel.T)
-        return self._read(like, samples)
+        return _read(kernel, score.of_batch(samples), like, samples)
 
-    def _default(self, like: Tensor, samples: int) -> Prior:
+    def _default(self, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
         """Of an SDE without a Gaussian kernel: pushed forward, for each condition, or the stationary law."""
-        default, score = getattr(self.sde, "default_prior", None), self.score.of_batch(samples)
+        default = getattr(self.sde, "default_prior", None)
         conditions = _distinct(score, like.new_full((samples, *like.shape[1:]), 0.5))
         if default is None:
             prior = None
@@ -131,43 +132,6 @@ class PriorOf:
             )
         return prior
 
-    def _read(self, like: Tensor, samples: int) -> Prior:
-        """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks.
-
-        Where samples have conditions of their own, one for each condition.
-        """
-        kernel, event = self.gaussian, tuple(like.shape[1:])
-        start, score = kernel.marginal(0.0, 1.0, kernel.T), self.score.of_batch(samples)
-        x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
-        conditions = _distinct(score, x_T[:1].expand(samples, *event))
-        if conditions is None:
-            priors = self._fitted(score, torch.zeros(1, dtype=torch.long), x_T, start)
-        else:
-            priors = self._fitted(score, conditions[0], x_T[:_READ_OF_EACH], start)
-        if any(prior is None for prior in priors):
-            warn(
-                "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off "
-                f"it; {start} is used. Give the data's moments, or prior=.",
-                PriorMismatchWarning,
-            )
-            priors = [start if prior is None else prior for prior in priors]
-        return priors[0] if conditions is None else EachSample(priors, conditions[1])
-
-    def _fitted(self, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> list[Gaussian | None]:
-        """The Gaussian of each of the samples ``rows``, from the score at states x_T of each; None where it is none."""
-        kernel, states = self.gaussian, len(x_T)
-        u, found = kernel.to_basis(x_T.double()), []
-        fit = _fitted_blocks if kernel.coupled else fitted_moments
-        with torch.no_grad(), evaluating(score):
-            for part in rows.split(max(1, READ // states)):
-                of_part = score.rows(part.repeat_interleave(states))
-                x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
-                for gradient in kernel.to_basis(of_part(x, kernel.T).double()).chunk(len(part)):
-                    fitted = fit(u, gradient, start)
-                    root = None if fitted is None else kernel.maps(fitted[1].cpu())
-                    found.append(None if fitted is None else Gaussian(fitted[0].cpu(), root, kernel.basis))
-        return found
-
     def warn_of_mismatch(self) -> None:
         """A warning where the given prior is far from p(x_T) of the data's moments."""
         if not isinstance(self.given, Gaussian) or self.gaussian is None or self.score is None:
@@ -180,6 +144,54 @@ class PriorOf:
                     f"the prior given is {kl:.3g} nats per dimension (KL) from p(x_T) of the data's moments.",
                     PriorMismatchWarning,
                 )
+
+
+def require_score(score: ScoreFunction | None) -> ScoreFunction:
+    """The score, or a ScoreError where there is none."""
+    if score is None:
+        raise ScoreError("no score is bound to this equation: pass one, as in sde.reverse(score).")
+    return score
+
+
+def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
+    """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks.
+
+    Where samples have conditions of their own, one for each condition.
+    """
+    event, start = tuple(like.shape[1:]), kernel.marginal(0.0, 1.0, kernel.T)
+    x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
+    conditions = _distinct(score, x_T[:1].expand(samples, *event))
+    if conditions is None:
+        found = _fitted(kernel, score, torch.zeros(1, dtype=torch.long), x_T, start)
+    else:
+        found = _fitted(kernel, score, conditions[0], x_T[:_READ_OF_EACH], start)
+    if None in found:
+        warn(
+            "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off "
+            f"it; {start} is used. Give the data's moments, or prior=.",
+            PriorMismatchWarning,
+        )
+    priors = [start if prior is None else prior for prior in found]
+    return priors[0] if conditions is None else EachSample(priors, conditions[1])
+
+
+def _fitted(kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> list[Gaussian | None]:
+    """The Gaussian of each of the samples ``rows``, from the score at states x_T of each; None where it is none."""
+    states, u = len(x_T), kernel.to_basis(x_T.double())
+    found: list[Gaussian | None] = []
+    fit = _fitted_blocks if kernel.coupled else fitted_moments
+    with torch.no_grad(), evaluating(score):
+        for part in rows.split(max(1, READ // states)):
+            of_part = score.rows(part.repeat_interleave(states))
+            x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
+            for gradient in kernel.to_basis(of_part(x, kernel.T).double()).chunk(len(part)):
+                fitted = fit(u, gradient, start)
+                if fitted is None:
+                    found.append(None)
+                else:
+                    mean, root = fitted
+                    found.append(Gaussian(mean.cpu(), kernel.maps(root.cpu()), kernel.basis))
+    return found
 
 
 def _distinct(score: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor] | None:

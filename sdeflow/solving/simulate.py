@@ -132,8 +132,8 @@ def simulate(
         for time in times:
             if time > now:
                 y = path.advance(y, now, time, None if bar.disable else bar.update)
-            shown = _restored(y, working, basis)
-            found.append(shown if ends is None else ends.nearest(shown, time))
+            state = _restored(y, working, basis)
+            found.append(state if ends is None else ends.nearest(state, time))
             now = time
         states = torch.stack(found).to(x.dtype)
     if graph:
@@ -205,14 +205,14 @@ class _Path:
             fields.declaration.simulation_hint,
         )
         if ends is not None:
-            self._drift = self._at_nearest(self._drift, event)
-            self._diffusion = replace(self._diffusion, g=self._at_nearest(self._diffusion.g, event))
+            self._drift = self._at_nearest(ends, self._drift)
+            self._diffusion = replace(self._diffusion, g=self._at_nearest(ends, self._diffusion.g))
         self._stretch, self._end = 0, times[-1]
         features = Features(fields)
         self._breaks, self._beside = features.edges(plan.steps), _BESIDE * fields.T
         if plan.steps is not None and self._end > 0.0:
             stops = np.unique([0.0, *times, *self._breaks[self._breaks < self._end].tolist()]).tolist()
-            visited = [self._steps(a, b) for a, b in pairwise(stops)]
+            visited = [self._steps(plan.steps, a, b) for a, b in pairwise(stops)]
             features.warn_of_missed(np.array([0.0, *(t for part in visited for t in part[1:])]))
         self._drift = self._sided(self._drift)
         g, correction = self._diffusion.g, self._diffusion.correction
@@ -220,16 +220,18 @@ class _Path:
             self._diffusion, g=self._sided(g), correction=None if correction is None else self._sided(correction)
         )
 
-    def _steps(self, first: float, last: float) -> list[float]:
-        """The ends of the steps from one break point, or time that is shown, to the next."""
-        count = max(1, math.ceil(self.plan.steps * (last - first) / self._end - 1e-9))
+    def _steps(self, steps: int, first: float, last: float) -> list[float]:
+        """The ends of the steps from one break point, or time that is shown, to the next; ``steps`` of the whole."""
+        count = max(1, math.ceil(steps * (last - first) / self._end - 1e-9))
         return [first + (last - first) * k / count for k in range(count)] + [last]
 
-    def _at_nearest(self, function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable:
+    def _at_nearest(
+        self, ends: Boundary, function: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """``function`` of the nearest states of the domain, of states or flattened states."""
 
         def nearest(x: Tensor, time: Tensor) -> Tensor:
-            inside = self.ends.nearest(x.reshape(-1, *event), float(time))
+            inside = ends.nearest(x.reshape(-1, *self.event), float(time))
             return function(inside.reshape(x.shape), time)
 
         return nearest
@@ -242,19 +244,17 @@ class _Path:
         return y
 
     def _over_piece(self, y: Tensor, first: float, last: float, on_call: Callable[[], object] | None) -> Tensor:
-        plan, noise = self.plan, self.noise
-        if plan.solver.adaptive and isinstance(
-            noise, NoiseStream
-        ):  # torchsde's own Brownian motion starts from a seed: each stretch needs another
+        steps, noise = self.plan.steps, self.noise
+        if self.plan.solver.adaptive and not isinstance(self.seed, BrownianPath):
+            # torchsde's own Brownian motion starts from a seed: each stretch needs another
             noise = NoiseStream(mixed_seed(self.seed, self._stretch), "simulation")
         self._stretch += 1
         self._set_sides(first, last)
-        if self.ends is None:
-            steps = None if plan.steps is None else len(self._steps(first, last)) - 1
-            return self._solved(y, first, last, steps, noise, on_call)
-        for before, after in pairwise(
-            self._steps(first, last)
-        ):  # a solve for each step, and then the end of the domain
+        if self.ends is None or steps is None:
+            count = None if steps is None else len(self._steps(steps, first, last)) - 1
+            return self._solved(y, first, last, count, noise, on_call)
+        for before, after in pairwise(self._steps(steps, first, last)):
+            # A solve for each step, and then the end of the domain.
             y = self._solved(y, before, after, 1, noise, on_call)
             y = self.ends.after_step(y.reshape(-1, *self.event), after).flatten(1)
         return y
@@ -354,5 +354,5 @@ def start(declaration: Declaration, data: Tensor, noise: NoiseStream | None = No
     drawn = noise.normal(tuple(state.shape), state.dtype, state.device)
     if not declaration.coupled:
         return state + math.sqrt(declaration.P0) * drawn
-    P0 = torch.tensor(declaration.P0.tolist(), dtype=torch.float64).to(state.device)
+    P0 = torch.tensor(declaration.initial_covariance, dtype=torch.float64).to(state.device)
     return state + semidefinite_root(Blocks(P0))(drawn)
