@@ -392,8 +392,8 @@ MUTATIONS = (
        "return (ours, self.values) != (theirs, None) or (ours, self.values, self.basis) ==", (),
        ("tests/test_faults.py", "tests/scores/test_scores.py", "-k", "another or belongs or other_sde")),
     _m("modes of the parts of a network", "scores/function.py",
-       "for part in training:\n            part.training = True",
-       "for part in training[:1]:\n            part.training = True", (), ("tests/scores/test_scores.py",
+       "del _evaluated[part]\n                    part.training = True",
+       "del _evaluated[part]", (), ("tests/scores/test_scores.py", "tests/training/test_runs.py",
        "tests/training/test_objectives.py", "-k", "mode or seed_and_data or eval")),
     # -------------------------------------------------------------------- scores and losses
     _m("variance of a mixture", "scores/mixture.py", "alpha.square() * self.variances + sigma.square()",
