@@ -44,6 +44,9 @@ from sdeflow.symbolic.equations import probability_flow
 
 __all__ = ["mean_path", "prior_mismatch", "truncation"]
 
+_Way = Callable[[Tensor, Tensor], Tensor]
+"""(x, s) -> a field of x and of the score s there."""
+
 # Kronrod's seven points in (-1, 1), their weights, and those of the three of Gauss among them.
 _RAY = np.array([-0.960491268708020283, -0.774596669241483377, -0.434243749346802558, 0.0])
 _MASS = np.array([0.104656226026467265, 0.268488089868333440, 0.401397414775962222, 0.450916538658474142])
@@ -98,7 +101,9 @@ def truncation(
     return _extrapolated(first, twice, error)
 
 
-def _along_the_flow(model: Model, x: Tensor, found: Callable, from_data: bool) -> tuple[Tensor, Tensor]:
+def _along_the_flow(
+    model: Model, x: Tensor, found: Callable[[Tensor, float, _Way], tuple[Tensor, Tensor, Tensor]], from_data: bool
+) -> tuple[Tensor, Tensor]:
     """As :func:`truncation`, without a Gaussian kernel: w is the integral of the flow's velocity over [0, cutoff]."""
     cutoff, declaration = model.cutoff, model.declaration
     drift = model.drift(probability_flow(declaration))
@@ -148,7 +153,7 @@ def _blur(model: Model, noise: Linear) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _change(
-    model: Model, x: Tensor, t: float, way: Callable[[Tensor, Tensor], Tensor], *, dtype: torch.dtype, trace: Trace,
+    model: Model, x: Tensor, t: float, way: _Way, *, dtype: torch.dtype, trace: Trace,
     seed: int, rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """C = div w + w·s, w a function of x and of the score s at t; its standard error, and s."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.kernels.gaussian import Kernel
-from sdeflow.numerics.linear import multiplied
+from sdeflow.numerics.linear import Factor, multiplied
 from sdeflow.numerics.traces import Integral, Trace
 from sdeflow.scores import GridScore
 from sdeflow.solvers import Clock, Exponential, Problem, Watch
@@ -171,7 +171,7 @@ class Integrand:
         self.times = torch.as_tensor(times)
         self.score = model.score.on_grid(self.times, like, dtype)
         self._model, self._kernel, self._like = model, kernel, like[:1].detach()
-        self._score: tuple | None = None
+        self._score: tuple[list[Factor], list[Factor], Tensor | None] | None = None
         with torch.no_grad():
             moving = _where_finite(kernel, self.times)
             path, (_, _, q) = kernel.path(like, self.times), kernel.equation(like, moving)
@@ -200,11 +200,11 @@ class Integrand:
     def of_score(self, i: int, u: Tensor, output: Tensor) -> Tensor:
         """s at node i, of the state u and the output F there."""
         if self._score is None:
-            maps = (self._noise_to_score @ part for part in (self._of_state, self._of_output))
+            of_state, of_output = (self._noise_to_score @ part for part in (self._of_state, self._of_output))
             level = None if self._constant is None else self._noise_to_score(self._constant.to(torch.float64))
-            self._score = *(part.at_each(self._like) for part in maps), level
-        of_state, of_output, level = self._score
-        s = multiplied(of_state[i], u) + multiplied(of_output[i], output)
+            self._score = of_state.at_each(self._like), of_output.at_each(self._like), level
+        by_state, by_output, level = self._score
+        s = multiplied(by_state[i], u) + multiplied(by_output[i], output)
         return s if level is None else s + level[i]
 
     def mean(self) -> Tensor | None:

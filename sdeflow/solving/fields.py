@@ -48,7 +48,7 @@ class Fields:
         """The first time that training and solvers visit, for the parameters' present values."""
         return self.kernel.cutoff
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
         return {**self.__dict__, "_drifts": {}, "_clocks": {}}
 

@@ -51,7 +51,7 @@ _POINTS = 129
 _KEPT = 16  # grids for each score
 _APART = 0.05  # half a central difference, in norm relative to the reference's standard deviation
 
-_measured: weakref.WeakKeyDictionary[object, dict[tuple, Pilot]] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], Pilot]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) 
     event = tuple(like.shape[1:])
     kernel, state = weakref.ref(model.kernel), [*model.score.parameters(), *model.score.buffers()]
     versions = tuple(tensor._version for tensor in state)  # training makes it another score
-    key = (kernel, event, like.dtype, repr(model.prior.given), versions, known.prediction, known.order, known.variable)
-    key = (*key, *_identity_of(known), likelihood)
+    key: tuple[object, ...] = (
+        kernel, event, like.dtype, repr(model.prior.given), versions, known.prediction, known.order, known.variable,
+        *_identity_of(known), likelihood,
+    )  # fmt: skip
     try:
         found = _measured.setdefault(model.score.bare, {})
     except TypeError:  # neither hashable nor weakly referable
@@ -104,7 +106,7 @@ def pilot(model: Model, solver: Solver, like: Tensor, likelihood: bool = False) 
     return grid
 
 
-def _identity_of(solver: Exponential) -> tuple:
+def _identity_of(solver: Exponential) -> tuple[object, ...]:
     """What of a solver's reference the grid depends on."""
     scale = tuple(torch.as_tensor(solver.scale).flatten().tolist()) if solver.scale is not None else None
     return scale, None if solver.basis is None else id(solver.basis)

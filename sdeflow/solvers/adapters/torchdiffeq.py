@@ -128,7 +128,7 @@ class Torchdiffeq(Solver):
         grid = torch.tensor(points, dtype=torch.float64, device=y.device)
         ts = grid[[0, -1]]
         if self.method == "scipy_solver":
-            options: dict = {"solver": self.scipy}
+            options: dict[str, object] = {"solver": self.scipy}
         elif self.adaptive:
             options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
             if flow is not None:  # which is 0 where the data is Gaussian, or forgotten: that says nothing of the rest

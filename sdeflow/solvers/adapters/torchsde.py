@@ -191,7 +191,9 @@ class _Increments:
         """The shape of an increment."""
         return self.shape
 
-    def __call__(self, a: Tensor, b: Tensor, return_U: bool = False, return_A: bool = False) -> Tensor | tuple:
+    def __call__(
+        self, a: Tensor, b: Tensor, return_U: bool = False, return_A: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         step = (float(a), float(b))
         if step != self._step:
             h = step[1] - step[0]

@@ -261,7 +261,7 @@ class Exponential(Solver):
             mean = None if mean is None else self.basis.forward(mean.expand(1, *like.shape[1:]))
         return Program(steps, score, times, mean, like, kernel, self.basis)
 
-    def _key(self, kernel: Kernel, times: np.ndarray, scale: Tensor, like: Tensor) -> tuple | None:
+    def _key(self, kernel: Kernel, times: np.ndarray, scale: Tensor, like: Tensor) -> tuple[object, ...] | None:
         """What the numbers of a grid depend on; None where that is more than numbers and names."""
         if callable(self.eta) or kernel.values.shape or kernel.values.learned:
             return None
