@@ -209,7 +209,8 @@ def _read(path: Path) -> Checkpoint:
             raise CheckpointCorrupt(f"{path}/{name}.safetensors cannot be read: {error}.") from error
     for group in ("weights", "average"):
         for key, value in tensors.get(group, {}).items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            learned = not key.startswith("null.")  # what stands for no condition may be NaN
+            if learned and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise CheckpointCorrupt(f"{path}: {key} of the {group} is not finite.")
     return state, tensors
 

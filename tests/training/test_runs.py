@@ -174,6 +174,20 @@ def test_the_losses_are_those_of_the_whole_run(tmp_path):
     assert len(repr(result)) < 120
 
 
+def test_a_run_with_conditions_resumes(tmp_path):
+    def conditional(seed=0):
+        torch.manual_seed(seed)
+        return Score(sdeflow.nets.MLP(2, width=8, depth=1, condition=3), catalog.VP())
+
+    data = draw(), torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    whole = trained(conditional(), data=data, label_dropout=0.3)
+    trained(conditional(), data=data, label_dropout=0.3, callbacks=[_Stop(3)], out=tmp_path)
+    again = trained(conditional(5), data=data, label_dropout=0.3, out=tmp_path, resume=True)
+    assert again.losses == whole.losses
+    with pytest.raises(CheckpointMismatch, match="label_dropout"):
+        trained(conditional(), data=data, out=tmp_path, resume=True)
+
+
 # ------------------------------------------------------------------ another run
 
 
