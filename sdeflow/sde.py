@@ -394,8 +394,9 @@ class SDE:
     def verify(self) -> Certificate:
         """Which identities the derived objects satisfy, and to which residual: :mod:`sdeflow.proof.certificate`.
 
-        It tests the compiled numbers that solvers use, in about a second, and is true where every identity holds. It
-        is not true where the time (8 s) did not suffice for the kernel's moments, or f and g: it then says so.
+        It tests the compiled numbers that solvers use, in about a second (with many components or parameters in up to
+        ten), and is true where every identity holds. It is not true where the time (8 s) did not suffice for the
+        kernel's moments, or f and g: it then says so.
         """
         return certify(self)
 

@@ -96,7 +96,7 @@ ESSENTIAL = {
 
 
 def certify(sde: CertifiedSDE) -> Certificate:
-    """Checks every identity that applies to ``sde``, in about a second; what takes longer than ten is unchecked.
+    """Checks every identity that applies to ``sde``, mostly in about a second; what takes longer than ten is unchecked.
 
     Args:
         sde: an SDE; its ``kernel``, ``weighting``, ``prior`` and ``bridge`` are tested with its compiled equations.
