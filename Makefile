@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well density ood bits test mutations lint docs zoo bench bench-solvers coverage readme clean
+.PHONY: demo few-calls double-well density ood bits test test-all mutations lint docs zoo bench bench-solvers coverage readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -25,6 +25,9 @@ bits: $(VENV)/ready
 	$(BIN)/python examples/bits_per_dim.py $(ARGS)
 
 test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
 
 mutations: $(VENV)/ready

@@ -268,6 +268,7 @@ def test_lift_draws_auxiliary_components_from_P0():
     assert torch.equal(u, sde.lift(data, seed=0)) and torch.equal(u[:5], sde.lift(data[:5], seed=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["critically damped", "not commuting"])
 def test_training_takes_coupled_states(name):
     sde = COUPLED[name]()

@@ -154,6 +154,7 @@ def test_the_blur_of_the_initial_noise_is_told_and_taken_off():
     assert covered(sharp, truth, sharp.error) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False], ids=["moments", "read-off"])
 def test_the_prior_is_matched_and_what_is_left_is_told(known):
     """A 48-D mixture under VP 0.2 to 16, whose prior costs 0.027 nats if it is not matched to the data."""

@@ -45,6 +45,7 @@ def covers_of(found):
     return k / n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["``steps=4``", "``steps=10``", "``steps=20``", '``steps=20, grid="pilot"``', "``atol=0.1``", "default",
              '``Torchdiffeq("euler")``, 5 steps', "dopri5, tolerance 0.01", "fehlberg2, tolerance 0.1",
@@ -143,6 +144,7 @@ def test_a_solver_without_a_corrector_has_a_bar(problems):
     assert covers([mode(problem) for problem in problems])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sde", [catalog.VP(), catalog.FlowMatching()], ids=["VP", "FlowMatching"])
 def test_every_fixed_step_method_has_a_bar_that_covers(sde):
     """rk4 in as many steps is off by as much as heun3 is, and cannot tell its error."""

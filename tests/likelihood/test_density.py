@@ -122,6 +122,7 @@ def test_a_sample_alone_and_in_a_batch_agree(options):
     )
 
 
+@pytest.mark.slow
 def test_labels_follow_the_samples_that_are_solved_again():
     sde = catalog.VP()
     centres = torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
@@ -212,6 +213,7 @@ def test_the_budget_of_bits_is_that_of_nats_in_bits_per_dimension():
         torch.testing.assert_close(2 * math.log(2) * getattr(bits, name), getattr(nats, name))
 
 
+@pytest.mark.slow
 def test_a_score_that_rounds_is_told_of_and_one_that_draws_is_refused():
     """Grids that stop coming closer: a warning with what was reached, and an error where that is far from atol."""
     sde = catalog.VP()
@@ -335,6 +337,7 @@ def test_labels_make_a_prior_and_a_grid_of_their_own():
     )
 
 
+@pytest.mark.slow
 def test_points_between_narrow_modes_are_right():
     """There the flow contracts faster than the steps of a grid can follow, and dopri5 takes over."""
     sde = catalog.VP()

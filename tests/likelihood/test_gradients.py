@@ -111,6 +111,7 @@ def test_both_agree_for_every_prediction(predicts):
             assert float((a - b).abs().max()) < bound * float(b.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", MODES)
 def test_the_value_is_that_without_a_gradient(gradient):
     sde = catalog.VP()

@@ -73,6 +73,7 @@ def test_alone_and_in_a_batch():
     assert float((together[[1, 7, 31]] - alone).abs().max()) < 1e-5 * (1 + float(alone.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_hutchinson_agrees_within_its_standard_error_and_the_error_is_calibrated(probe):
     sde = catalog.VP()

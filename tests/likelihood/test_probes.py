@@ -36,6 +36,7 @@ def by_hand(x, B, vectors):
     return prior - 0.5 * B * D + 0.5 * B * torch.einsum("mbi,ij,mbj->mb", v, M, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("each", [False, True], ids=["for all", "for each sample"])
 def test_log_prob_with_probes_is_what_one_finds_by_hand(way, each):

@@ -115,6 +115,7 @@ def fine():
     return along(BrownianPath(seed=7), "euler", 1024, "angle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["angle", "t", "tensor"])
 def test_the_reverse_sde_follows_the_path_on_every_clock(grid, fine):
     """Euler-Maruyama has order 1 where the noise is additive; all clocks end at one place."""
@@ -145,6 +146,7 @@ def test_srk_keeps_its_order_on_given_times_that_are_not_uniform(monkeypatch):
     assert order_of(solve, fine, (8, 24)) < 1.3
 
 
+@pytest.mark.slow
 def test_exponential_solvers_and_torchsde_follow_the_same_path(fine):
     for solver, n in ((Exponential(2, eta=1.0), 100), (Torchsde("srk"), 50), (Torchsde("euler"), 200)):
         found = along(BrownianPath(seed=7), solver, n)

@@ -225,6 +225,7 @@ def calibrated(trace, trajectory, conservative=False):
     return coverage > 0.95 - 4 * math.sqrt(0.95 * 0.05 / n) and 0.8 < ratio < (1.8 if conservative else 1.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trace",
     [Hutchinson(4), Hutchinson(16, fresh=False), Hutchinson(4, "gaussian"), HutchPP(6)],
@@ -235,6 +236,7 @@ def test_intervals_of_independent_probes_cover(trace, trajectory):
     assert calibrated(trace, trajectory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [2, 4, 16])
 def test_intervals_of_hadamard_columns_cover(probes, trajectory):
     """From 8 columns on the cancellation is deeper than can be told, and the standard error is on the safe side.
@@ -251,6 +253,7 @@ def test_one_probe_knows_nothing_of_its_error():
         )
 
 
+@pytest.mark.slow
 def test_hadamard_beats_fresh_probes_beat_fixed_ones(trajectory):
     """Standard deviations at 4 probes on the whole trajectory, as in the table of the documentation."""
     fixed, fresh, columns = (
@@ -264,6 +267,7 @@ def test_hadamard_beats_fresh_probes_beat_fixed_ones(trajectory):
 # ---------------------------------------------------------------- planted mistakes
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_found(monkeypatch, trajectory):
     signs = traces.Integral._signs
     dot = hutchinson.dot

@@ -268,6 +268,7 @@ def test_samples_are_right_on_every_grid(name, grid, monkeypatch):
 PLAIN = [("coupled, a pause", "log_snr"), ("pauses per coordinate", "angle"), ("g(0) = 0 without P0", "angle")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "grid"), [case for case in CASES if case[0] not in TURNING] if LONG else PLAIN)
 def test_plain_methods_converge_on_every_grid(name, grid, monkeypatch):
     gaussians = Gaussians(name)
@@ -366,6 +367,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES if LONG else ["EDM with a floor", "nearly a pause", "coupled, a pause"])
 def test_log_prob_is_right_in_every_mode(name):
     gaussians = Gaussians(name)
