@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,20 @@ from sdeflow.solvers.problem import Problem
 __all__ = ["DEMANDS", "Demand", "Solver", "unmet"]
 
 _KINDS = ("sde", "ode")
+
+
+if TYPE_CHECKING:
+    _usual = property
+else:
+
+    class _usual:
+        """An attribute's usual value, which data of a subclass or of an object replaces."""
+
+        def __init__(self, value: Callable[[Solver], object]) -> None:
+            self.value, self.__doc__ = value, value.__doc__
+
+        def __get__(self, solver: Solver | None, kind: type[Solver]) -> object:
+            return self if solver is None else self.value(solver)
 
 
 class Solver(ABC):
@@ -76,52 +90,52 @@ class Solver(ABC):
     def calls_per_step(self) -> int:
         """Calls of the score in a step of fixed size."""
 
-    @property
+    @_usual
     def default_grid(self) -> str | None:
         """The time variable it prefers."""
         return None
 
-    @property
+    @_usual
     def default_tolerances(self) -> tuple[float, float]:
         """rtol and atol where none are given."""
         return 1e-5, 1e-5
 
-    @property
+    @_usual
     def observable(self) -> bool:
         """Whether it says when a step ends."""
         return True
 
-    @property
+    @_usual
     def per_sample(self) -> bool:
         """Whether each sample has steps of its own."""
         return False
 
-    @property
+    @_usual
     def elementwise(self) -> bool:
         """Whether coupled states are beyond it."""
         return False
 
-    @property
+    @_usual
     def diagonal(self) -> bool:
         """Whether noise that depends on the state must be one for each component."""
         return False
 
-    @property
+    @_usual
     def follows_path(self) -> bool:
         """Whether it follows a given path of Brownian motion."""
         return False
 
-    @property
+    @_usual
     def iterates(self) -> bool:
         """Whether its fixed steps are found by iteration."""
         return False
 
-    @property
+    @_usual
     def integrates_divergence(self) -> bool:
         """Whether log p may be one more component of its state."""
         return False
 
-    @property
+    @_usual
     def differentiable(self) -> bool:
         """Whether gradients flow through a solve."""
         return True

@@ -538,7 +538,7 @@ def test_a_wrong_number_of_labels_is_found_in_chunks_too():
     for labels in (N - 1, N + 1, BLOCK):
         bound = vp().flow_ode(by_label().given(torch.zeros(labels)))
         for chunk in (BLOCK, None):
-            with pytest.raises(sdeflow.DataError, match=f"{labels} labels were given for a batch of {N}"):
+            with pytest.raises(sdeflow.DataError, match=f"{labels} samples, the batch has {N}"):
                 bound.sample((N, 1), "euler", 2, chunk=chunk)
 
 

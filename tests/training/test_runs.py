@@ -68,6 +68,7 @@ class Kill:
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 7)])
 def test_a_signal_finishes_the_step_saves_and_leaves(number, status, tmp_path):
     def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
         try:
             trained(score, steps=12, out=tmp_path, callbacks=[Kill(number)])
         finally:

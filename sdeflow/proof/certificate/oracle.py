@@ -109,6 +109,7 @@ def _slope(expression: sp.Expr) -> sp.Expr:
     if any(node.table is None for node in expression.atoms(Schedule)):
         return sp.Integer(0)
     expression = expression.replace(sp.Mod, lambda a, p: a - p * sp.floor(a / p))
+    expression = expression.replace(sp.frac, lambda u: u - sp.floor(u))
     steps = {node: sp.Dummy() for node in expression.atoms(sp.floor, sp.ceiling, sp.sign, sp.Heaviside)}
     back = {dummy: node for node, dummy in steps.items()}
     slope = sp.diff(expression.xreplace(steps), time_symbol).xreplace(back)
