@@ -1,4 +1,4 @@
-"""What the tests of kernels that are not Gaussian ask of a density in one dimension: mass, Fokker-Planck, its slope."""
+"""What the tests of kernels that are not Gaussian ask of a density in one dimension, and of draws."""
 
 from types import SimpleNamespace
 
@@ -83,3 +83,14 @@ def score_error(kernel, start, time):
     shifted = {i: log_density(kernel, at + i * h, start, time) for i in (*stencil, *(-i for i in stencil))}
     slope = sum(c * (shifted[i] - shifted[-i]) for i, c in stencil.items()) / h
     return np.abs(slope - kernel.score(states, torch.full_like(states, start), time).numpy()[:, 0]).max() * std
+
+
+def require_draws(kernel, start, n, seed, time=0.3):
+    """The kernel's seeded draws (n, 1), whose mean and variance are its moments within four standard errors."""
+    begins = torch.full((n, 1), start, dtype=torch.float64)
+    states = kernel.sample(begins, time, seed=seed)
+    mean, std = (float(m[0]) for m in kernel.moments(begins[:1], time))
+    squared = (states - mean).square()
+    assert abs(float(states.mean()) - mean) < 4 * std / n**0.5
+    assert abs(float(squared.mean()) - std**2) < 4 * float(squared.std()) / n**0.5
+    return states

@@ -220,6 +220,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and d log p / du, (n,) each, from u, u_0, the clock tau, A and B, (n,) each."""
         rows = zip(*(part.detach().cpu().tolist() for part in parts), strict=True)
         found = [_mixed(*row) for row in rows]
         log_p, slopes = (torch.as_tensor(np.array(part), device=parts[0].device) for part in zip(*found, strict=True))

@@ -36,6 +36,7 @@ def takes(options: type, like: Callable[..., object]) -> Callable[[F], F]:
     listed.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
     def decorate(function: F) -> F:
+        """``function`` with its options' names checked and shown."""
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         signature = signature.replace(parameters=[*own, *listed])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from sdeflow.numerics.conditions import (
     picked,
     samples_of,
 )
+from sdeflow.numerics.linear import per_sample
 from sdeflow.scores.function import Wrapping
 from sdeflow.scores.readout import GridScore
 
@@ -91,8 +93,11 @@ class Conditional(Wrapping):
         return self.score.on_grid(times, like, dtype, self.y)
 
     def rows(self, index: Tensor | slice) -> Conditional:
-        part = super().rows(index)
-        return part if samples_of(self.y) is None else Conditional(part.score, picked(self.y, index))
+        if samples_of(self.y) is None:
+            return self
+        part = copy.copy(self)  # of conditions that were checked
+        part._modules = {**self._modules, "held": Held(picked(self.y, index))}
+        return part
 
     def of_batch(self, samples: int) -> Conditional:
         of_samples(self.y, samples)
@@ -171,7 +176,7 @@ class Guided(Wrapping):
             return torch.lerp(without, with_y, self.strength)
         inside = (time >= self.interval[0]) & (time <= self.interval[1])
         strength = torch.where(inside, self.strength, 1.0).to(x.dtype)
-        return without + strength.reshape(-1, *(1,) * (x.ndim - 1)) * (with_y - without)
+        return without + per_sample(strength, x) * (with_y - without)
 
     def on_grid(self, times: Tensor, like: Tensor, dtype: torch.dtype) -> GridScore:
         whole = self.score.score.on_grid(times, torch.cat([like, like]), dtype, self._both(len(like)))

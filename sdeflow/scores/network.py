@@ -285,10 +285,11 @@ class Score(ScoreFunction):
         if y is None:
             self._unconditional = True
         else:
-            self.null = Held(self._nothing(picked_first(y), dropout > 0))
+            self.null = Held(self._nothing(_of_first_sample(y), dropout > 0))
             self._unconditional = dropout > 0
         if self.null is not None:
             self.null.register_buffer("trained", torch.tensor(self._unconditional))
+            self.null.to(self.data_mean.device)
 
     def _as_trained(self, y: Condition) -> Condition:
         """``y`` with the dimensions of the conditions that the network was trained with."""
@@ -457,6 +458,6 @@ class Score(ScoreFunction):
         return f"predicts={self.predicts!r}, time={self.time!r}, data_std={self.data_std.mean():.4g}"
 
 
-def picked_first(y: Condition) -> Condition:
+def _of_first_sample(y: Condition) -> Condition:
     """The condition of the first sample, as of a batch of one."""
     return mapped(lambda leaf: leaf[:1].detach().clone().cpu(), y)

@@ -174,7 +174,7 @@ class Checkpoints:
             CheckpointMismatch: for a checkpoint of another run, or with more steps done than the run has; nothing is
                 changed then.
         """
-        _parted(run.score.state_dict())
+        layout, _ = _parted(run.score.state_dict())
         found = latest_checkpoint(self.folder)
         if found is None:
             return
@@ -197,7 +197,7 @@ class Checkpoints:
                 "all the same."
             )
         for group in ("weights", "average"):
-            _require_same_layout(_parted(run.score.state_dict())[0], tensors.get(group, {}), self.folder)
+            _require_same_layout(layout, tensors.get(group, {}), self.folder)
         run.score.load_state_dict(_with_others(tensors["weights"], state, "weights"))
         run.average.score.load_state_dict(_with_others(tensors["average"], state, "average"))
         run.average.updates.copy_(tensors["counters"]["n_averaged"])

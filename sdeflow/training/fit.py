@@ -17,9 +17,8 @@ machine.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +48,7 @@ from sdeflow.training.checkpoint import run_lock
 from sdeflow.training.ema import MovingAverage
 from sdeflow.training.interrupts import Interrupts
 from sdeflow.training.objectives import Objective, chosen
+from sdeflow.training.processes import own_accelerator
 from sdeflow.training.run import Fit, Run, drawn_steps, seed_global
 from sdeflow.training.times import Times
 from sdeflow.training.weightings import Weighting
@@ -146,7 +146,7 @@ def fit(
         ScheduleError: for a simulated SDE whose noise does not reach every component within a gap.
         NonFiniteStateError: where a simulated path explodes.
         TrainingDivergedError: after 10 steps in a row whose loss or gradient is not finite.
-        CheckpointMismatch: when resuming a run of another SDE, network or seed.
+        CheckpointMismatch: when resuming a run that differs in something that ``allow`` does not name.
         CheckpointError: where ``out`` cannot be written, or another process trains into it.
         ValueError: for options that make no sense.
         TypeError: for callbacks and optimisers that are none.
@@ -163,7 +163,7 @@ def fit(
     folder, seed = _folder(out), resolve_seed(seed)
     with ExitStack() as stack:
         if accelerator is None:
-            accelerator = stack.enter_context(_own_accelerator(score, mixed_precision))
+            accelerator = stack.enter_context(own_accelerator(score, mixed_precision))
         stack.enter_context(torch.random.fork_rng([] if accelerator.device.type == "cpu" else None))
         if folder is not None and accelerator.is_main_process:
             stack.enter_context(run_lock(folder))
@@ -229,49 +229,6 @@ def _optimiser(score: Score, optimiser: Optimizer | OptimiserFactory | None, lr:
     if not any(id(p) in ours for group in made.param_groups for p in group["params"]):
         raise ValueError("the optimiser holds none of the score's trainable parameters: make it of score.parameters().")
     return made
-
-
-@contextmanager
-def _own_accelerator(score: Score, mixed_precision: str | None) -> Iterator[Accelerator]:
-    """An accelerator of the process group that there is; accelerate's shared state is left as it was."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    checked_choice(mixed_precision, "mixed_precision", ("no", "fp8", "fp16", "bf16", None))
-    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
-    before = [dict(state) for state in shared]
-    for state in shared:
-        state.clear()  # it would hold this run to the precision of the one before
-    on_cpu = next(score.parameters()).device.type == "cpu"
-    try:
-        with _environment_of_group():
-            accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
-        yield accelerator
-    finally:
-        for state, kept in zip(shared, before, strict=True):
-            state.clear()
-            state.update(kept)
-
-
-@contextmanager
-def _environment_of_group() -> Iterator[None]:
-    """The variables from which accelerate learns of a process group that the user made."""
-    group = torch.distributed
-    if not group.is_available() or not group.is_initialized() or "LOCAL_RANK" in os.environ:
-        yield
-        return
-    rank, size = str(group.get_rank()), str(group.get_world_size())
-    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    ours.update({k: v for k, v in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")) if k not in os.environ})
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _prepare_score(

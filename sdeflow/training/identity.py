@@ -1,7 +1,7 @@
 """What a run is compared with when it resumes: everything that its next steps depend on, as JSON holds it.
 
 Functions are told apart by their code, its constants, defaults and closures, and by the values of the global names that
-they use; data by a hash of all rows. What cannot be told apart is said in the value itself ("items of a Dataset, not
+they use; data by a hash of all rows. What cannot be told apart is said in the value itself ("a DataLoader of (2,), not
 hashed").
 """
 
