@@ -60,6 +60,7 @@ def by_torchdiffeq(
         on_call: called at each call of the score.
     """
     plan, clock = way.plan, model.clock(options.grid)
+    model = model.carried_by(plan, clock)
     calls: list[int] = []
     everyone = torch.arange(len(x), device=x.device)
 

@@ -8,8 +8,9 @@ A :class:`Problem` has two faces:
   - for methods that know the perturbation kernel, a :class:`View`: the kernel itself and the score of states
     (batch, *event) at times of the SDE, which run from T down to the cutoff, or up when the flow encodes.
 
-Either way states are as the model carries them: centred, in the kernel's basis. A
-:class:`~sdeflow.solvers.watch.Watch` counts the calls, keeps the budget and finds the first sample that is not finite.
+Either way states are as the model carries them: in the kernel's basis, and centred, x - offset(t). Only methods without
+``needs_kernel``, in steps between given times, carry x itself. A :class:`~sdeflow.solvers.watch.Watch` counts the
+calls, keeps the budget and finds the first sample that is not finite.
 """
 
 from __future__ import annotations

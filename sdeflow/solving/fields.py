@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import sympy as sp
 import torch
@@ -31,9 +32,11 @@ class Fields:
     Attributes:
         kernel: the SDE's kernel, of whichever kind.
         gaussian: the same where it is Gaussian, else None.
+        centred: whether solvers carry u = x - offset(t) where there is an offset, rather than x; see :meth:`of_states`.
     """
 
     def __init__(self, sde: DeclaredSDE) -> None:
+        self.centred = True
         self.declaration, self.values = sde.declaration, sde.values
         self.kernel: AnyKernel = sde.kernel
         self.gaussian = self.kernel.gaussian
@@ -52,15 +55,35 @@ class Fields:
         """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
         return {**self.__dict__, "_drifts": {}, "_clocks": {}}
 
+    def of_states(self) -> Fields:
+        """The same for methods that carry x itself, in the kernel's basis, and have b(t) in their drift."""
+        other = copy(self)
+        other.centred, other._drifts = False, {}
+        return other
+
     def drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The compiled drift of ``equation``, a function of (x, t, s).
 
         Of an affine SDE it is that of the centred state u = x - offset(t) in the kernel's basis, which is
-        A(t) u + C(t) s: b(t) drops out exactly (it would be an end-point singularity in the angle).
+        A(t) u + C(t) s: b(t) drops out exactly (it would be an end-point singularity in the angle). Where the state
+        is not ``centred``, it is A(t) x + b(t) + C(t) s.
         """
         if equation not in self._drifts:
-            self._drifts[equation] = self._compile_drift(equation)
+            drift = self._compile_drift(equation)
+            self._drifts[equation] = drift if self.centred else self._with_push(drift)
         return self._drifts[equation]
+
+    def _with_push(self, drift: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        """``drift`` + b(t)."""
+        kernel = self.gaussian
+        if kernel is None or not kernel.has_offset:
+            return drift
+
+        def pushed(x: Tensor, time: Tensor, score: Tensor) -> Tensor:
+            b = kernel.maps.offset(kernel.numbers.of_sde(time)[1].detach(), x, False)
+            return drift(x, time, score) + b.to(dtype=x.dtype, device=x.device)
+
+        return pushed
 
     def _compile_drift(self, equation: Equation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if self.gaussian is None:
@@ -94,19 +117,19 @@ class Fields:
         return linear
 
     def offset(self, time: Tensor | float, like: Tensor) -> float | Tensor:
-        """The offset that solvers take off states like ``like``; 0 without b(t), and for an SDE without a kernel."""
-        if self.gaussian is None or not self.gaussian.has_offset:
+        """The offset that solvers take off states like ``like``; 0 without b(t), without a kernel, and of x itself."""
+        if self.gaussian is None or not self.gaussian.has_offset or not self.centred:
             return 0.0
         level = self.gaussian.path(like, torch.as_tensor(time, dtype=torch.float64)).offset
         return float(level.detach()) if not level.ndim else level.to(dtype=like.dtype, device=like.device)
 
     def to_solver(self, x: Tensor, time: Tensor | float) -> Tensor:
-        """The state as solvers carry it: its coefficients in the kernel's basis, centred."""
+        """The state as solvers carry it: its coefficients in the kernel's basis, and ``centred``."""
         return self.kernel.to_basis(x) - self.offset(time, x)
 
     def from_solver(self, u: Tensor, time: Tensor | float) -> Tensor:
         """The state behind what solvers carry."""
-        return self.kernel.from_basis(u + self.offset(time, u) if self.kernel.has_offset else u)
+        return self.kernel.from_basis(u + self.offset(time, u) if self.kernel.has_offset and self.centred else u)
 
     def function_of_state(self, expressions: Sequence[sp.Expr], with_score: bool = False) -> Callable[..., Tensor]:
         """A compiled function of (x, t) or (x, t, s), one expression for each component of the result.

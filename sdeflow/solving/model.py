@@ -18,6 +18,7 @@ from sdeflow.scores import DeclaredSDE, Score, ScoreFunction, as_score
 from sdeflow.solvers import Clock, Field, View
 from sdeflow.solvers.clock import Grid
 from sdeflow.solving.fields import Fields
+from sdeflow.solving.plan import Plan
 from sdeflow.solving.prior_of import Prior, PriorOf, require_score
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.equations import Equation
@@ -62,6 +63,15 @@ class Model:
     def with_own_prior(self) -> Model:
         """The same model with the prior that follows from the data's moments or the score, whichever was given."""
         return self if self.gaussian is None else replace(self, prior=self.prior.own())
+
+    def carried_by(self, plan: Plan, clock: Clock) -> Model:
+        """The same model as the solver of ``plan`` carries its states: the one place that decides it.
+
+        Between given times a method that knows nothing of the kernel means its own formula in x and t. Else b(t) is
+        taken out exactly; see :attr:`Fields.centred`.
+        """
+        plain = clock.given is not None and plan.steps is not None and not plan.solver.needs_kernel
+        return Model(self.fields.of_states(), self.bound, self.prior) if plain else self
 
     def of_batch(self, samples: int) -> Model:
         """The same model for a batch of ``samples`` samples, told at the start of a solve.

@@ -69,6 +69,7 @@ def run(
         plan = _plan(model, "ode" if seed is None else "sde", options, dtype, graph)
         x = start()
         clock = _clock(model, plan.grid if options.grid is None else options.grid, plan.solver, x.detach())
+        model = model.carried_by(plan, clock)
     checks = 0
     if graph:
         x = x.clone() if x.is_inference() else x

@@ -10,7 +10,7 @@ import sympy as sp
 import torch
 from problems import ring
 
-from sdeflow import SDE, scores, solvers, x
+from sdeflow import SDE, scores, solvers, state, x
 from sdeflow import t as time_symbol
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import Exponential, Torchdiffeq, Torchsde
@@ -27,20 +27,24 @@ def random_times(sde, n, seed, spread=1.0):
 
 
 @lru_cache
-def problem():
-    """VP on [0.01, 1] with an exact score, and its flow and reverse drift in t, typed in."""
+def problem(pushed=False):
+    """VP on [0.01, 1] with an exact score, and its flow and reverse drift in t; with b = 12 t cos 3 t if pushed."""
     beta = sp.Rational(1, 10) + sp.Rational(199, 10) * time_symbol
-    sde = SDE(-beta * x / 2, sp.sqrt(beta), cutoff=0.01)
+    b = 12 * time_symbol * sp.cos(3 * time_symbol) if pushed else 0
+    sde = SDE(-beta * x / 2 + b, sp.sqrt(beta), cutoff=0.01)
     score = ring(sde, std=0.4)
 
     def rate(time):
         return BETA_MIN + (BETA_MAX - BETA_MIN) * time
 
+    def push(time):
+        return 12.0 * time * math.cos(3.0 * time) if pushed else 0.0
+
     def flow(state, t):
-        return -0.5 * rate(t) * (state + score(state, t))
+        return -0.5 * rate(t) * (state + score(state, t)) + push(t)
 
     def reverse(state, t):
-        return -0.5 * rate(t) * state - rate(t) * score(state, t)
+        return -0.5 * rate(t) * state + push(t) - rate(t) * score(state, t)
 
     return sde, score, flow, reverse, lambda t: math.sqrt(rate(t))
 
@@ -83,7 +87,7 @@ class Watched:
 @pytest.mark.parametrize("rising", [True, False])
 @pytest.mark.parametrize("name", ["Euler", "Heun", *TABLEAUX])
 def test_the_flow_takes_the_steps_written_by_hand(name, rising):
-    sde, score, flow, _, _ = problem()
+    sde, score, flow, _, _ = problem(pushed=rising)
     solver = {"Euler": solvers.Euler(), "Heun": solvers.Heun()}.get(name) or Torchdiffeq(name)
     tableau = TABLEAUX[{"Euler": "euler", "Heun": "heun2"}.get(name, name)]
     state = torch.randn(3, 2, dtype=double, generator=torch.Generator().manual_seed(0))
@@ -147,10 +151,10 @@ STEPS_OF_SDE = {
 
 @pytest.mark.parametrize("name", STEPS_OF_SDE)
 def test_the_reverse_sde_takes_the_steps_written_by_hand(name):
-    sde, score, _, reverse, g = problem()
     solver, by_hand = STEPS_OF_SDE[name]
     shape = (3, 2)
     for seed in range(2):
+        sde, score, _, reverse, g = problem(pushed=seed == 1)
         times, watched, stream = random_times(sde, 6, seed, spread=2.0), Watched(score), NoiseStream(seed, "path")
         equation = sde.reverse(watched, prior=sde.prior)
         found = equation.sample(shape, solver, grid=times, seed=seed, dtype=double)
@@ -167,26 +171,43 @@ def test_the_reverse_sde_takes_the_steps_written_by_hand(name):
         torch.testing.assert_close(with_states[-1], found)
 
 
-@pytest.mark.parametrize("name", ["Euler", "Heun", "euler", "heun3", "rk4"])
-def test_steps_between_given_times_are_exact_in_the_offset(name):
-    """dx = (-x + 3 t²) dt + √2 dw: the steps written by hand are those of u = x - m(t), m' = -m + 3 t²."""
-    sde = SDE(-x + 3 * time_symbol**2, sp.sqrt(2), T=1, cutoff=0.01)
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams"])
+def test_adams_weights_are_of_b_too(method):
+    """dx = e^{3 t} dt + dw and the score 0: along the flow dx/dt = e^{3 t}, of which their formulas have errors."""
+    sde = SDE(sp.exp(3 * time_symbol), 1, T=1, cutoff=0.001)
+    flow, zero = sde.flow_ode(lambda state, t: 0.0 * state, prior=sde.prior), torch.zeros(1, 1, dtype=double)
+    exact, errors = (math.exp(3.0) - math.exp(0.003)) / 3.0, []
+    for n in (10, 20):
+        found = flow.encode(zero, method, grid=torch.linspace(0.001, 1.0, n + 1, dtype=double))
+        errors.append(abs(float(found) - exact))
+    assert errors[1] > 1e-8 and math.log2(errors[0] / errors[1]) > 2.75
+    assert abs(float(flow.encode(zero, method, steps=20, grid="t")) - exact) < 1e-12  # centred
 
-    def offset(t):
-        return 3 * t**2 - 6 * t + 6 - 6 * math.exp(-t)
 
-    score = lambda state, t: torch.sin(3 * state) - state  # noqa: E731
-    solver = {"Euler": solvers.Euler(), "Heun": solvers.Heun()}.get(name) or Torchdiffeq(name)
-    times = random_times(sde, 4, 0).flip(0).tolist()
-    z = torch.randn(3, 2, dtype=double, generator=torch.Generator().manual_seed(0))
-    expected, _ = runge_kutta(
-        lambda u, t: -u - score(u + offset(t), t),
-        z - offset(1.0),
-        times,
-        TABLEAUX[{"Heun": "heun2"}.get(name, name.lower())],
-    )
-    found = sde.flow_ode(score, prior=sde.prior).decode(z, solver, grid=times)
-    torch.testing.assert_close(found, expected + offset(times[-1]), rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("kind", ["coupled", "per coordinate"])
+def test_b_of_coupled_states_and_of_schedules_per_coordinate(kind):
+    """Euler's steps by hand, back and forth, with their trajectory."""
+    if kind == "coupled":
+        a, b = state("a b")
+        sde = SDE([b + sp.sin(time_symbol), 2 - a - b], [sp.Rational(1, 2), 1], T=1, cutoff=0.01)
+        F, g2 = torch.tensor([[0.0, 1.0], [-1.0, -1.0]], dtype=double), torch.tensor([0.25, 1.0], dtype=double)
+        push = lambda t: torch.tensor([math.sin(t), 2.0], dtype=double)  # noqa: E731
+    else:
+        k, rate = sp.Symbol("k", positive=True), torch.tensor([1.0, 3.0], dtype=double)
+        sde = SDE(-k * x + k * time_symbol, 1, T=1, cutoff=0.01, params={k: rate})
+        F, g2, push = -torch.diag(rate), torch.ones(2, dtype=double), lambda t: rate * t
+    score = lambda x, t: torch.sin(3 * x) - x  # noqa: E731
+    start = torch.randn(3, 2, dtype=double, generator=torch.Generator().manual_seed(0))
+    times = random_times(sde, 4, 0)
+    flow = sde.flow_ode(score, prior=sde.prior_for(0.0, 1.0))
+    for solve, order in (("decode", times.flip(0).tolist()), ("encode", times.tolist())):
+        states = [start]
+        for now, later in pairwise(order):
+            y = states[-1]
+            states.append(y + (later - now) * (y @ F.T + push(now) - 0.5 * g2 * score(y, now)))
+        found, visited = getattr(flow, solve)(start, "euler", grid=times, trajectory=True)
+        assert visited.tolist() == order
+        torch.testing.assert_close(found, torch.stack(states), rtol=1e-10, atol=1e-10)
 
 
 def constant():
@@ -332,24 +353,30 @@ def test_lists_arrays_and_float32_are_grids_too(convert):
     torch.testing.assert_close(flow.decode(zeros, "euler", steps=2, grid=grid), zeros - 0.999)
 
 
-def test_log_prob_between_given_times_by_hand():
+@pytest.mark.parametrize("pushed", [False, True])
+def test_log_prob_between_given_times_by_hand(pushed):
     """Euler's steps of x and of log p, for data N(0, 1/4), whose divergence is known."""
-    sde, _, _, _, _ = problem()
+    sde, _, _, _, _ = problem(pushed)
     times = random_times(sde, 9, 1, spread=1.5)
 
-    def variance(t):
-        alpha, sigma, _ = sde.kernel.coefficients(torch.tensor(t, dtype=double))
-        return float(alpha**2 / 4 + sigma**2)
+    def law(t):
+        alpha, sigma, offset = sde.kernel.coefficients(torch.tensor(t, dtype=double))
+        return float(offset), float(alpha**2 / 4 + sigma**2)
+
+    def score(state, t):
+        mean, variance = law(float(t[0]))
+        return (mean - state) / variance
 
     prior = sde.prior_for(0.0, 0.5)
-    flow = sde.flow_ode(lambda state, t: -state / variance(float(t[0])), prior=prior)
+    flow = sde.flow_ode(score, prior=prior)
     points = torch.tensor([[0.3], [-0.7]], dtype=double)
     state, divergence = points, 0.0
     for time, later in pairwise(times.tolist()):
         rate = BETA_MIN + (BETA_MAX - BETA_MIN) * time
-        slope = -0.5 * rate * (1.0 - 1.0 / variance(time))
-        divergence += (later - time) * slope
-        state = state * (1.0 + (later - time) * slope)
+        mean, variance = law(time)
+        push = 12.0 * time * math.cos(3.0 * time) if pushed else 0.0
+        divergence -= (later - time) * 0.5 * rate * (1.0 - 1.0 / variance)
+        state = state + (later - time) * (push - 0.5 * rate * (state + (mean - state) / variance))
     expected = prior.log_prob(state) + divergence
     found = flow.log_prob(points, solver=Torchdiffeq("euler"), grid=times.flip(0))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
