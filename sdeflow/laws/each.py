@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sdeflow.errors import DataError
-from sdeflow.laws.gaussian import Gaussian
+from sdeflow.laws.gaussian import Gaussian, normal_log_density
+from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.noise import NoiseStream
 
-__all__ = ["EachSample", "Law"]
+__all__ = ["EachGaussian", "EachSample", "Law"]
 
 
 Kind = TypeVar("Kind")
@@ -45,7 +48,9 @@ class EachSample:
 
     def rows(self, index: Tensor | slice) -> EachSample:
         """The laws of the samples ``index``, which may repeat."""
-        return EachSample(self.laws, self.which[index])
+        other = copy.copy(self)
+        other.which = self.which[index]
+        return other
 
     def sample(
         self,
@@ -98,8 +103,7 @@ class EachSample:
 
     def _joined(self, laws: Sequence[Kind], x: Tensor, of_law: Callable[[Kind, Tensor], Tensor]) -> Tensor:
         """The results of ``of_law`` for each law and its samples, in the order of the samples."""
-        if len(x) != len(self.which):
-            raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
+        self._require_batch(x)
         order = self.which.argsort(stable=True)
         numbers, counts = torch.unique_consecutive(self.which[order], return_counts=True)
         if not len(numbers):
@@ -108,5 +112,66 @@ class EachSample:
         found = torch.cat([of_law(laws[i], rows) for i, rows in zip(numbers.tolist(), parts, strict=True)])
         return found[order.argsort().to(found.device)]
 
+    def _require_batch(self, x: Tensor) -> None:
+        if len(x) != len(self.which):
+            raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
+
     def __repr__(self) -> str:
-        return f"EachSample({len(self.laws)} laws for {len(self.which)} samples, such as {self.laws[0]})"
+        return f"{type(self).__name__}({len(self.laws)} laws for {len(self.which)} samples, such as {self.laws[0]})"
+
+
+class EachGaussian(EachSample):
+    """N(means[i], stds[i]²) elementwise, i = ``which`` of each sample: many conditions, at the cost of one.
+
+    Args:
+        means, stds: (laws, *event), with a basis those of the coefficients.
+        which: (batch,) integers on the CPU, rows of ``means``.
+        basis: an orthogonal basis, or None.
+    """
+
+    def __init__(self, means: Tensor, stds: Tensor, which: Tensor, basis: Basis | None = None) -> None:
+        self.means, self.stds, self.which, self.basis = means, stds, which, basis
+
+    @cached_property
+    def laws(self) -> tuple[Gaussian, ...]:  # type: ignore[override]  # found when asked for, unlike EachSample's
+        """Each law by itself."""
+        return tuple(Gaussian(mean, std, self.basis) for mean, std in zip(self.means, self.stds, strict=True))
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether all laws are Gaussian."""
+        return True
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each sample, like x."""
+        self._require_batch(x)
+        return self.means[self.which].to(x), self.stds[self.which].to(x)
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        seed: int | torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Samples of the given ``shape`` (batch, *event)."""
+        if tuple(shape[1:]) != self.means.shape[1:]:
+            raise DataError(f"this prior is of events of shape {tuple(self.means.shape[1:])}, not {tuple(shape[1:])}.")
+        return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), dtype, device))
+
+    def coloured(self, noise: Tensor) -> Tensor:
+        """mean + std noise of each sample."""
+        mean, std = self._moments(noise)
+        x = mean + std * noise
+        return x if self.basis is None else self.basis.inverse(x)
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """(x - mean) / std of each sample, the inverse of :meth:`coloured`."""
+        mean, std = self._moments(x)
+        return ((x if self.basis is None else self.basis.forward(x)) - mean) / std
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats of each sample, (batch,) in float64, for x (batch, *event)."""
+        x = x.to(torch.float64)
+        mean, std = self._moments(x)
+        return normal_log_density(x if self.basis is None else self.basis.forward(x), mean, std)

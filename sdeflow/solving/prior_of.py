@@ -10,7 +10,7 @@ from torch import Tensor
 from sdeflow.errors import MissingPriorError, PriorMismatchWarning, ScoreError, warn
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.kernels.reducible import PushForward
-from sdeflow.laws.each import EachSample
+from sdeflow.laws.each import EachGaussian, EachSample
 from sdeflow.laws.each import Law as Prior
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
@@ -19,7 +19,10 @@ __all__ = ["READ", "Prior", "PriorOf", "fitted_moments", "require_score"]
 
 READ = 1024  # states from which a prior is read off a score, and that are given to it at once
 _READ_OF_EACH = 256  # where each sample has a condition of its own
+_READ_ELEMENTS = 2**20  # elements of the states that are given to it at once, where they are small
 _MISMATCH = 0.01  # nats per dimension
+
+_Moments = tuple[Tensor, Tensor, Tensor]  # means, standard deviations or roots, and whether they can be used
 
 
 @dataclass(frozen=True)
@@ -161,37 +164,37 @@ def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int) -> P
     event, start = tuple(like.shape[1:]), kernel.marginal(0.0, 1.0, kernel.T)
     x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
     conditions = _distinct(score, x_T[:1].expand(samples, *event))
-    if conditions is None:
-        found = _fitted(kernel, score, torch.zeros(1, dtype=torch.long), x_T, start)
-    else:
-        found = _fitted(kernel, score, conditions[0], x_T[:_READ_OF_EACH], start)
-    if None in found:
+    rows = torch.zeros(1, dtype=torch.long) if conditions is None else conditions[0]
+    mean, root, near = _fitted(kernel, score, rows, x_T if conditions is None else x_T[:_READ_OF_EACH], start)
+    if not near.all():
         warn(
             "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off "
             f"it; {start} is used. Give the data's moments, or prior=.",
             PriorMismatchWarning,
         )
-    priors = [start if prior is None else prior for prior in found]
+    if conditions is not None and not kernel.coupled:
+        read = near.reshape(-1, *(1,) * len(event))
+        mean, std = torch.where(read, mean, start.mean), torch.where(read, root, start.std)
+        return EachGaussian(mean, std, conditions[1], kernel.basis)
+    priors = [
+        Gaussian(centre, kernel.maps(spread), kernel.basis) if usable else start
+        for centre, spread, usable in zip(mean, root, near, strict=True)
+    ]
     return priors[0] if conditions is None else EachSample(priors, conditions[1])
 
 
-def _fitted(kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> list[Gaussian | None]:
-    """The Gaussian of each of the samples ``rows``, from the score at states x_T of each; None where it is none."""
-    states, u = len(x_T), kernel.to_basis(x_T.double())
-    found: list[Gaussian | None] = []
+def _fitted(kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> _Moments:
+    """The moments of p(x_T) of each of the samples ``rows``, from the score at states x_T of each."""
+    states, u, found = len(x_T), kernel.to_basis(x_T.double()), []
     fit = _fitted_blocks if kernel.coupled else fitted_moments
     with torch.no_grad(), evaluating(score):
-        for part in rows.split(max(1, READ // states)):
+        for part in rows.split(max(1, READ // states, _READ_ELEMENTS // max(1, x_T.numel()))):
             of_part = score.rows(part.repeat_interleave(states))
             x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
-            for gradient in kernel.to_basis(of_part(x, kernel.T).double()).chunk(len(part)):
-                fitted = fit(u, gradient, start)
-                if fitted is None:
-                    found.append(None)
-                else:
-                    mean, root = fitted
-                    found.append(Gaussian(mean.cpu(), kernel.maps(root.cpu()), kernel.basis))
-    return found
+            gradient = kernel.to_basis(of_part(x, kernel.T).double())
+            found.append(fit(u, gradient.unflatten(0, (len(part), states)), start))
+    mean, root, near = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    return mean, root, near
 
 
 def _distinct(score: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -204,29 +207,39 @@ def _distinct(score: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor] | None:
     return first, which
 
 
-def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of each coordinate from s = -(x - m) / v; None where that is far from ``start``."""
+def fitted_moments(x: Tensor, gradient: Tensor, start: Gaussian) -> _Moments:
+    """Mean and standard deviation of each coordinate from s = -(x - m) / v.
+
+    Args:
+        x: (states, *event).
+        gradient: s at these states under each of several conditions, (conditions, states, *event).
+        start: the law that it should be near.
+
+    Returns:
+        mean, std (conditions, *event); and of each condition whether it is near ``start``, (conditions,) of bool.
+    """
     centred = x - x.mean(0)
-    slope = (centred * gradient).mean(0) / centred.square().mean(0)
+    slope = (centred * gradient).mean(1) / centred.square().mean(0)
     variance = -1.0 / slope
-    mean = x.mean(0) + variance * gradient.mean(0)
-    usual = start.std.square().to(x.device)
-    near = (variance > 0.1 * usual) & (variance < 10 * usual)
-    return (mean, variance.sqrt()) if bool(torch.isfinite(mean).all()) and bool(near.all()) else None
+    mean = x.mean(0) + variance * gradient.mean(1)
+    return mean, variance.sqrt(), _near(mean, variance, start.std.square().to(x.device))
 
 
-def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> tuple[Tensor, Tensor] | None:
-    """Mean (k, ...) and Cholesky factors (..., k, k) of the components from s = -V⁻¹ (x - m), or None."""
-    centred = (x - x.mean(0)).movedim(1, -1)  # (batch, ..., k)
+def _fitted_blocks(x: Tensor, gradient: Tensor, start: Gaussian) -> _Moments:
+    """As :func:`fitted_moments` from s = -V⁻¹ (x - m), of states (states, k, ...): Cholesky factors for std."""
+    centred = (x - x.mean(0)).movedim(1, -1)  # (states, ..., k)
     of_state = torch.einsum("b...i,b...j->...ij", centred, centred)
-    of_score = torch.einsum("b...i,b...j->...ij", gradient.movedim(1, -1), centred)
+    of_score = torch.einsum("nb...i,b...j->n...ij", gradient.movedim(2, -1), centred)
     precision = -(of_score @ torch.linalg.inv(of_state))
     covariance = torch.linalg.inv(0.5 * (precision + precision.mT))
     root, failed = torch.linalg.cholesky_ex(covariance)
-    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(0).movedim(0, -1)[..., None])[..., 0]
+    mean = (x.mean(0).movedim(0, -1)[..., None] + covariance @ gradient.mean(1).movedim(1, -1)[..., None])[..., 0]
     usual = (start.root.values @ start.root.values.mT).diagonal(dim1=-2, dim2=-1).to(x.device)
-    found = covariance.diagonal(dim1=-2, dim2=-1)
-    near = (found > 0.1 * usual) & (found < 10 * usual) & (failed == 0)[..., None]
-    if not bool(torch.isfinite(mean).all()) or not bool(near.all()):
-        return None
-    return mean.movedim(-1, 0), root if root.ndim == 2 else root[None]
+    near = _near(mean, covariance.diagonal(dim1=-2, dim2=-1), usual) & (failed == 0).flatten(1).all(1)
+    return mean.movedim(-1, 1), root if root.ndim == 3 else root[:, None], near
+
+
+def _near(mean: Tensor, variance: Tensor, usual: Tensor) -> Tensor:
+    """Whether the moments of each condition, (conditions, ...), are finite and of a usual size, (conditions,)."""
+    near = torch.isfinite(mean) & (variance > 0.1 * usual) & (variance < 10 * usual)
+    return near.flatten(1).all(1)

@@ -102,11 +102,8 @@ def _pushed_forward(score: ScoreFunction, kernel: ReducibleKernel, like: Tensor)
     x = kernel.restore(line, kernel.T).to(like.dtype)
     with torch.no_grad(), evaluating(score):
         line, gradient = kernel.line_score(x, score(x, kernel.T), kernel.T)
-    fitted = fitted_moments(line, gradient, start)
-    if fitted is None:
-        return None
-    mean, std = fitted
-    return PushForward(kernel, Gaussian(mean.cpu(), std.cpu()), kernel.T)
+    mean, std, near = fitted_moments(line, gradient[None], start)
+    return PushForward(kernel, Gaussian(mean[0].cpu(), std[0].cpu()), kernel.T) if near else None
 
 
 def fit_prior(
