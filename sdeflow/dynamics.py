@@ -38,6 +38,7 @@ from sdeflow.solving.pilot import Pilot, pilot
 from sdeflow.solving.prior_of import Prior
 from sdeflow.solving.run import run
 from sdeflow.solving.solution import Answer, Solution
+from sdeflow.solving.support import within
 from sdeflow.symbolic.equations import Equation, probability_flow, reverse_time
 
 if TYPE_CHECKING:
@@ -100,12 +101,18 @@ class _Bound:
         seed, model = resolve_seed(options.seed), self.model.of_batch(checked_shape(shape)[0])
         dtype = checked_dtype(options.dtype) or model.state_dtype
 
-        def start() -> Tensor:
-            x = model.initial_state(shape, seed, dtype, options.device)
-            model.require_dtype(x)
-            return x
+        def draw(seed: int, rows: Tensor | None) -> Solution:
+            """The samples ``rows`` of the batch, all where it is None."""
 
-        return run(model, self.equation, start, dtype, options, seed=seed if noisy else None)
+            def start() -> Tensor:
+                x = model.initial_state(shape, seed, dtype, options.device)
+                model.require_dtype(x)
+                return x if rows is None else x[rows]
+
+            part = model if rows is None else model.rows(rows)
+            return run(part, self.equation, start, dtype, options, seed=seed if noisy else None, rows=rows)
+
+        return draw(seed, None) if options.support is None else within(draw, seed, options.support, options.reject)
 
 
 class ReverseSDE(_Bound):
@@ -236,7 +243,8 @@ class FlowODE(_Bound):
         if _is_shape(z):
             _refused("draws from the prior", encode=encode, gradient=gradient)
             return self._drawn(z, asked, noisy=False)
-        _refused("a given state", seed=asked.seed, dtype=asked.dtype, device=asked.device)
+        of_draws = {name: getattr(asked, name) for name in ("seed", "dtype", "device", "support", "reject")}
+        _refused("a given state", **of_draws)
         if encode:
             _refused("encoding", denoise=denoise, return_denoised=return_denoised)
         return self._transported(z, asked, backward=not encode)

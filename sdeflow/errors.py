@@ -24,6 +24,7 @@ __all__ = [
     "DataScaleWarning",
     "DeclarationError",
     "HiddenParametersWarning",
+    "LeakageWarning",
     "LongSolveWarning",
     "MaxStepsError",
     "MissingPriorError",
@@ -153,6 +154,10 @@ class PriorMismatchWarning(UserWarning):
 
 class DataScaleWarning(UserWarning):
     """The scale of the data is so unusual that it may be a mistake."""
+
+
+class LeakageWarning(UserWarning):
+    """Some samples lie outside the support that was given."""
 
 
 class TraceErrorWarning(UserWarning):

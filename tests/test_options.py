@@ -43,6 +43,7 @@ from sdeflow.scores.thresholded import Thresholded
 from sdeflow.solvers import AnnealedLangevin, Exponential, Torchdiffeq, Torchsde, annealed_langevin, langevin, presets
 from sdeflow.solving.priors import fit_prior
 from sdeflow.solving.simulate import simulate
+from sdeflow.solving.solution import Solution
 from sdeflow.symbolic.schedule import table_of
 from sdeflow.training.callbacks import Checkpoints, Validation
 from sdeflow.training.losses import denoising_score_matching
@@ -238,6 +239,10 @@ DENOISED = {
     "return_denoised": ({"solver": "euler", "steps": 4}, {"return_denoised": True}),
 }
 OF_STATE = {"dtype": ({"steps": 4}, {"dtype": torch.float64}), "device": DEVICE}
+BOUNDED = {
+    "support": ({"steps": 4}, {"support": lambda x: x[:, 0] > 0, "reject": True}),
+    "reject": ({"steps": 4, "support": lambda x: x[:, 0] > 0}, {"reject": True}),
+}
 
 
 def calls(run):
@@ -356,7 +361,7 @@ TABLE = {
     }),
     "SDE.fit_prior": (SDE.fit_prior, None, dict.fromkeys(("n", "components", "steps", "seed"), "as fit_prior")),
     "ReverseSDE.sample": (ReverseSDE.sample, stochastic, {
-        **CONFIGURED, **DENOISED, **OF_STATE,
+        **CONFIGURED, **DENOISED, **OF_STATE, **BOUNDED,
         "solver": ({"steps": 4}, {"solver": "euler"}),
         "seed": ({"steps": 4}, {"seed": 1}),
         "noise": ({"steps": 4}, {"noise": sdeflow.BrownianPath(0)}),
@@ -365,14 +370,14 @@ TABLE = {
         "max_calls": (TORCHSDE, {"max_calls": 2}),
     }),
     "ReverseSDE.solve": (ReverseSDE.solve, None, dict.fromkeys(
-        {*CONFIGURED, *DENOISED, *OF_STATE, "seed", "noise"}, "as ReverseSDE.sample")),
+        {*CONFIGURED, *DENOISED, *OF_STATE, *BOUNDED, "seed", "noise"}, "as ReverseSDE.sample")),
     "FlowODE.solve": (FlowODE.solve, lambda **o: flow().solve(X, "euler", 4, **o).x, {
-        **dict.fromkeys({*CONFIGURED, *DENOISED, *OF_STATE, "seed"}, "as FlowODE.sample"),
+        **dict.fromkeys({*CONFIGURED, *DENOISED, *OF_STATE, *BOUNDED, "seed"}, "as FlowODE.sample"),
         "encode": ({}, {"encode": True}),
         "gradient": "as FlowODE.decode",
     }),
     "FlowODE.sample": (FlowODE.sample, lambda **o: calls(flow().sample)(shape=(3, D), **{"seed": 0, **o}), {
-        **CONFIGURED, **DENOISED, **OF_STATE,
+        **CONFIGURED, **DENOISED, **OF_STATE, **BOUNDED,
         "seed": ({"steps": 4}, {"seed": 1}),
     }),
     "FlowODE.decode": (FlowODE.decode, lambda learned=False, **o: calls(chosen(learned).decode)(z=X, **o), {
@@ -835,7 +840,8 @@ SKIPPED = {
     Kernel.__init__, ReducibleKernel.__init__, PearsonKernel.__init__, LocalKernel.__init__,
     Checkpoints.begin, Run.take, drawn_steps, table_of, sdeflow.scores.Guided.__init__,
     Score.on_grid, sdeflow.scores.GaussianMixture.forward, Uniform.sample, TruncatedNormal.sample,
-    Variational.sample, sdeflow.likelihood.LogProb.__init__, nn.Module.__init__, sdeflow.scores.ScoreFunction.__init__,
+    Variational.sample, sdeflow.likelihood.LogProb.__init__, Solution.__init__, nn.Module.__init__,
+    sdeflow.scores.ScoreFunction.__init__,
 }  # fmt: skip
 
 

@@ -61,13 +61,16 @@ class NoiseStream:
     Args:
         seed: an int, a generator (one draw of it seeds the stream), or None (one draw of the global generator).
         purpose: a word that separates streams with the same seed, such as "prior" and "path".
-        first: the number of the first row, for rows of a larger batch.
+        rows: which rows of a larger batch these are: the number of the first one, or of each, (n,).
     """
 
-    def __init__(self, seed: int | torch.Generator | None, purpose: str, first: int = 0) -> None:
+    def __init__(self, seed: int | torch.Generator | None, purpose: str, rows: int | Tensor = 0) -> None:
         self.seed = resolve_seed(seed)
         self.purpose = purpose
-        self._block, self._skipped = divmod(first, BLOCK)  # whole blocks before, and rows of the first one
+        self._rows = rows.cpu() if isinstance(rows, Tensor) else None
+        self._block, self._skipped = divmod(
+            rows if isinstance(rows, int) else 0, BLOCK
+        )  # whole blocks before, and rows of the first one
         self._key = key_of(f"{self.seed}/{purpose}")
         self._draws = 0
 
@@ -103,7 +106,9 @@ class NoiseStream:
         device: torch.device | str,
     ) -> Tensor:
         """Numbers that ``form`` makes from words, ``density`` from each word, in whole groups for each block."""
-        dtype = dtype or torch.get_default_dtype()
+        dtype, wanted = dtype or torch.get_default_dtype(), self._rows
+        if wanted is not None:
+            shape = (int(wanted.max()) + 1 if len(wanted) else 0, *shape[1:])
         row, count = math.prod(shape[1:]), self._skipped + shape[0] if shape[0] else 0
         drawn = [
             words(self._key, (0, 0, self._draws, self._block + block), -(-rows * row // group) * group // density)
@@ -111,7 +116,8 @@ class NoiseStream:
         ]
         self._draws += 1
         made = form(_joined(drawn), np.float64 if dtype == torch.float64 else np.float32)
-        return torch.from_numpy(made[self._skipped * row : count * row].reshape(shape)).to(device=device, dtype=dtype)
+        drawn_rows = torch.from_numpy(made[self._skipped * row : count * row].reshape(shape))
+        return (drawn_rows if wanted is None else drawn_rows[wanted]).to(device=device, dtype=dtype)
 
 
 class _Philox(threading.local):

@@ -14,6 +14,7 @@ from sdeflow.numerics.checks import checked_count, checked_flag
 from sdeflow.scores.thresholded import Threshold
 from sdeflow.solvers import Grid, Solver
 from sdeflow.solvers.clock import as_grid
+from sdeflow.solving.support import Support
 
 __all__ = ["Callback", "DrawOptions", "NoiseOptions", "Options", "SolveOptions", "WayOptions"]
 
@@ -71,11 +72,17 @@ class DrawOptions(SolveOptions, total=False):
         seed: makes the result reproducible; sample i depends neither on the batch size nor on chunks.
         dtype: of the state; by default the score's.
         device: of the state; by default the score's.
+        support: (batch, *event) -> (batch,) of bool: whether each sample lies in the support of the law that was
+            learned, such as the box of a uniform prior. How many do not is told by a warning, and by ``leaked`` of the
+            :class:`~sdeflow.solving.solution.Solution`.
+        reject: whether samples outside ``support`` are drawn anew until all are inside.
     """
 
     seed: int | torch.Generator | None
     dtype: torch.dtype | None
     device: torch.device | str | None
+    support: Support | None
+    reject: bool
 
 
 class NoiseOptions(DrawOptions, total=False):
@@ -115,18 +122,26 @@ class Options:
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     noise: BrownianPath | None = None
+    support: Support | None = None
+    reject: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_calls", "chunk"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_count(getattr(self, name), name))
         object.__setattr__(self, "grid", as_grid(self.grid))
-        for name in ("trajectory", "denoise", "return_denoised"):
+        for name in ("trajectory", "denoise", "return_denoised", "reject"):
             object.__setattr__(self, name, checked_flag(getattr(self, name), name))
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable as callback(step, t, x), not {self.callback!r}.")
         if not (self.noise is None or isinstance(self.noise, BrownianPath)):
             raise TypeError(f"noise must be a sdeflow.BrownianPath, not {self.noise!r}; seed= is for the rest.")
+        if self.support is not None and not callable(self.support):
+            raise TypeError(f"support must be callable as support(x), not {self.support!r}.")
+        if self.reject and self.support is None:
+            raise ValueError("reject=True needs support=, a function that says which samples are inside.")
+        if self.reject and (self.observed or self.noise is not None):
+            raise ValueError("reject=True draws some samples anew: it takes no trajectory, callback or noise path.")
         object.__setattr__(self, "progress", checked_flag(self.progress, "progress", optional=True))
 
     @property

@@ -48,6 +48,7 @@ def run(
     *,
     backward: bool = True,
     seed: int | None = None,
+    rows: Tensor | None = None,
     graph: bool = False,
 ) -> Solution:
     """The state at the other end, and what else ``options`` ask for.
@@ -60,6 +61,7 @@ def run(
         options: as the user gave them.
         backward: whether t runs from T down to the cutoff.
         seed: of the noise, for an SDE; None for an ODE.
+        rows: which samples of a larger batch these are, for the noise of an SDE; None for the first ones.
         graph: whether the result is to be differentiated.
     """
     began = time.perf_counter()
@@ -75,7 +77,7 @@ def run(
         x = x.clone() if x.is_inference() else x
         checks = require_reach(model, x)
     with torch.enable_grad() if graph else torch.no_grad():
-        found = _chunks(model, equation, x, clock, plan, options, backward, seed)
+        found = _chunks(model, equation, x, clock, plan, options, backward, seed, rows)
     if graph:
         require_graph(found.x if found.states is None else found.states)
     seconds = time.perf_counter() - began
@@ -85,7 +87,7 @@ def run(
 
 def _chunks(
     model: Model, equation: Equation, x: Tensor, clock: Clock, plan: Plan, options: Options, backward: bool,
-    seed: int | None,
+    seed: int | None, rows: Tensor | None,
 ) -> _Found:  # fmt: skip
     """The solves of all chunks, joined."""
     if not len(x):
@@ -104,7 +106,7 @@ def _chunks(
             problem = Problem(
                 field if kept is None else kept.field(field), clock, backward=backward, view=part.view(event, x.dtype),
                 watch=Watch(plan.max_calls, None if bar.disable else bar.update, hint=hint),
-                noise=_noise(options, seed, first),
+                noise=_noise(options, seed, first if rows is None else rows[first:last]),
             )  # fmt: skip
             with evaluating(part.score), _rows_counted_from(first):
                 found.append(_solve(part, x[first:last], problem, plan, options, kept))
@@ -119,11 +121,11 @@ def _kept(model: Model, x: Tensor) -> Kept | None:
     return Kept(model.declaration, model.values, working, model.T)
 
 
-def _noise(options: Options, seed: int | None, first: int) -> NoiseStream | BrownianRows | None:
-    """What drives the rows of a solve from ``first`` on."""
-    if options.noise is not None:
-        return options.noise.rows(first)
-    return None if seed is None else NoiseStream(seed, "path", first)
+def _noise(options: Options, seed: int | None, rows: int | Tensor) -> NoiseStream | BrownianRows | None:
+    """What drives the rows of a solve: those from a number on, or those of the numbers given."""
+    if options.noise is not None and isinstance(rows, int):
+        return options.noise.rows(rows)
+    return None if seed is None else NoiseStream(seed, "path", rows)
 
 
 # -------------------------------------------------------------------- before a solve

@@ -29,6 +29,7 @@ class Solution:
         solver: which solver was taken.
         grid: the time variable of its steps by name, or the tensor of times.
         seconds: how long it took.
+        leaked: with ``support``, the share of all samples drawn that lay outside of it.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Solution:
     solver: Solver
     grid: str | Tensor
     seconds: float
+    leaked: float | None = None
 
     @property
     def asked_for(self) -> Answer:
@@ -57,6 +59,8 @@ class Solution:
             lines.append(f"denoised: {_shown(self.denoised)}")
         grid = f'"{self.grid}"' if isinstance(self.grid, str) else f"{self.grid.numel()} given times"
         lines.append(f"{self.calls} calls of the score in {self.seconds:.3g} s, by {self.solver} on grid {grid}")
+        if self.leaked is not None:
+            lines.append(f"{self.leaked:.2%} of the samples drawn lay outside the support")
         return "\n  ".join(["Solution", *lines])
 
 

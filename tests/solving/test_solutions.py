@@ -164,11 +164,12 @@ def test_options_that_mean_nothing_for_a_solve_are_refused(z, options, name):
 OF_LOG_PROB = {"full", *LogProbOptions.__annotations__}
 OF_SOLVE = {"solver", "steps", "trajectory", *SolveOptions.__annotations__}
 OF_STATES = {*OF_SOLVE, "denoise", "return_denoised"}
+OF_DRAWS = {"seed", "dtype", "device", "support", "reject"}
 SIGNATURES = {
-    ReverseSDE.solve: {"shape", *OF_STATES, "seed", "dtype", "device", "noise"},
-    ReverseSDE.sample: {"shape", *OF_STATES, "seed", "dtype", "device", "noise"},
-    FlowODE.solve: {"z", *OF_STATES, "seed", "dtype", "device", "gradient", "encode"},
-    FlowODE.sample: {"shape", *OF_STATES, "seed", "dtype", "device"},
+    ReverseSDE.solve: {"shape", *OF_STATES, *OF_DRAWS, "noise"},
+    ReverseSDE.sample: {"shape", *OF_STATES, *OF_DRAWS, "noise"},
+    FlowODE.solve: {"z", *OF_STATES, *OF_DRAWS, "gradient", "encode"},
+    FlowODE.sample: {"shape", *OF_STATES, *OF_DRAWS},
     FlowODE.decode: {"z", *OF_STATES, "gradient"},
     FlowODE.encode: {"x", *OF_SOLVE, "gradient"},
     FlowODE.interpolate: {"x_a", "x_b", "points", *OF_SOLVE, "gradient"} - {"trajectory"},
