@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import lru_cache, partial, reduce
+from typing import NamedTuple
 
 import mpmath
 import numpy as np
 import sympy as sp
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom
 
@@ -22,7 +24,7 @@ from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Declared", "UnknownValue", "by_sympy", "evaluate", "number_at", "require_time"]
+__all__ = ["Declared", "UnknownValue", "evaluate", "in_digits", "number_at", "require_time"]
 
 DIFFERENCES = tuple(
     (sign * o, sign * w) for o, w in ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280)) for sign in (1, -1)
@@ -62,16 +64,16 @@ _SPECIAL: dict[str, Callable[..., float]] = {
 }
 
 
-def evaluate(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> np.ndarray:
+def evaluate(expr: sp.Basic, at: Mapping[sp.Expr, Value]) -> np.ndarray:
     """``expr`` at the given values of its symbols, which broadcast, in float64; NaN at points where it is not real.
 
     Raises:
         UnknownValue: if neither NumPy, mpmath nor SymPy can evaluate a function, or if a deadline has passed.
     """
     require_time()
-    shape = np.broadcast_shapes(*(np.shape(value) for value in at.values()))
+    shape = np.broadcast_shapes(*{np.shape(value) for value in at.values()})
     with np.errstate(all="ignore"):
-        return np.broadcast_to(np.asarray(_walk(expr, at), dtype=np.float64), shape)
+        return np.broadcast_to(np.asarray(_program(expr)(at), dtype=np.float64), shape)
 
 
 def require_time() -> None:
@@ -80,28 +82,87 @@ def require_time() -> None:
         raise UnknownValue("the processor time allowed for all of this has run out.")
 
 
-def _walk(expr: sp.Basic, at: Mapping[sp.Symbol, Value]) -> Value:
-    if expr in at:
-        return at[expr]
+Step = Callable[[list[Value]], Value]
+
+
+class _Program(NamedTuple):
+    """An expression as steps, inner nodes first and each node once."""
+
+    steps: tuple[tuple[Step | sp.Expr, tuple[int, ...], tuple[int, ...]], ...]
+    """A function, or what is given with the point; the steps whose values it takes, and those no later step takes."""
+
+    def __call__(self, at: Mapping[sp.Expr, Value]) -> Value:
+        values: list[Value] = []
+        for step, taken, last in self.steps:
+            values.append(_given(step, at) if isinstance(step, sp.Expr) else step([values[i] for i in taken]))
+            for i in last:
+                values[i] = 0.0  # values of many entries at many times take much memory
+        return values[-1]
+
+
+def _given(expr: sp.Expr, at: Mapping[sp.Expr, Value]) -> Value:
+    if expr not in at and isinstance(expr, AppliedUndef):
+        raise UnknownValue(f"the function {expr.func.__name__} cannot be evaluated.")
+    return at[expr]
+
+
+@lru_cache(maxsize=512)
+def _program(expr: sp.Basic) -> _Program:
+    """What to compute for ``expr``: the questions to SymPy are asked once, not at each evaluation."""
+    places: dict[sp.Basic, int] = {}
+    nodes: list[tuple[Step | sp.Expr, tuple[int, ...]]] = []
+
+    def place(node: sp.Basic) -> int:
+        if node not in places:
+            step, arguments = _step(node)
+            nodes.append((step, tuple([place(argument) for argument in arguments])))
+            places[node] = len(nodes) - 1
+        return places[node]
+
+    place(expr)
+    last = {i: at for at, (_, taken) in enumerate(nodes) for i in taken}
+    gone: list[list[int]] = [[] for _ in nodes]
+    for i, at in last.items():
+        gone[at].append(i)
+    return _Program(tuple((*node, tuple(i)) for node, i in zip(nodes, gone, strict=True)))
+
+
+def _step(expr: sp.Basic) -> tuple[Step | sp.Expr, tuple[sp.Basic, ...]]:
+    """The function of its arguments that a node is, and these."""
+    if isinstance(expr, sp.Symbol) or (isinstance(expr, AppliedUndef) and not isinstance(expr, Schedule)):
+        return expr, ()
     if isinstance(expr, BooleanAtom):
-        return bool(expr)
+        truth = bool(expr)
+        return lambda _: truth, ()
     if not expr.free_symbols and not isinstance(expr, Relational) and not expr.has(Schedule):
-        return float(expr.evalf(20))
+        number = float(expr.evalf(20))
+        return lambda _: number, ()
     if isinstance(expr, sp.Piecewise):
-        branches, conditions = zip(*((_walk(e, at), _walk(c, at)) for e, c in expr.args), strict=True)
-        shape = np.broadcast(*branches, *conditions).shape
-        values, taken = ([np.broadcast_to(part, shape) for part in parts] for parts in (branches, conditions))
-        return np.select(taken, values, default=np.nan)
-    arguments = [_walk(argument, at) for argument in expr.args]
-    if expr.func in _FOLDED:
-        return reduce(_FOLDED[expr.func], arguments)
-    if expr.func in _PLAIN:
-        return _PLAIN[expr.func](*arguments)
+        return _selected, tuple(part for branch in expr.args for part in branch)
+    function = expr.func
+    if function in _FOLDED:
+        return partial(reduce, _FOLDED[function]), expr.args
+    if function in _PLAIN:
+        plain = _PLAIN[function]
+        return lambda arguments: plain(*arguments), expr.args
     if isinstance(expr, Schedule):
-        if not expr.known:
-            raise UnknownValue(f"{expr} is the derivative of a schedule without a formula.")
-        return expr.values(np.asarray(arguments[0], dtype=np.float64).reshape(-1)).reshape(np.shape(arguments[0]))
-    return np.vectorize(lambda *numbers: _one(expr, numbers), otypes=[np.float64])(*arguments)
+        return partial(_of_schedule, expr), expr.args
+    special = np.vectorize(lambda *numbers: _one(expr, numbers), otypes=[np.float64])
+    return lambda arguments: special(*arguments), expr.args
+
+
+def _selected(arguments: list[Value]) -> Value:
+    """Of branches and their conditions in turn the first branch that is taken."""
+    shape = np.broadcast(*arguments).shape
+    parts = [np.broadcast_to(part, shape) for part in arguments]
+    return np.select(parts[1::2], parts[::2], default=np.nan)
+
+
+def _of_schedule(expr: Schedule, arguments: list[Value]) -> Value:
+    if not expr.known:
+        raise UnknownValue(f"{expr} is the derivative of a schedule without a formula.")
+    times = np.asarray(arguments[0], dtype=np.float64)
+    return expr.values(times.reshape(-1)).reshape(times.shape)
 
 
 def _one(expr: sp.Basic, numbers: tuple[float, ...]) -> float:
@@ -173,10 +234,10 @@ class Declared:
         return out
 
 
-def by_sympy(
+def in_digits(
     declaration: Declaration, numbers: dict[sp.Symbol, float], times: np.ndarray, states: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """f (n, k) and g gᵀ (n, k, k) in SymPy's own arithmetic."""
+    """f (n, k) and g gᵀ (n, k, k) in 30 digits."""
     values = []
     for at, state in zip(times, states, strict=True):
         point = {**numbers, **dict(zip(declaration.state, state, strict=True))}
@@ -187,17 +248,107 @@ def by_sympy(
     return f, g @ _transposed(g)
 
 
-def number_at(expr: sp.Expr, numbers: dict[sp.Symbol, float], at: float) -> float:
-    """``expr`` in 30 digits by SymPy; by NumPy if it contains a function without a formula."""
+def number_at(expr: sp.Expr, numbers: Mapping[sp.Symbol, float], at: float) -> float:
+    """``expr`` in 30 digits; by NumPy if it contains a function without a formula.
+
+    By mpmath with 45 digits and with 65: where these agree in 30, that is the number. Where they do not, SymPy's own
+    evaluation of numbers of 80 digits decides; it takes some thirty times as long.
+    """
     require_time()
     point = {**numbers, time_symbol: float(at)}
     if expr.has(Schedule):
         return float(evaluate(expr, point))
-    value = expr.xreplace({symbol: sp.Float(float(number), 30) for symbol, number in point.items()})
+    try:
+        some, more = (_Digits(context, point)(expr) for context in _CONTEXTS)
+        if abs(some - more) <= 1e-30 * abs(more) and mpmath.isfinite(more):
+            return float(more)
+    except (_Unsure, ArithmeticError, TypeError):  # TypeError: a comparison of what is not real
+        pass
+    value = expr.xreplace({symbol: sp.Float(float(number), 80) for symbol, number in point.items()})
     value = value.evalf(30)
     if not value.is_number or not value.is_real:
         return float(evaluate(expr, point))
     return float(value)
+
+
+class _Unsure(Exception):
+    """A value that SymPy is asked for."""
+
+
+def _context(digits: int) -> mpmath.MPContext:
+    context = mpmath.MPContext()
+    context.dps = digits
+    return context
+
+
+_CONTEXTS = _context(45), _context(65)
+_BY_NAME = {
+    sp.exp, sp.log, sp.sin, sp.cos, sp.tan, sp.asin, sp.acos, sp.atan, sp.atan2,
+    sp.sinh, sp.cosh, sp.tanh, sp.asinh, sp.acosh, sp.atanh, sp.erf, sp.erfc,
+}  # fmt: skip
+_CONSTANTS = {sp.pi: "pi", sp.E: "e"}
+_SIDES: dict[type, Callable[[bool, bool], bool]] = {  # of (less, equal)
+    sp.Lt: lambda less, equal: less, sp.Le: lambda less, equal: less or equal,
+    sp.Gt: lambda less, equal: not (less or equal), sp.Ge: lambda less, equal: not less,
+    sp.Eq: lambda less, equal: equal, sp.Ne: lambda less, equal: not equal,
+}  # fmt: skip
+
+
+class _Digits:
+    """A walk over an expression in the numbers of one of mpmath's contexts; a part that occurs twice is read once."""
+
+    def __init__(self, context: mpmath.MPContext, point: Mapping[sp.Symbol, float]) -> None:
+        self.context = context
+        self.known: dict[sp.Basic, mpmath.mpf] = {
+            symbol: context.mpf(float(number)) for symbol, number in point.items()
+        }
+
+    def __call__(self, expr: sp.Basic) -> mpmath.mpf:
+        if expr not in self.known:
+            value = self._value(expr)
+            if not isinstance(value, self.context.mpf):
+                raise _Unsure
+            self.known[expr] = value
+        return self.known[expr]
+
+    def _value(self, expr: sp.Basic) -> mpmath.mpf:
+        context, function = self.context, expr.func
+        if isinstance(expr, sp.Rational):
+            return context.mpf(expr.p) / expr.q
+        if isinstance(expr, sp.Float):
+            return context.make_mpf(expr._mpf_)
+        if expr in _CONSTANTS:
+            return +getattr(context, _CONSTANTS[expr])
+        if isinstance(expr, sp.Piecewise):
+            return self(next((branch for branch, condition in expr.args if self._holds(condition)), sp.nan))
+        if function is sp.Pow and isinstance(expr.exp, sp.Integer):
+            return self(expr.base) ** int(expr.exp)
+        arguments = [self(argument) for argument in expr.args]
+        if function is sp.Add:
+            return context.fsum(arguments)
+        if function is sp.Mul:
+            return context.fprod(arguments)
+        if function is sp.Pow:
+            return context.power(*arguments)
+        if function is sp.Abs:
+            return abs(arguments[0])
+        if function in (sp.Max, sp.Min):
+            return (max if function is sp.Max else min)(arguments)
+        if function in _BY_NAME:
+            return getattr(context, function.__name__)(*arguments)
+        raise _Unsure
+
+    def _holds(self, condition: sp.Basic) -> bool:
+        if isinstance(condition, BooleanAtom):
+            return bool(condition)
+        if isinstance(condition, sp.And | sp.Or):
+            return (all if isinstance(condition, sp.And) else any)(map(self._holds, condition.args))
+        if condition.func not in _SIDES:
+            raise _Unsure
+        left, right = self(condition.lhs), self(condition.rhs)
+        if left != right and abs(left - right) <= 1e-30 * (abs(left) + abs(right)):
+            raise _Unsure  # rounding decides
+        return _SIDES[condition.func](left < right, left == right)
 
 
 def _transposed(matrices: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from typing import TypeVar, overload
 
 import sympy as sp
 
-__all__ = ["budget", "deadline", "growth", "patiently", "rehearsed", "small", "time_left", "within"]
+__all__ = ["budget", "deadline", "growth", "operations", "patiently", "rehearsed", "small", "time_left", "within"]
 
 Result = TypeVar("Result")
 Other = TypeVar("Other")
@@ -226,6 +226,18 @@ def growth(expr: sp.Basic) -> float:
 
     of(expr)
     return sum(terms.values())
+
+
+def operations(expr: sp.Basic) -> int:
+    """How many operations ``expr`` is written with; ``sp.count_ops``, which asks for signs, takes much longer."""
+    counts: dict[sp.Basic, int] = {}
+
+    def of(node: sp.Basic) -> int:
+        if node not in counts:
+            counts[node] = sum(map(of, node.args), max(1, len(node.args) - 1)) if node.args else 0
+        return counts[node]
+
+    return of(expr)
 
 
 def _terms(node: sp.Basic, inner: list[float]) -> float:

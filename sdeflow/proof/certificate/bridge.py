@@ -16,6 +16,7 @@ from sdeflow.proof.certificate.oracle import ratio, sizes
 from sdeflow.proof.certificate.subject import Subject, product, transposed
 from sdeflow.symbolic.conditioned import end_symbols, horizon, named_drift
 from sdeflow.symbolic.evaluate import UnknownValue
+from sdeflow.symbolic.patience import operations
 
 __all__ = ["bridge_drift", "bridge_moments", "bridge_paths"]
 
@@ -119,7 +120,7 @@ def bridge_drift(subject: Subject) -> None:
     if drift == named_drift(subject.declaration):
         raise UnknownValue("SymPy takes too long to write it.")
     entries = list(drift) if isinstance(drift, sp.MatrixBase) else [drift]
-    if sum(map(sp.count_ops, entries)) > _LARGE:
+    if sum(map(operations, entries)) > _LARGE:
         raise UnknownValue("the formula is too long to be read.")
     state = subject.declaration.state
     names = end_symbols(subject.declaration)

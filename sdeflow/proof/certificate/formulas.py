@@ -17,7 +17,7 @@ from sdeflow.proof.certificate.oracle import Oracle, ratio, sizes
 from sdeflow.proof.certificate.report import Check
 from sdeflow.proof.certificate.subject import Subject, tensor, transposed
 from sdeflow.symbolic.evaluate import UnknownValue, Value, evaluate, number_at
-from sdeflow.symbolic.patience import within
+from sdeflow.symbolic.patience import operations, within
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
@@ -44,7 +44,9 @@ class Reader:
 
     def __init__(self, oracle: Oracle, numbers: dict[sp.Symbol, float]) -> None:
         self.oracle, self.numbers = oracle, numbers
-        self._solved: dict[bytes, Array] = {}
+        self._times, self._phis = np.zeros(0), np.zeros((0, oracle.k, oracle.k))  # Φ as far as it is known
+        self._between: dict[tuple[bytes, bytes], Array] = {}
+        self._plain: dict[sp.Expr, tuple[dict[sp.Basic, sp.Dummy], sp.Expr]] = {}
         self._rising: dict[tuple[sp.Expr, sp.Symbol], Callable[[Array], Array]] = {}
 
     def at(self, shown: sp.Expr | sp.MatrixBase, time: float, more: dict[sp.Symbol, float] | None = None) -> Array:
@@ -52,19 +54,21 @@ class Reader:
         entries = list(shown) if isinstance(shown, sp.MatrixBase) else [shown]
         point = {**self.numbers, **(more or {})}
         closed = not any(entry.has(sp.Integral, AppliedUndef) for entry in entries)
-        if closed and sum(map(sp.count_ops, entries)) < _LARGE:
+        if closed and sum(map(operations, entries)) < _LARGE:
             return np.array([number_at(entry, point, time) for entry in entries])
         return np.array([float(self(entry, {**point, time_symbol: np.float64(time)})) for entry in entries])
 
     def __call__(self, expr: sp.Expr, at: dict[sp.Symbol, Array | float]) -> Array:
         """The values of a formula at arrays of its symbols."""
-        known = dict(at)
-        outermost = _outermost(expr)
-        for node in outermost:
-            hole = sp.Dummy(real=True)
+        if expr in at:
+            return np.asarray(at[expr])
+        if expr not in self._plain:
+            holes = {node: sp.Dummy(real=True) for node in _outermost(expr)}
+            self._plain[expr] = holes, expr.xreplace(holes)
+        known, (holes, plain) = dict(at), self._plain[expr]
+        for node, hole in holes.items():
             known[hole] = self._integral(node, at) if isinstance(node, sp.Integral) else self._solution(node, at)
-            outermost[node] = hole
-        return evaluate(expr.xreplace(outermost), known)
+        return evaluate(plain, known)
 
     def _integral(self, node: sp.Integral, at: dict[sp.Symbol, Array | float]) -> Array:
         if len(node.limits) != 1 or len(node.limits[0]) != 3:
@@ -93,20 +97,28 @@ class Reader:
             raise UnknownValue(f"{node} is known to the library alone.")
         i, j = (int(digit) - 1 for digit in name.removeprefix("Phi_"))
         times = np.broadcast_arrays(*(self(argument, at) for argument in node.args))
-        shape, flat = times[0].shape, [time.reshape(-1) for time in times]
-        later = self._phi(flat[0])
-        if len(flat) == 2:
-            earlier = self._phi(flat[1])
-            if np.linalg.cond(earlier).max() > _CONDITION:
-                raise UnknownValue("Φ(t, u) is lost in the rounding of Φ(u).")
-            later = transposed(np.linalg.solve(transposed(earlier), transposed(later)))
-        return later[:, i, j].reshape(shape)
+        return self._phi(*(time.reshape(-1) for time in times))[:, i, j].reshape(times[0].shape)
 
-    def _phi(self, times: Array) -> Array:
-        key = times.tobytes()
-        if key not in self._solved:
-            self._solved[key] = self.oracle.law(times).phi[:, 0]
-        return self._solved[key]
+    def _phi(self, later: Array, earlier: Array | None = None) -> Array:
+        """Φ(t) or Φ(t, u) at times (n,), (n, k, k)."""
+        if earlier is None:
+            return self._phi_from_0(later)
+        key = later.tobytes(), earlier.tobytes()
+        if key not in self._between:
+            whole, part = self._phi_from_0(later), self._phi_from_0(earlier)
+            if np.linalg.cond(part).max() > _CONDITION:
+                raise UnknownValue("Φ(t, u) is lost in the rounding of Φ(u).")
+            self._between[key] = transposed(np.linalg.solve(transposed(part), transposed(whole)))
+        return self._between[key]
+
+    def _phi_from_0(self, times: Array) -> Array:
+        new = np.setdiff1d(times, self._times)
+        if len(new):
+            known = np.concatenate([self._times, new])
+            order = np.argsort(known)
+            self._times = known[order]
+            self._phis = np.concatenate([self._phis, self.oracle.law(new).phi[:, 0]])[order]
+        return self._phis[np.searchsorted(self._times, times)]
 
 
 def reader_of(subject: Subject, entry: int) -> Reader:
@@ -116,11 +128,11 @@ def reader_of(subject: Subject, entry: int) -> Reader:
     return subject.readers[entry]
 
 
-def _outermost(expr: sp.Basic) -> dict[sp.Basic, sp.Basic]:
+def _outermost(expr: sp.Basic) -> dict[sp.Basic, None]:
     """Integrals and undefined functions that stand in no other of them."""
     if isinstance(expr, sp.Integral) or (isinstance(expr, AppliedUndef) and not isinstance(expr, Schedule)):
-        return {expr: expr}
-    found: dict[sp.Basic, sp.Basic] = {}
+        return {expr: None}
+    found: dict[sp.Basic, None] = {}
     for argument in expr.args:
         found.update(_outermost(argument))
     return found
@@ -227,7 +239,7 @@ def identities(subject: Subject) -> None:
         "dm/dt - F m - b = 0": (m.diff(time_symbol), -F * m, -b),
     }
     residuals = [sum(terms[1:], terms[0]) for terms in equations.values()]
-    proven = [sum(map(sp.count_ops, part)) < _SMALL and _vanishes(part, sp.expand) for part in residuals]
+    proven = [sum(map(operations, part)) < _SMALL and _vanishes(part, sp.expand) for part in residuals]
     if not all(proven):  # a process of its own takes longer than most expansions
         proven = within(_SYMBOLIC_SECONDS, _vanish, residuals) or proven
     for (identity, terms), residual, zero in zip(equations.items(), residuals, proven, strict=True):

@@ -15,7 +15,7 @@ import torch
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.proof.certificate.oracle import Law, ratio, sizes
 from sdeflow.proof.certificate.subject import Subject, product, transposed
-from sdeflow.symbolic.evaluate import UnknownValue, by_sympy
+from sdeflow.symbolic.evaluate import UnknownValue, in_digits
 
 __all__ = [
     "basis",
@@ -38,7 +38,7 @@ Array = np.ndarray
 
 
 def coefficients(subject: Subject) -> None:
-    """F, b and g gᵀ: of all entries against NumPy's reading of f and g, of some against SymPy's own arithmetic."""
+    """F, b and g gᵀ: of all entries against NumPy's reading of f and g, of some against 30 digits."""
     times = subject.apart(subject.times)
     F, b, Q = _compiled(subject, times)
     laws = [oracle.coefficients(times) for oracle in subject.oracles]
@@ -48,11 +48,11 @@ def coefficients(subject: Subject) -> None:
     states = subject.rng.normal(size=(len(few), subject.k))
     for entry in subject.some_entries:
         F_, b_, Q_ = (v[:, entry] for v in _compiled(subject, few))
-        f, gram = by_sympy(subject.declaration, subject.numbers_of(entry), few, states)
+        f, gram = in_digits(subject.declaration, subject.numbers_of(entry), few, states)
         size = product(abs(F_), abs(states)) + abs(b_)
         error = abs(product(F_, states) + b_ - f)
         if not (ratio(error, size) <= _TOLERANCE).all():
-            beside, _ = by_sympy(subject.declaration, subject.numbers_of(entry), few * (1.0 - 4e-16), states)
+            beside, _ = in_digits(subject.declaration, subject.numbers_of(entry), few * (1.0 - 4e-16), states)
             # What the rounding of t moves, as near a zero of a sawtooth.
             error = np.maximum(error - abs(beside - f), 0.0)
         subject.note("f", "compiled F x + b = f(x, t)", ratio(error, size), _TOLERANCE, few, states)

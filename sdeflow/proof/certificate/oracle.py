@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ Array = np.ndarray
 Value = float | Array
 
 
+@lru_cache(maxsize=16)
 def linear_part(declaration: Declaration) -> tuple[list[sp.Expr], list[sp.Expr], list[sp.Expr]]:
     """The slopes ∂f_i/∂x_j, f, and the entries of g, by SymPy's own derivative.
 
@@ -75,6 +76,17 @@ class Law(NamedTuple):
     phi_doubt: Array  # (n,): how far the oracle itself may be off, relative
     cov_doubt: Array
     offset_doubt: Array
+
+
+class _State(NamedTuple):
+    """Moments at some times, with more dimensions in front."""
+
+    phi: Array  # (e, k, k)
+    cov: Array  # (e, k, k)
+    offset: Array  # (e, k)
+    reach: Array  # (e, k)
+    log_phi: Array  # (e,)
+    most: Array  # (3,): the largest rate of the panels before
 
 
 class Panels(NamedTuple):
@@ -136,6 +148,8 @@ class Oracle:
         self.first = first
         self._slopes, self._drifts, self._noises = linear_part(declaration)
         P0 = declaration.P0
+        self._laws: dict[tuple[bytes, float, bytes], Law] = {}
+        self._at_edges: dict[bytes, _State] = {}
         self.P0 = np.array(P0.tolist() if isinstance(P0, sp.MatrixBase) else [[P0]], dtype=float)
 
     # ---------------------------------------------------------------- f and g as numbers
@@ -148,7 +162,8 @@ class Oracle:
         def read(expressions: list[sp.Expr], state: float) -> Array:
             point: dict[sp.Symbol, Value] = {**self.numbers, **dict.fromkeys(self.declaration.state, state)}
             point[time_symbol] = at
-            return np.stack([np.broadcast_to(evaluate(e, point), shape) for e in expressions], -1)
+            values = {e: np.broadcast_to(evaluate(e, point), shape) for e in set(expressions)}
+            return np.stack([values[e] for e in expressions], -1)
 
         F, b = read(self._slopes, 0.0), read(self._drifts, 0.0)
         if not np.isfinite(F).all():
@@ -352,9 +367,41 @@ class Oracle:
         """The moments at times from ``since`` on, from Φ = 1, offset 0 and ``cov`` (P0 at t = 0, 0 later) there."""
         times = np.asarray(times, dtype=float)
         start = (self.P0 if since == 0.0 else 0.0 * self.P0) if cov is None else cov
+        key = times.tobytes(), since, start.tobytes()
+        if key not in self._laws:
+            gentle = self.k > 1 or np.abs(self._of_panels.growth).max() <= _LARGEST_CHANGE
+            law = self._from_edges(times, start) if since == 0.0 and gentle else self._composed(times, since, start)
+            self._laws[key] = law
+        return self._laws[key]
+
+    def _from_edges(self, times: Array, start: Array) -> Law:
+        """From the moments at the last edge before each time on: what leads to the edges is composed once."""
+        key = start.tobytes()
+        if key not in self._at_edges:
+            self._at_edges[key] = self._states(self._of_panels, start)
+        before = np.searchsorted(self.panels, times, "right") - 1
+        state = _State(*(part[before] for part in self._at_edges[key]))
+        on = np.flatnonzero(self.panels[before] < times)
+        if len(on):
+            rest = self._maps(self.panels[before[on]], times[on])
+            growth, push, noise = (np.moveaxis(part, 1, 0) for part in (rest.growth, rest.push, rest.noise))
+            moved = self._onward(_State(*(part[on] for part in state)), growth, push, noise, rest.rate.T)
+            for part, later in zip(state, moved, strict=True):
+                part[on] = later
+        return self._law(times, state)
+
+    def _composed(self, times: Array, since: float, start: Array) -> Law:
+        """Panel after panel from ``since`` on."""
         inside = self.panels[(self.panels > since) & (self.panels < times.max())]
         edges = np.unique(np.concatenate([[since], inside, times]))
-        return self._composed(self._remembered(edges, times) if self.k == 1 else edges, times, start)
+        edges = self._remembered(edges, times) if self.k == 1 else edges
+        panels = self._maps_between(edges)
+        if self.k == len(times) == 1:
+            last = self._by_twos(panels, start)
+            if np.isfinite(last.cov).all() and np.isfinite(last.offset).all():
+                return self._law(times, _State(*(part[None] for part in last)))
+        states = self._states(panels, start)
+        return self._law(times, _State(*(part[np.searchsorted(edges, times)] for part in states)))
 
     def _remembered(self, edges: Array, times: Array) -> Array:
         """Edges of panels short enough for the decay; where all is forgotten by the times asked for they stay long."""
@@ -372,56 +419,77 @@ class Oracle:
             extra.append(edges[j + 1] - (edges[j + 1] - edges[j]) * reach * np.arange(1, count + 1) / count)
         return np.unique(np.concatenate(extra))
 
-    def _composed(self, edges: Array, times: Array, start: Array) -> Law:
-        panels, wanted = self._maps_between(edges), np.searchsorted(edges, times)
-        found = (self._numbers if self.k == self.entries == 1 else self._matrices)(panels, start, set(wanted.tolist()))
-        phi, P, m, reach, log_phi = (np.stack(parts) for parts in zip(*(found[i] for i in wanted), strict=True))
-        return Law(phi, P, m, reach, log_phi, *self._doubt(panels, times, wanted, P, reach))
+    def _begin(self, start: Array) -> _State:
+        k, e = self.k, self.entries
+        one, zero = np.broadcast_to(np.eye(k), (e, k, k)), np.zeros((e, k))
+        return _State(one, np.broadcast_to(start, (e, k, k)), zero, zero, np.zeros(e), np.zeros(3))
 
-    def _numbers(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
-        """The moments after ``keep`` panels of one component with one entry, in plain numbers: there may be thousands.
+    def _states(self, panels: Panels, start: Array) -> _State:
+        """The moments at the p + 1 ends of panels that follow each other."""
+        if self.k == self.entries == 1:
+            return self._of_numbers(panels, float(start[0, 0]))
+        state = self._begin(start)
+        states = [state]
+        for i in range(len(panels.low)):
+            maps = panels.growth[:, i], panels.push[:, i], panels.noise[:, i]
+            state = self._onward(state, *maps, panels.rate[:, i])
+            states.append(state)
+        return _State(*(np.stack(parts) for parts in zip(*states, strict=True)))
 
-        Φ, P, the offset, its size and log Φ, as :meth:`_matrices` gives them.
-        """
-        phi, P, m, reach, log_phi = 1.0, float(start[0, 0]), 0.0, 0.0, 0.0
-        found = {0: (phi, P, m, reach, log_phi)}
+    def _onward(self, state: _State, growth: Array, push: Array, noise: Array, rate: Array) -> _State:
+        """The moments one panel later; all may have more dimensions in front."""
+        phi, P, m, reach, log_phi, most = state
+        most = np.maximum(most, rate)
+        if self.k > 1:
+            phi, P = growth @ phi, growth @ P @ growth.swapaxes(-1, -2) + noise
+            m, reach = ((a @ v[..., None])[..., 0] for a, v in ((growth, m), (np.abs(growth), reach)))
+            return _State(phi, P, m + push, reach + np.abs(push), log_phi, most)
+        step = np.exp(growth)[..., None]
+        wide = step[..., None]
+        m, reach = step * m + push, step * reach + np.abs(push)
+        return _State(wide * phi, wide * P * wide + noise, m, reach, log_phi + growth, most)
+
+    def _by_twos(self, panels: Panels, start: Array) -> _State:
+        """The moments of one component after all panels, which are composed in log2(p) steps."""
+        growth, push, noise = panels.growth, panels.push[..., 0], panels.noise[..., 0, 0]
+        reach = np.abs(push)
+        with np.errstate(over="ignore", invalid="ignore"):
+            while growth.shape[1] > 1:
+                if growth.shape[1] % 2:
+                    growth, push, noise, reach = (np.pad(v, ((0, 0), (1, 0))) for v in (growth, push, noise, reach))
+                step = np.exp(growth[:, 1::2])
+                push, reach = (step * v[:, ::2] + v[:, 1::2] for v in (push, reach))
+                noise = step * noise[:, ::2] * step + noise[:, 1::2]
+                growth = growth[:, ::2] + growth[:, 1::2]
+            state = self._onward(self._begin(start), growth[:, 0], push, noise[..., None], panels.rate.max(1))
+        return state._replace(reach=reach)
+
+    def _of_numbers(self, panels: Panels, P: float) -> _State:
+        """The same of one component with one entry, in plain numbers: there may be thousands of panels."""
+        phi, m, reach, log_phi = 1.0, 0.0, 0.0, 0.0
+        found = [(phi, P, m, reach, log_phi)]
         maps = panels.growth[0], np.exp(panels.growth[0]), panels.push[0, :, 0], panels.noise[0, :, 0, 0]
-        for i, (rate, step, push, noise) in enumerate(zip(*(v.tolist() for v in maps), strict=True), 1):
+        for rate, step, push, noise in zip(*(v.tolist() for v in maps), strict=True):
             log_phi, phi, P = log_phi + rate, step * phi, step * P * step + noise
             m, reach = step * m + push, step * reach + abs(push)
-            if i in keep:
-                found[i] = phi, P, m, reach, log_phi
-        shapes = (1, 1, 1), (1, 1, 1), (1, 1), (1, 1), (1,)
-        return {i: tuple(map(np.full, shapes, row)) for i, row in found.items()}
+            found.append((phi, P, m, reach, log_phi))
+        of_phi, of_P, of_m, of_reach, of_log = np.array(found).T[..., None]
+        most = np.maximum.accumulate(np.concatenate([np.zeros((3, 1)), panels.rate], 1), 1)
+        matrices = of_phi[..., None, None], of_P[..., None, None]
+        return _State(*matrices, of_m[..., None], of_reach[..., None], of_log, most.T)
 
-    def _matrices(self, panels: Panels, start: Array, keep: set[int]) -> dict[int, tuple[Array, ...]]:
-        k, e = self.k, self.entries
-        phi, P, log_phi = np.broadcast_to(np.eye(k), (e, k, k)), np.broadcast_to(start, (e, k, k)), np.zeros(e)
-        m, reach = np.zeros((e, k)), np.zeros((e, k))
-        found: dict[int, tuple[Array, ...]] = {0: (phi, P, m, reach, log_phi)}
-        for i in range(len(panels.low)):
-            step = panels.growth[:, i]
-            if k == 1:
-                log_phi, step = log_phi + step, np.exp(step)[:, None, None]
-            phi = step @ phi
-            m = (step @ m[..., None])[..., 0] + panels.push[:, i]
-            reach = (np.abs(step) @ reach[..., None])[..., 0] + np.abs(panels.push[:, i])
-            P = step @ P @ step.swapaxes(-1, -2) + panels.noise[:, i]
-            if i + 1 in keep:
-                found[i + 1] = (phi, P, m, reach, log_phi)
-        return found
-
-    def _doubt(self, panels: Panels, times: Array, wanted: Array, P: Array, reach: Array) -> tuple[Array, Array, Array]:
-        """How far Φ, P and the offset may be off, relative, (n,).
+    def _law(self, times: Array, state: _State) -> Law:
+        """The moments with how far Φ, P and the offset may be off, relative, (n,).
 
         A time is a rounded number, and so is a break: what a coefficient does in some units of their last place is
         not to be told. To that what the last halving changed.
         """
-        most = np.maximum.accumulate(np.concatenate([np.zeros((3, 1)), panels.rate], 1), 1)[:, wanted] * 2e-15
+        most = state.most.T * 2e-15
         low, doubts, growth = (np.concatenate(parts) for parts in zip(*self._doubts, strict=True))
         doubt, of_phi = (np.array([part[low < at].sum() for at in times]) for part in (doubts, growth))
-        size, shift = (np.abs(v).reshape(len(times), -1).max(1) + 1e-300 for v in (P, reach))
-        return most[0] + of_phi, 2 * most[0] + (most[2] + 10 * doubt) / size, most[0] + most[1] / shift
+        size, shift = (np.abs(v).reshape(len(times), -1).max(1) + 1e-300 for v in (state.cov, state.reach))
+        of_cov = 2 * most[0] + (most[2] + 10 * doubt) / size
+        return Law(*state[:5], most[0] + of_phi, of_cov, most[0] + most[1] / shift)
 
     def rule(self, low: float, high: float) -> tuple[Array, Array]:
         """Gauss's nodes and weights for integrals over [low, high] that end in a moment at ``high``."""

@@ -25,7 +25,7 @@ from sdeflow.scores import DeclaredSDE
 from sdeflow.solving.fields import Fields
 from sdeflow.symbolic.equations import Equation
 from sdeflow.symbolic.evaluate import Declared, UnknownValue, Value
-from sdeflow.symbolic.patience import time_left
+from sdeflow.symbolic.patience import operations, time_left
 from sdeflow.symbolic.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ class Subject:
         if not shape:
             return np.zeros(1, dtype=int), {**self.values.numbers}
         rows = np.arange(math.prod(shape))
-        operations = sum(sp.count_ops(e) for e in (*self.declaration.drifts, *self.declaration.diffusions))
-        most = _MOST_ENTRIES if operations <= _LONG else max(2, _MOST_OPERATIONS // operations)
+        length = sum(operations(e) for e in (*self.declaration.drifts, *self.declaration.diffusions))
+        most = _MOST_ENTRIES if length <= _LONG else max(2, _MOST_OPERATIONS // length)
         if len(rows) > most:
             rows = np.sort(self.rng.choice(rows, most, replace=False))
             self.unchecked.append(f"{math.prod(shape) - most} of the {math.prod(shape)} entries of params")
