@@ -22,6 +22,8 @@ Gaussian in (m, l), and where that is wide, every second, third, ... of them ser
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy import special
 
@@ -29,6 +31,7 @@ __all__ = ["draw_count", "log_count", "mixture", "typical_count"]
 
 _STEP, _NODES = 0.25, 64  # of the trapezoidal rule, in units of the integrand's width
 _ROUNDS, _BISECTIONS = 60, 16
+_FEW = 64  # draws of one law, each of which is searched for
 _OWN = 8  # terms of a sum before it is taken as an integral
 _GAUSS = np.polynomial.legendre.leggauss(16)
 Array = np.ndarray
@@ -70,9 +73,31 @@ def _rough_log_count(m: Array, tau: Array, theta: Array) -> Array:
 
 
 def draw_count(level: Array, tau: Array, theta: Array) -> Array:
-    """The M whose distribution function first reaches ``level``; arguments of one shape."""
-    mean, std = typical_count(tau, theta)
+    """The M whose distribution function first reaches ``level``; arguments of one shape, (n,)."""
     level = np.clip(level, 1e-15, 1.0 - 1e-15)
+    drawn, left = np.empty_like(level), np.ones(len(level), dtype=bool)
+    laws, law_of, counts = np.unique(np.stack([tau, theta]), axis=1, return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts > _FEW):  # many draws of one law: from a table of its distribution function
+        rows = np.flatnonzero(law_of.reshape(-1) == i)
+        mean, std = (float(part) for part in typical_count(laws[0, i], laws[1, i]))
+        m = np.arange(max(0.0, math.floor(mean - 7.0 * std)), math.ceil(mean + 7.0 * std) + 1.0)
+        if len(m) > len(rows):
+            continue
+        with np.errstate(all="ignore"):
+            own = np.full(len(m), laws[0, i]), np.full(len(m), laws[1, i])
+            table = _excess(m, *own, np.full(len(m), 0.5))
+        if not (np.diff(table) > 0).all():  # late, when hardly a lineage is left, its far tails are lost
+            continue
+        place = np.searchsorted(table, special.ndtri(level[rows]))
+        inside = (place < len(m)) & ((place > 0) | (m[0] == 0.0))
+        drawn[rows[inside]], left[rows[inside]] = m[place[inside]], False
+    if left.any():
+        drawn[left] = _searched(level[left], tau[left], theta[left])
+    return drawn
+
+
+def _searched(level: Array, tau: Array, theta: Array) -> Array:
+    mean, std = typical_count(tau, theta)
     at_zero = _excess(np.zeros_like(mean), tau, theta, level)
     m, before = np.maximum(mean + std * special.ndtri(level), 0.0), mean
     low, high = np.zeros_like(mean), np.full_like(mean, np.inf)

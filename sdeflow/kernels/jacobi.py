@@ -25,7 +25,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from scipy import special
-from scipy.stats import binom
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
@@ -139,6 +138,8 @@ class JacobiKernel(PearsonKernel):
                 step = line[left] - excess / (density * u[left] * (1.0 - u[left]))
             inside = (step > low[left]) & (step < high[left])
             step = np.where(inside, step, 0.5 * (low[left] + high[left]))
+            found = np.abs(excess) <= rounding + np.finfo(float).eps * target[left]  # no step tells more
+            step = np.where(found, line[left], step)
             moving = np.abs(step - line[left]) > 1e-13 * (1.0 + np.abs(step))
             line[left] = step
             left = left[moving]
@@ -187,9 +188,15 @@ def _series(law: Standard) -> tuple[Tensor, ...] | tuple[np.ndarray, ...]:
 
 
 def _numbers(u: np.ndarray, u_0: np.ndarray, tau: np.ndarray, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, ...]:
+    u_0, tau, A, B = (_once(part) for part in (u_0, tau, A, B))
     count = _count(float(tau.min()), float((A + B).max())) if tau.size else 0
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and is found by its size
         return _sums(u, u_0, tau, A, B, count, np)
+
+
+def _once(part: np.ndarray) -> np.ndarray:
+    """What is the same in all rows as one row, with which the recurrences cost less."""
+    return part[:1] if part.ndim and (part == part[:1]).all() else part
 
 
 def _count(tau: float, theta: float) -> int:
@@ -264,8 +271,19 @@ def _by_lineages(law: Standard, level: Tensor, of_kind: Tensor, of_state: Tensor
     """Exact draws by the mixture, from three numbers uniform on [0, 1) for each."""
     _, u_0, _, tau, A, B = (as_array(part) for part in law.parts)
     lineages = draw_count(as_array(level), tau, A + B)
-    left = binom.ppf(as_array(of_kind), lineages, u_0).clip(0.0, lineages)
+    left = _of_binomial(as_array(of_kind), lineages, u_0)
     return torch.as_tensor(special.betaincinv(A + left, B + lineages - left, as_array(of_state)))
+
+
+def _of_binomial(level: np.ndarray, count: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """The successes whose distribution function first reaches ``level``; scipy.stats would take a second to import."""
+
+    def reached(k: np.ndarray) -> np.ndarray:
+        return (k >= count) | (special.betainc(np.maximum(count - k, 1.0), k + 1.0, 1.0 - chance) >= level)
+
+    k = np.clip(np.nan_to_num(np.ceil(special.bdtrik(level, count, chance))), 0.0, count)  # NaN at a chance of 0
+    k = np.where((k > 0) & reached(k - 1.0), k - 1.0, k)
+    return np.where(reached(k), k, k + 1.0)
 
 
 def _sums(
@@ -274,7 +292,7 @@ def _sums(
     """Σ p_n(u) p_n(u_0) e^{-lambda_n tau} over n = 0 to ``count``, its derivative in u, the sum of the distribution
     function, and the sums of moduli of the first and the third, in the numbers of NumPy, torch or mpmath."""
     one = 0.0 * u + 1.0
-    p, p_before, slope, slope_before, q, q_before = one, 0.0 * one, 0.0 * one, 0.0 * one, one, 0.0 * one
+    p, p_before, slope, slope_before, q, q_before = one, 0.0 * one, 0.0 * one, 0.0 * one, 0.0 * u_0 + 1.0, 0.0 * u_0
     total, derivative, integral = one, 0.0 * one, 0.0 * one
     size, integral_size = one, 0.0 * one
     below = 0.0 * one
