@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well density ood bits test test-all mutations lint docs zoo bench bench-solvers coverage readme clean
+.PHONY: demo few-calls double-well density ood bits test test-all mutations lint docs zoo bench bench-solvers device coverage readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -52,6 +52,9 @@ bench-solvers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion
 	$(BIN)/python benchmarks/solvers.py $(ARGS)
+
+device: $(VENV)/ready
+	$(BIN)/python benchmarks/device.py $(ARGS)
 
 coverage: $(VENV)/ready
 	$(BIN)/python benchmarks/coverage.py --write $(ARGS)
