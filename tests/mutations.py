@@ -698,6 +698,8 @@ MUTATIONS = (
        ("tests/proof/test_derivation.py",)),
     _m("the variance equation that is shown", "symbolic/derivation/pearson.py", "2 * sp.diff(f, x) * var + mean_square",
        "sp.diff(f, x) * var + mean_square", (), ("tests/proof/test_derivation.py",)),
+    _m("names that say nothing", "symbolic/arguments.py", "(not known and len(symbols) > 1)", "False", (),
+       ("tests/test_entrances.py", "-k", "do_not_show")),
     _m("an offset in brackets", "symbolic/affine.py", "inner[0]), scale * inner[1]", "inner[0]), inner[1]",
        (), ("tests/symbolic/test_declaration.py", "-k", "affine_drifts_split")),
 )  # fmt: skip

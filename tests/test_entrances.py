@@ -689,7 +689,9 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
         (lambda s, y: -y / 2 + s, lambda s, y: sp.sqrt(1 + s)),
         (lambda t, x: -x / 2 + t, lambda t, x: sp.sqrt(1 + t)),
         (lambda t, y: -y / 2 + t, lambda time, y: sp.sqrt(1 + time)),
-        (lambda a, b: -a / 2 + b, lambda _, t: sp.sqrt(1 + t)),
+        (lambda times, u: -u / 2 + times, lambda T, X: sp.sqrt(1 + T)),
+        (lambda ts, xs: -xs / 2 + ts, lambda t_, x_: sp.sqrt(1 + t_)),
+        (lambda x0, t0: -x0 / 2 + t0, lambda _, t: sp.sqrt(1 + t)),
         (lambda b, x: -x / 2 + b, lambda t, _: sp.sqrt(1 + t)),
         (lambda *args: -args[0] / 2 + args[1], functools.partial(lambda k, t, x: sp.sqrt(k + t), 1)),
         (lambda x, t, k=2: -x / k + t, lambda x, t, *, k=1: sp.sqrt(k + t)),
@@ -702,7 +704,7 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
         lambda t, a, b: [b + t, -a],
         lambda b, a, t: [b + t, -a],
         lambda p, q, t: [q + t, -p],
-        lambda t, p, q: [q + t, -p],
+        lambda T, x0, x1: [x1 + T, -x0],
         lambda b, t, p: [b + t, -p],
         [lambda t, a, b: b + t, lambda a, b, t: -a],
     ):
@@ -712,9 +714,12 @@ def test_a_function_is_read_by_the_names_of_its_arguments():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x, y: x, lambda y, x: x, lambda t, time: t, lambda x, k=2, t=0: x, lambda x, t, time=0: x, lambda: x],
-)
-def test_names_that_contradict_each_other_are_refused(function):
+    [
+        lambda x, y: x, lambda y, x: x, lambda t, time: t, lambda x, k=2, t=0: x, lambda x, t, time=0: x, lambda: x,
+        lambda a, b: a, lambda t, T: t, lambda x, x0: x,
+    ],
+)  # fmt: skip
+def test_names_that_do_not_show_the_time_are_refused(function):
     with pytest.raises(DeclarationError, match=r"\(x, t\)"):
         SDE(function, 1)
 

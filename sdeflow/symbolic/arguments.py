@@ -3,9 +3,10 @@
     lambda x, t: -x / 2        as documented
     lambda t, x: -x / 2        as in torchsde and torchdiffeq: read by its names
 
-An argument named t (or time) is the time, and an argument with the name of a component is that component, at any place.
-If there is one component, y, z or state mean the state too. All other arguments take the remaining symbols, in the
-order (x, t) or (x, v, ..., t). Names that contradict each other are refused.
+An argument named t (or time, tau) is the time, and an argument with the name of a component is that component, at any
+place. If there is one component, y, z or state mean the state too. Capitals, a plural s, digits and underscores change
+nothing: T, ts, t_ and t0 are the time. All other arguments take the remaining symbols, in the order (x, t) or
+(x, v, ..., t). Names that contradict each other, or of which none is known, are refused.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from sdeflow.symbolic.symbols import t
 
 __all__ = ["applied", "takes_one"]
 
-_TIMES = ("t", "time")
-_STATES = ("x", "y", "z", "state")  # names of a state in other libraries
+_TIMES = ("t", "time", "tau")
+_STATES = ("x", "xt", "y", "z", "state")  # names of a state in other libraries
 
 # Messages of NumPy, PyTorch, math and SymPy if a function of numbers gets a symbol, with the name of the function.
 _NUMERIC = tuple(
@@ -89,17 +90,13 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
     further, names = names[len(symbols) :], names[: len(symbols)]
     told = {symbol.name: symbol for symbol in symbols}
     told.update({other: t for other in _TIMES if other not in told})
-    found = [told.get(argument) for argument in names]
+    found = [told.get(argument) or _meant(argument, symbols) for argument in names]
     known = [symbol for symbol in found if symbol is not None]
     left = [symbol for symbol in symbols if symbol not in known]
     clash = len(set(known)) < len(known) or any(argument in told for argument in further)
+    clash = clash or (not known and len(symbols) > 1)
     if left == [t]:  # the last argument is the time, so it must not have the name of a state
         clash = clash or next(n for n, symbol in zip(names, found, strict=True) if symbol is None) in _STATES
-    elif len(symbols) == 2 and not known:
-        named = [argument in _STATES for argument in names]
-        clash = all(named)
-        if named == [False, True]:  # as in (s, y): the second argument is named as the state
-            left = left[::-1]
     if clash:
         raise DeclarationError(
             f"{name} is a function of ({', '.join(names)}), whose names do not show which argument is the time: write "
@@ -107,6 +104,15 @@ def _in_order(function: Callable, name: str, symbols: tuple[sp.Symbol, ...]) -> 
         )
     rest = iter(left)
     return tuple(next(rest) if symbol is None else symbol for symbol in found)
+
+
+def _meant(argument: str, symbols: tuple[sp.Symbol, ...]) -> sp.Symbol | None:
+    """The time, or the only component, if a name is a usual one for it, such as T, ts or x0; else None."""
+    plain = re.sub(r"[_\d]", "", argument).lower()
+    forms = {plain, plain.removesuffix("s")}
+    if forms.intersection(_TIMES):
+        return t
+    return symbols[0] if len(symbols) == 2 and forms.intersection(_STATES) else None
 
 
 def _argument_names(function: Callable) -> list[str] | None:
