@@ -161,10 +161,10 @@ class Coefficients:
 
     def half_log_snr_rate(self, t: Tensor) -> Tensor:
         """d/dt of half_log_snr, elementwise -g² / (2 sigma²); never positive. Shaped as t."""
-        return self._half_log_snr_and_rate(t)[1]
+        return self.half_log_snr_and_rate(t)[1]
 
-    def _half_log_snr_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both from one evaluation of the moments."""
+    def half_log_snr_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`half_log_snr` and :meth:`half_log_snr_rate` from one evaluation of the moments."""
         if self.coupled:
             information, rate = self._information(t)
             half, rate = 0.5 * torch.log(information), 0.5 * rate / information
@@ -213,7 +213,7 @@ class Coefficients:
         found = torch.zeros((), dtype=torch.bool, device=t.device)
         with torch.no_grad():
             for _ in range(self._newton_steps):
-                level, rate = self._half_log_snr_and_rate(t)
+                level, rate = self.half_log_snr_and_rate(t)
                 excess = level - target
                 low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
                 step, before = t - excess / rate, t

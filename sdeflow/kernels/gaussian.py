@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sympy as sp
@@ -115,6 +115,7 @@ class Kernel:
         self.has_offset = any(entry != 0 for entry in self._drift[1]) if self.coupled else self._drift[1] != 0
         if like is not None and not self.coupled:
             self._derived = like._derived
+        self.clocks: dict[tuple[object, ...], Any] = {}  # kept for solvers, which know what they are
         # Closed forms of a coupled state are for display alone, and wait until they are asked for.
         self.numbers = Coefficients(declaration, self.values, None if self.coupled else self._derived)
 
@@ -170,7 +171,15 @@ class Kernel:
 
         Over a long horizon it falls by thousands, long after x_0 is forgotten, and alpha leaves the range of float64.
         """
-        level = self.half_log_snr(t)
+        return self._bounded(self.half_log_snr(t))
+
+    def bounded_log_snr_and_rate(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """:meth:`bounded_log_snr` and its rate, which is 0 where it rests on its bound, from one evaluation."""
+        level, rate = self.numbers.half_log_snr_and_rate(self._times(t))
+        bounded = self._bounded(level)
+        return bounded, rate.masked_fill(level < bounded, 0.0)
+
+    def _bounded(self, level: Tensor) -> Tensor:
         return level if self.coupled or self.values.shape else level.clamp_min(FORGOTTEN)
 
     def time_of(self, half_log_snr: Tensor | float) -> Tensor:
@@ -202,7 +211,7 @@ class Kernel:
         """The same kernel for the same declaration with another cutoff; nothing is computed anew."""
         other = object.__new__(Kernel)
         other.__dict__.update(vars(self))
-        other.declaration, other.numbers = declaration, self.numbers.with_cutoff(declaration)
+        other.declaration, other.numbers, other.clocks = declaration, self.numbers.with_cutoff(declaration), {}
         vars(other).pop("log_snr_falls", None)
         return other
 

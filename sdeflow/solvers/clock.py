@@ -428,11 +428,9 @@ class _Variable:
 
     def of_time(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """w and dw/dt; nothing moves once x_0 is forgotten."""
-        v = self._at_time(t)
-        w, rate = self._forward(v), -self._kernel.half_log_snr_rate(torch.as_tensor(t)).detach().numpy()
-        forgotten = self._kernel.half_log_snr(torch.as_tensor(t)).detach().numpy() < -v
-        rate = np.where(forgotten, 0.0, rate / self._back(w)[1])
-        return (w - self._first) / self._length, rate / self._length
+        level, rate = self._kernel.bounded_log_snr_and_rate(torch.as_tensor(t))
+        w = self._forward(-level.detach().numpy())
+        return (w - self._first) / self._length, -rate.detach().numpy() / self._back(w)[1] / self._length
 
     def _at(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """t, v, and dv/du where w is u."""
@@ -492,10 +490,12 @@ def _refined(
         nonlocal left
         left -= len(u)
         t = np.array([rough(v)[0] for v in u])
-        for _ in range(5):
-            found, rate = of_time(t)
-            t = (t - (found - u) / rate).clip(rough(0.0)[0], T)
         found, rate = of_time(t)
+        for _ in range(5):
+            if (np.abs(found - u) < 1e-15).all():
+                break
+            t = (t - (found - u) / rate).clip(rough(0.0)[0], T)
+            found, rate = of_time(t)
         if left < 0 or not (np.abs(found - u) < 1e-12).all():
             raise ScheduleError("t has kinks.")
         return np.stack([t, 1.0 / rate])

@@ -43,8 +43,6 @@ class Fields:
         self.state = self.declaration.state
         self.T = self.declaration.T
         self._drifts: dict[Equation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-        self._clocks: dict[tuple[str | None, float], Clock] = {}
-        self._version = self.values.version
 
     @property
     def cutoff(self) -> float:
@@ -53,7 +51,7 @@ class Fields:
 
     def __getstate__(self) -> dict[str, object]:
         """What is pickled: all but the functions compiled for solves, which are compiled again when needed."""
-        return {**self.__dict__, "_drifts": {}, "_clocks": {}}
+        return {**self.__dict__, "_drifts": {}}
 
     def of_states(self) -> Fields:
         """The same for methods that carry x itself, in the kernel's basis, and have b(t) in their drift."""
@@ -184,11 +182,14 @@ class Fields:
         """The time variable, centred on data of that ``scale``."""
         if grid is not None and not isinstance(grid, str):
             return make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
-        if self._version != self.values.version:
-            self._clocks, self._version = {}, self.values.version
-        if (grid, scale) not in self._clocks:  # some milliseconds to build
-            self._clocks[grid, scale] = make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
-        return self._clocks[grid, scale]
+        if self.gaussian is None:
+            return make_clock(grid, None, self.cutoff, self.T, scale)
+        kept, version = self.gaussian.clocks, self.values.version
+        if (version, grid, scale) not in kept:  # up to some tenths of a second to build
+            for old in [key for key in kept if key[0] != version]:
+                del kept[old]
+            kept[version, grid, scale] = make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
+        return kept[version, grid, scale]
 
 
 def _flat(function: Callable[[Tensor, Tensor], Tensor], event: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from scipy import stats
 from scipy.special import betaln, xlog1py, xlogy
 
 from sdeflow import SDE, x
 from sdeflow.errors import ScheduleError
 from sdeflow.kernels.ancestral import draw_count, log_count, mixture
-from sdeflow.kernels.jacobi import _sums, _terms
+from sdeflow.kernels.jacobi import _of_binomial, _sums, _terms
 
 a, b = sp.symbols("a b")
 FAR = [  # u, u_0, tau, A, B
@@ -72,6 +73,18 @@ def test_the_number_of_lineages(tau, theta):
         level = (np.arange(400) + 0.5) / 400
         drawn = draw_count(level, np.full(400, tau), np.full(400, theta))
         np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(ours), level))
+        few = [
+            draw_count(some, np.full(40, tau), np.full(40, theta)) for some in np.split(level, 10)
+        ]  # without a table
+        np.testing.assert_array_equal(drawn, np.concatenate(few))
+
+
+def test_binomial_numbers_are_those_of_scipy():
+    level, count = np.random.default_rng(0).uniform(size=(2, 500))
+    count = np.floor(1e4 ** (2 * count) - 1)
+    for chance in (0.0, 1e-6, 0.3, 0.97, 1.0):
+        drawn = _of_binomial(level, count, np.full(500, chance))
+        np.testing.assert_array_equal(drawn, stats.binom.ppf(level, count, chance).clip(0, count))
 
 
 def test_a_strong_drift():
