@@ -743,7 +743,7 @@ def _verified(names: Iterable[str]) -> Iterator[str]:
             yield f"{name}: {type(error).__name__}"
         else:
             if not certificate:
-                yield f"{name}: {certificate.failures[0].name}"
+                yield f"{name}: {[*certificate.missing, *(check.name for check in certificate.failures)][-1]}"
 
 
 def _tested(arguments: Iterable[str]) -> tuple[list[str], int]:

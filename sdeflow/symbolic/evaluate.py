@@ -135,7 +135,8 @@ def _step(expr: sp.Basic) -> tuple[Step | sp.Expr, tuple[sp.Basic, ...]]:
         truth = bool(expr)
         return lambda _: truth, ()
     if not expr.free_symbols and not isinstance(expr, Relational) and not expr.has(Schedule):
-        number = float(expr.evalf(20))
+        constant = expr.evalf(20)
+        number = math.nan if constant.is_extended_real is False else float(constant)  # as on a branch never taken
         return lambda _: number, ()
     if isinstance(expr, sp.Piecewise):
         return _selected, tuple(part for branch in expr.args for part in branch)

@@ -642,6 +642,24 @@ def test_more_breaks_than_are_followed_are_said():
     assert np.allclose(breaks([sp.Abs(resting)], 1.0, {}), [0.5], atol=1e-12)
 
 
+@pytest.mark.parametrize("rest", [R(1, 2), sp.Piecewise((R(1, 2), t < R(3, 4)), (R(5, 4) - t, True))])
+def test_a_path_that_rests_is_certified(rest):
+    """The derivative of sqrt(-f/x) has a branch that is 1/0 where the path rests."""
+    certificate = SDE.from_kernel(sp.Piecewise((1 - t, t < R(1, 2)), (rest, True))).verify()
+    assert certificate, str(certificate)
+    values = evaluate(sp.Piecewise((t, t < 1), (sp.zoo, t < 2), (t * sp.I, True)), {t: np.array([0.5, 1.5, 3.0])})
+    assert values[0] == 0.5 and np.isnan(values[1:]).all()
+
+
+def test_an_error_of_python_is_no_identity_that_fails():
+    sde = sdeflow.catalog.OU()
+    sde.kernel.log_prob = lambda *_: float(1j)
+    certificate = certify(sde)
+    assert not certificate and not certificate.failures
+    assert "NO VERDICT, for the kernel's density" in str(certificate)
+    assert any("the kernel's density: TypeError" in why for why in certificate.unchecked)
+
+
 def test_functions_beyond_the_largest_double_are_read():
     at = {t: np.array([-4000.0, 0.0, 800.0])}
     assert evaluate(sp.sech(t), at).tolist() == [0.0, 1.0, 0.0]

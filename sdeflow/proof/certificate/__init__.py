@@ -111,7 +111,8 @@ def certify(sde: CertifiedSDE) -> Certificate:
             with subject.allowing(name):
                 require_time()
                 check(subject)
-            if name in ESSENTIAL[subject.kind] and any(w.startswith(f"{name}: ") for w in subject.unchecked[before:]):
+            unknown = any(w.startswith(f"{name}: ") for w in subject.unchecked[before:])
+            if name in subject.broken or (unknown and name in ESSENTIAL[subject.kind]):
                 missing.append(name)
     return Certificate(repr(sde), tuple(subject.checks), tuple(subject.unchecked), tuple(missing))
 

@@ -83,6 +83,7 @@ class Subject:
     """An SDE with its kernel, and the checks made of it so far.
 
     Attributes:
+        broken: checks that ended in an error of Python's.
         kind: "affine", "reducible", "pearson" or "general", by its kernel.
         k: the number of components.
         readers: of formulas, by entry, so that what one has integrated is not integrated again.
@@ -99,6 +100,7 @@ class Subject:
         self.k, self.coupled = len(self.declaration.state), self.declaration.coupled
         self.checks: list[Check] = []
         self.unchecked: list[str] = self._without_bounds()
+        self.broken: list[str] = []
         self.rng = np.random.default_rng(0)
         self.readers: dict[int, Reader] = {}
         self.cost: list[float] = []
@@ -127,17 +129,22 @@ class Subject:
 
     @contextmanager
     def allowing(self, name: str) -> Iterator[None]:
-        """What has no independent value to compare with is said; what cannot be computed at all is a failure."""
+        """What has no independent value to compare with is said, and what the library refuses is a failure.
+
+        Any other error is one of this program's, which knows nothing of the identity: there is no verdict.
+        """
         try:
             yield
         except UnknownValue as error:
             self.unchecked.append(f"{name}: {error}")
-        except Exception as error:  # whatever a wrong object stumbles on is a failure of that object
+        except Exception as error:
             if time_left() <= 0:  # it may have been refused for want of time
                 self.unchecked.append(f"{name}: {error}")
-                return
-            what = str(error) if isinstance(error, SdeflowError) else f"{type(error).__name__}: {error}"
-            self.checks.append(Check(name, f"can be computed: {what}", "numeric", math.inf, 0.0))
+            elif isinstance(error, SdeflowError):
+                self.checks.append(Check(name, f"can be computed: {error}", "numeric", math.inf, 0.0))
+            else:
+                self.broken.append(name)
+                self.unchecked.append(f"{name}: {type(error).__name__}: {error}")
 
     def note(
         self,
