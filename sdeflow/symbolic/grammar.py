@@ -46,6 +46,10 @@ _CONSTANTS: dict[str, dict] = {
     "pi": {"constant": "pi"}, "E": {"constant": "E"}, "True": {"bool": True}, "False": {"bool": False},
 }  # fmt: skip
 _MINUS_ONE = {"int": -1}
+_NO_SCHEDULES = (
+    " Text knows no schedule by name: write the formula in its place, such as (0.1 + 19.9*t), or declare f and g in "
+    "SymPy, with b = sdeflow.schedule(function or table) and f = -b(t)*x/2."
+)
 
 
 def parse(text: str, names: Mapping[str, sp.Basic]) -> sp.Expr:
@@ -108,9 +112,11 @@ class _Parser:
             position = match.end()
         return [*tokens, _Token("end", "", position)]
 
-    def _refuse(self, reason: str, position: int, error: type[DeclarationError] = UnsafeExpressionError) -> NoReturn:
+    def _refuse(
+        self, reason: str, position: int, error: type[DeclarationError] = UnsafeExpressionError, hint: str = ""
+    ) -> NoReturn:
         around = self._text[max(0, position - 20) : position] + " >>> " + self._text[position : position + 20]
-        raise error(f"{reason}, at character {position + 1}: {around!r}. Text is never evaluated, only read.")
+        raise error(f"{reason}, at character {position + 1}: {around!r}. Text is never evaluated, only read.{hint}")
 
     @property
     def _token(self) -> _Token:
@@ -193,14 +199,18 @@ class _Parser:
     def _call(self, token: _Token) -> dict:
         name = _ALIASES.get(token.text, token.text)
         if name not in FUNCTIONS and name not in ("sqrt", "Piecewise"):
-            hint = "; write * to multiply" if name in self._names else ""
-            self._refuse(f"{token.text[:40]!r} is not a function of the grammar{hint}", token.position)
+            times = "; write * to multiply" if name in self._names else ""
+            reason = f"{token.text[:40]!r} is not a function of the grammar{times}"
+            self._refuse(reason, token.position, hint="" if times else _NO_SCHEDULES)
         self._expect("(")
         args = self._pair() if name == "Piecewise" else [self._expression(0)]
         while self._token.text == ",":
             self._take()
             args += self._pair() if name == "Piecewise" else [self._expression(0)]
         self._expect(")")
+        if name == "beta" and len(args) == 1:
+            reason = "beta(a, b), Euler's function, takes 2 arguments, not 1"
+            self._refuse(reason, token.position, hint=_NO_SCHEDULES)
         if name != "sqrt":
             return _operation(name, *args)
         if len(args) != 1:

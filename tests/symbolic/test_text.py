@@ -352,6 +352,13 @@ def test_the_message_shows_the_place():
         parse("x + 2*beta.real", NAMES)
 
 
+@pytest.mark.parametrize("text", ["-beta(t)*x/2", "x*beta(t + 1)", "-sigma(t)*x"])
+def test_a_schedule_by_its_name_is_refused_with_what_to_write(text):
+    with pytest.raises(UnsafeExpressionError, match=r"character .*sdeflow\.schedule\("):
+        parse(text, NAMES)
+    assert parse("beta(t + 1, 2)", NAMES) == sp.beta(t + 1, 2)
+
+
 @pytest.mark.parametrize("text", [None, 3, b"x", ["x"], x])
 def test_only_text_is_text(text):
     with pytest.raises(DeclarationError):
