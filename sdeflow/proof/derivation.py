@@ -43,11 +43,12 @@ from sdeflow.symbolic.exact import rationalised
 from sdeflow.symbolic.mathml import mathml
 from sdeflow.symbolic.moments import Moments
 from sdeflow.symbolic.patience import rehearsed, small
+from sdeflow.symbolic.schedule import Schedule
 
 __all__ = ["Derivation", "derive"]
 
 _WIDTH = 100
-_SECONDS = 1.5  # for the steps of a large declaration
+_SECONDS = 2.5  # for the steps of a large declaration: those of a Piecewise of four constants take 1.1
 _ROUNDING = 4 * float(torch.finfo(torch.float64).eps)
 _FIRST_NOISE = 2e-3  # sigma / alpha at the default cutoff
 
@@ -59,19 +60,24 @@ class Derivation:
     Attributes:
         title: the SDE.
         steps: in order, each with its equations, rule and check.
+        complete: whether all steps are there. Where SymPy would need too long, the last step says that those from there
+            on are left out, and does not hold.
     """
 
     title: str
     steps: tuple[Step, ...]
+    complete: bool = True
 
     @property
     def holds(self) -> bool:
-        """Whether every check was passed."""
-        return all(step.holds for step in self.steps)
+        """Whether every step is there and has passed its check."""
+        return self.complete and all(step.holds for step in self.steps)
 
     @property
     def verdict(self) -> str:
         """How many steps were checked, or which failed."""
+        if not self.complete:
+            return f"NO VERDICT: the steps from {len(self.steps)} on are left out, and were not checked"
         failed = [f"{i} ({step.title})" for i, step in enumerate(self.steps, 1) if not step.holds]
         if failed:
             return f"FAILED: step {', '.join(failed)}"
@@ -149,10 +155,18 @@ def derive(sde: DeclaredSDE) -> Derivation:
     # A kernel's formulas are found once, in bounded time; those of a small SDE may be large.
     gaussian = sde.kernel.gaussian
     formulas = (declaration,) if gaussian is None else (declaration, gaussian.shown)
-    if small(*formulas) or rehearsed(_SECONDS, _written, sde):
+    if not _only_named(gaussian) and (small(*formulas) or rehearsed(_SECONDS, _written, sde)):
         return Derivation(repr(sde), tuple(_steps(sde)))
     text = "f and g are too large for SymPy to write down, and to check, what follows; the numbers do not need it"
-    return Derivation(repr(sde), (declared(declaration), Step("The steps from here on are left out", f"{text}.")))
+    rest = Step("The steps from here on are left out", f"{text}.", check="not made", holds=False)
+    return Derivation(repr(sde), (declared(declaration), rest), complete=False)
+
+
+def _only_named(gaussian: Kernel | None) -> bool:
+    """Whether the moments of one component are functions such as A(t): no formula to show, and none to check."""
+    if gaussian is None or gaussian.coupled:
+        return False
+    return any(not isinstance(call, Schedule) for call in gaussian.shown.log_alpha.atoms(AppliedUndef))
 
 
 def _written(sde: DeclaredSDE) -> str:
