@@ -154,7 +154,7 @@ class PearsonKernel(NotGaussian, ABC):
         self.inner = self._affine_kernel(shared)
         self.form, self.T = self.inner.form, self.inner.T
         form = (self.pearson.origin, self.pearson.scale, *self.pearson.shape)
-        self._standard_form = compile_expressions(form, (time_symbol,), self.values)
+        self._standard_form = compile_expressions(form, (time_symbol,), self.values, declaration.T)
         arguments = (data_symbol, decay, spread)
         self._moments = compile_expressions((self.pearson.mean, self.pearson.var), arguments, self.values)
         self._form()  # what is wrong with it is said now

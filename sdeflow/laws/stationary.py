@@ -83,7 +83,7 @@ def _boltzmann(declaration: Declaration, values: Values, near: float | None) -> 
         return None
     time = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        temperature = float(compile_expressions(found.temperature, (time_symbol,), values)(time))
+        temperature = float(compile_expressions(found.temperature, (time_symbol,), values, declaration.T)(time))
     of_position = _elementwise(found.overdamped(declaration), values, near) if temperature > 0 else None
     return None if of_position is None else BoltzmannLaw(of_position, temperature, found.position, found.velocity)
 

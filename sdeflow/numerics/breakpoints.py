@@ -31,6 +31,7 @@ _LARGEST_COUNT = MAX_PANELS // 2
 _DEPTH = 48  # the most halvings of a panel
 _ROUNDING = 1e-14
 _EARLIEST = 1e-15
+_AT_END = 5e-14  # of the horizon: a time so close to T is T, rounded
 _PANELS = 37  # panels at the start: a prime number, so that their edges are rarely roots
 
 _MOST_PIECES = 33  # that have a step of their own, however few steps there are
@@ -41,6 +42,8 @@ Numbers = Mapping[sp.Symbol, "float | np.ndarray"]
 
 def break_points(expressions: Sequence[sp.Expr], values: Numbers, T: float) -> np.ndarray:
     """The times in (0, T) at which the expressions may not be smooth, increasing.
+
+    What is compiled on the horizon has limits from inside at 0 and T; no step needs to end there for its sake.
 
     Args:
         expressions: of t and the parameters.
@@ -56,7 +59,7 @@ def break_points(expressions: Sequence[sp.Expr], values: Numbers, T: float) -> n
             continue  # it depends on the state too: no times
         line = switch.line
         times = _of_line(*line, switch, values, T) if line else _of_curve(switch, values, T, found)
-        found = np.union1d(found, times[(times > 0.0) & (times < T)])
+        found = np.union1d(found, times[(times > 0.0) & (times < T * (1.0 - _AT_END))])
         if len(found) > _LARGEST_COUNT:
             raise _too_many(switch, T)
     return found

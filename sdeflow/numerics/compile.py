@@ -8,19 +8,22 @@ sub-expressions share a slot, and constants are folded in float64. The walk rewr
 
 Functions of time alone that torch lacks (Bessel, incomplete gamma, Lambert W, ...) are evaluated once by SciPy at
 Chebyshev points and interpolated.
+
+On a horizon [0, T] an expression that jumps at 0 or T has there its limit from inside, whatever the declaration says of
+that one instant: a step that ends at T knows nothing of what f and g are after it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 import sympy as sp
 import torch
 from sympy.core.relational import Relational
-from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+from sympy.logic.boolalg import Boolean, BooleanAtom, BooleanFunction
 from torch import Tensor
 
 from sdeflow.errors import DeclarationError, ScheduleError
@@ -30,6 +33,7 @@ from sdeflow.symbolic.enclosure import Enclosure, NoEnclosure
 from sdeflow.symbolic.patience import small
 from sdeflow.symbolic.schedule import CALLS, Schedule
 from sdeflow.symbolic.special import special_functions
+from sdeflow.symbolic.switches import JUMPING
 from sdeflow.symbolic.symbols import t as time_symbol
 
 __all__ = ["Compiled", "compile_expressions"]
@@ -56,6 +60,10 @@ _UNARY: dict[type, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 _BINARY: dict[type, Callable[[Tensor, Tensor], Tensor]] = {sp.Mod: torch.remainder, sp.atan2: torch.atan2}
+
+_BESIDE = 1e-13  # of the horizon: how far inside its ends a limit from inside is taken
+_ROUNDINGS = 4.0  # of a time in less than float64, likewise
+_FURTHER, _JUMP = 64.0, 10.0  # a jump is so much larger than the change from there to so many times as far inside
 
 _RELATIONS = {
     sp.Lt: torch.lt, sp.Le: torch.le, sp.Gt: torch.gt, sp.Ge: torch.ge, sp.Eq: torch.eq, sp.Ne: torch.ne,
@@ -94,7 +102,8 @@ def compile_expressions(
         values: numbers or tensors for the other symbols. Numbers become constants. Tensors are read at each call, in
             the dtype and on the device of the last argument, so gradients flow to them. They broadcast with the
             arguments.
-        horizon: the end of the range [0, horizon] of time, needed only for functions that are interpolated.
+        horizon: the end of the range [0, horizon] of time. It is needed for functions that are interpolated, and for
+            limits from inside where an expression jumps at 0 or at the horizon.
 
     Raises:
         DeclarationError: if neither torch nor an interpolant can evaluate a function.
@@ -117,6 +126,7 @@ class Compiled(Generic[Result]):
         arguments: tuple[sp.Expr, ...],
         values: dict[sp.Symbol, float | Tensor],
         horizon: float | None,
+        limits: bool = True,
     ) -> None:
         self.single = isinstance(expressions, sp.Basic)
         self.expr = expressions if self.single else tuple(expressions)
@@ -134,9 +144,15 @@ class Compiled(Generic[Result]):
         first = len(arguments) + len(self._tensors)
         self._template = [self._constants.get(slot, 0.0) for slot in range(first, self._count)]
         del self._slots
+        self._jumps = (False, False)
+        if limits and horizon and time_symbol in arguments:
+            self._jumps = self._jumps_at_ends(horizon)
 
     def __call__(self, *arguments: Tensor) -> Result:
         """The values, broadcast from the shapes of the arguments; a constant takes the shape of the last argument."""
+        if any(self._jumps):
+            i = self.arguments.index(time_symbol)
+            arguments = (*arguments[:i], self._inside(arguments[i], self._horizon or 0.0), *arguments[i + 1 :])
         like = arguments[-1]
         tensors = (value.to(dtype=like.dtype, device=like.device) for value in self._tensors.values())
         slots: Slots = [*arguments, *tensors, *self._template]
@@ -146,6 +162,35 @@ class Compiled(Generic[Result]):
             value if isinstance(value := slots[slot], Tensor) else _constant_like(like, value) for slot in self._outputs
         )
         return outputs[0] if self.single else outputs  # type: ignore[return-value]  # Result is a tensor where single
+
+    def _jumps_at_ends(self, end: float) -> tuple[bool, bool]:
+        """Whether what depends on t alone jumps at 0, and at the horizon.
+
+        A value there that belongs to what is singular beside it, as 0 for t^(-1/4), is no jump: it has no limit.
+        """
+        others = [argument for argument in self.arguments if argument != time_symbol]
+        wholes: Sequence[sp.Basic] = (self.expr,) if isinstance(self.expr, sp.Basic) else self.expr
+        parts = {part for whole in wholes if whole.has(*JUMPING) for part in _parts_without(whole, others)}
+        parts = {part for part in parts if part.has(time_symbol) and part.has(*JUMPING)}
+        near, far = _BESIDE * end, _FURTHER * _BESIDE * end
+        points = torch.tensor([[0.0, near, far], [end, end - near, end - far]], dtype=torch.float64)
+        found = torch.zeros(2, dtype=torch.bool)
+        with torch.no_grad():
+            for part in sorted(parts, key=sp.default_sort_key):
+                function: Compiled[Tensor] = Compiled(part, (time_symbol,), self._given, end, limits=False)
+                sides = max((value.ndim for value in self._tensors.values()), default=0)
+                values = function(points.reshape(2, 3, *(1,) * sides)).to(torch.float64)
+                at, beside, further = values.reshape(2, 3, -1).unbind(1)
+                rounding = _BESIDE * (at.abs() + beside.abs())
+                found |= ((at - beside).abs() > _JUMP * (beside - further).abs() + rounding).any(1)
+        return bool(found[0]), bool(found[1])
+
+    def _inside(self, t: Tensor, end: float) -> Tensor:
+        """``t`` with an end at which there is a jump moved inside, by no more than rounding."""
+        own = _ROUNDINGS * torch.finfo(t.dtype).eps if t.dtype != torch.float64 else 0.0
+        inside = max(_BESIDE, own) * end
+        low, high = (inside if self._jumps[0] else None, end - inside if self._jumps[1] else None)
+        return t + (t.clamp(low, high) - t).detach()
 
     @property
     def source(self) -> str:
@@ -353,7 +398,9 @@ class Compiled(Generic[Result]):
         other branch into NaN.
         """
         conditions = [self._emit(condition) for _, condition in expr.args]
-        branches = [compile_expressions(e, self.arguments, self._given, self._horizon) for e, _ in expr.args]
+        branches: list[Compiled[Tensor]] = [
+            Compiled(e, self.arguments, self._given, self._horizon, limits=False) for e, _ in expr.args
+        ]
         safe = [_safe_arguments(branch) for branch in branches]
         n = len(self.arguments)
 
@@ -387,7 +434,9 @@ class Compiled(Generic[Result]):
                 f"{expr}: torch lacks {type(expr).__name__}; an interpolant serves only functions of t alone, "
                 "without tensors among its parameters."
             )
-        inner = compile_expressions(expr.args, (time_symbol,), self._values, self._horizon)
+        inner: Compiled[tuple[Tensor, ...]] = Compiled(
+            expr.args, (time_symbol,), dict(self._values), self._horizon, limits=False
+        )
 
         def values(points: np.ndarray) -> np.ndarray:
             return np.asarray(function(*(a.numpy() for a in inner(torch.as_tensor(points)))))[None]
@@ -460,6 +509,15 @@ def _times(i: int, j: int) -> Instruction:
 def _constant_like(tensor: Tensor, value: float) -> Tensor:
     """``value`` in the shape of ``tensor``, without its memory."""
     return tensor.new_full((), value).expand(tensor.shape)
+
+
+def _parts_without(expr: sp.Basic, others: Sequence[sp.Expr]) -> Iterator[sp.Basic]:
+    """The largest parts of an expression, and conditions in it, in which none of ``others`` occurs."""
+    if isinstance(expr, sp.Expr | Boolean) and not expr.has(*others):
+        yield expr
+        return
+    for part in expr.args:
+        yield from _parts_without(part, others)
 
 
 def _safe_arguments(branch: Compiled[Tensor]) -> float:

@@ -82,7 +82,7 @@ class Clock:
         given: times that were named one by one, rising, (n,): steps are taken in t between exactly these.
         first: the least u at which the equation is asked; above 0 where f or g is infinite at the cutoff, while
             drift · dt/du has a limit.
-        breaks: times inside at which f or g is not smooth, rising.
+        breaks: times at which f or g is not smooth, rising: those inside, and the cutoff if it is one.
         stops: such times, and u there as ``levels`` has it, which are times of every grid with enough steps.
         normalised: u -> t and ζ ζ'/(c² + ζ²), for methods that carry u / √(alpha² c² + sigma²); None without.
         check: of rising times, and the method that visits them if it does not know the kernel; raises where they cannot
@@ -180,6 +180,12 @@ class Clock:
         return inner[np.abs(inner[:, None] - self._breaks).min(1) <= _SAME * (self.T - self.cutoff)]
 
     @cached_property
+    def starts_at_break(self) -> bool:
+        """Whether the cutoff is a break point: f and g are taken from after it there."""
+        near = _SAME * (self.T - self.cutoff)
+        return self._breaks is not None and bool((np.abs(self._breaks - self.cutoff) <= near).any())
+
+    @cached_property
     def breaks(self) -> tuple[tuple[float, float], ...]:
         """(u, t) of each break point, rising: none where they are too many to begin anew at each."""
         times = np.zeros(0) if self._breaks is None else self._breaks
@@ -226,14 +232,14 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
     """
     grid = as_grid(grid)
     if isinstance(grid, Tensor):
-        return _of_times(grid, cutoff, T, None if kernel is None else _breaks(kernel))
+        return _of_times(grid, cutoff, T, None if kernel is None else _all_breaks(kernel))
     if grid is not None and grid not in GRIDS and grid != "pilot":
         names = f"one of {', '.join(GRIDS)}" if kernel is not None else '"t" (all that this SDE has)'
         raise ValueError(f"grid must be {names} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
         if kernel is None:
             return Clock(cutoff, T)
-        return Clock(cutoff, T, breaks=_breaks(kernel), check=partial(require_resolved, kernel, scale))
+        return Clock(cutoff, T, breaks=_all_breaks(kernel), check=partial(require_resolved, kernel, scale))
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')
     if grid == "pilot":
@@ -250,13 +256,19 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         stops = (breaks, variable.of_time(breaks)[0]) if many_scales and len(breaks) else None
         normalised, first = None if many_scales else where, _first(kernel, curve)
         check = _check(kernel, variable.name, scale)
-        return Clock(cutoff, T, curve, levels, None, first, breaks, stops, normalised, check, variable.name)
+        every = _all_breaks(kernel)
+        return Clock(cutoff, T, curve, levels, None, first, every, stops, normalised, check, variable.name)
 
 
 def _breaks(kernel: Kernel) -> np.ndarray:
     """The break points of f and g between the cutoff and T."""
-    breaks = np.asarray(kernel.numbers.breaks, dtype=np.float64)
+    breaks = _all_breaks(kernel)
     return breaks[(breaks > kernel.cutoff) & (breaks < kernel.T)]
+
+
+def _all_breaks(kernel: Kernel) -> np.ndarray:
+    """The break points of f and g on the whole horizon, the cutoff too if it is one."""
+    return np.asarray(kernel.numbers.breaks, dtype=np.float64)
 
 
 def _shared(stops: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -293,7 +305,8 @@ def smooth_clock(times: Tensor, kernel: Kernel, name: str, scale: float = 1.0) -
     at = corners[1][np.isin(corners[0], breaks)]
     stops = (breaks, at) if _many_scales(kernel) and 0 < len(breaks) == len(at) else None
     check = _check(kernel, name, scale)
-    clock = partial(Clock, kernel.cutoff, kernel.T, breaks=breaks, stops=stops, check=check, name=name)
+    every = _all_breaks(kernel)
+    clock = partial(Clock, kernel.cutoff, kernel.T, breaks=every, stops=stops, check=check, name=name)
     if _Variable(kernel, "log_snr", 1.0).curve() is not None:
         curve = _Cubics.through(*corners[::-1], at)
         return clock(curve, first=_first(kernel, curve))

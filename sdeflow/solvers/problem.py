@@ -195,9 +195,11 @@ class Problem:
     def smooth_parts(self, points: Sequence[float]) -> Iterator[Sequence[float]]:
         """``points`` of :meth:`start` in runs, each from one break point of f and g to the next.
 
-        Until the next run is asked for, times are those inside this one: f, g and dt/du on its own side of its ends.
+        Until the next run is asked for, times are those inside this one: f, g and dt/du on its own side of its ends. At
+        0 and T they are so as they are compiled (:mod:`sdeflow.numerics.compile`), and at a cutoff where f or g jumps.
         """
-        if not self._edges:
+        from_break = self.clock.starts_at_break
+        if not self._edges and not from_break:
             yield points
             return
         times = (self.clock.T, self.clock.cutoff) if self.backward else (self.clock.cutoff, self.clock.T)
@@ -209,7 +211,7 @@ class Problem:
                 short = min(_BESIDE_TIME * (self.clock.T - self.clock.cutoff), 0.25 * (high - low))
                 self._part = (
                     first + inside * (first > points[0]), last - inside * (last < points[-1]),
-                    low + short * (low > self.clock.cutoff), high - short * (high < self.clock.T),
+                    low + short * (from_break or low > self.clock.cutoff), high - short * (high < self.clock.T),
                 )  # fmt: skip
                 self._last = None
                 yield [first, *(r for r in points if first < r < last), last]

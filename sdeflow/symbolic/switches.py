@@ -20,11 +20,11 @@ from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.squares import is_even_root
 from sdeflow.symbolic.symbols import t
 
-__all__ = ["Switch", "exact", "jumps", "switches"]
+__all__ = ["JUMPING", "Switch", "exact", "jumps", "switches"]
 
 _ROUNDED = (sp.floor, sp.ceiling, sp.frac)
 _SIGNED = (sp.Abs, sp.sign, sp.Heaviside)
-_JUMPING = (Relational, sp.sign, sp.Heaviside, *_ROUNDED, sp.Mod, sp.atan2)
+JUMPING = (Relational, sp.sign, sp.Heaviside, *_ROUNDED, sp.Mod, sp.atan2)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def switches(expressions: Sequence[sp.Expr]) -> list[Switch]:
 
 def jumps(expressions: Sequence[sp.Expr]) -> list[Switch]:
     """The switches at which a value may jump: without Abs, Max, Min and tables, which have only kinks."""
-    return _found(expressions, _JUMPING)
+    return _found(expressions, JUMPING)
 
 
 def _found(expressions: Sequence[sp.Expr], kinds: type | tuple[type, ...]) -> list[Switch]:
