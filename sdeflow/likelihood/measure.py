@@ -21,6 +21,7 @@ from sdeflow.likelihood.result import LogProb, Solved, joined
 from sdeflow.likelihood.route import Continuous, OnNodes, route
 from sdeflow.numerics.checks import checked_count
 from sdeflow.numerics.linear import Blocks
+from sdeflow.numerics.memory import memory_hint
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.numerics.options import takes
 from sdeflow.numerics.traces import Exact, Given, Hutchinson, widening
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["data_log_prob", "log_prob", "of_data", "of_states", "warn_if_noisy"]
 
+_HINT = "log p does not fit into memory: pass chunk=, the number of samples to solve at once."
 _LARGEST = 2**22  # elements of states carried at once
 
 Solve = Callable[[Model, Tensor, Tensor], Solved]
@@ -115,7 +117,7 @@ def of_states(model: Model, equation: Equation, x: Tensor, options: Options) -> 
     no_bar = None if options.progress is None else not options.progress
     with (
         evaluating(model.score), torch.inference_mode(False),
-        nullcontext() if options.gradient else torch.no_grad(),
+        nullcontext() if options.gradient else torch.no_grad(), memory_hint(_HINT),
         tqdm(desc="log p", disable=no_bar, leave=False) as bar,
     ):  # fmt: skip
         on_call = None if bar.disable else bar.update

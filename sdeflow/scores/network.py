@@ -186,6 +186,7 @@ class Score(ScoreFunction):
                 f"this state is of a score of {bytes(theirs.tolist()).decode(errors='replace')}, and would be loaded "
                 f"into one of {ours}."
             )
+        self._require_weights(state_dict, prefix)
         for name in ("data_mean", "data_std"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=getattr(self, name).device))
@@ -197,6 +198,22 @@ class Score(ScoreFunction):
             self.null.register_buffer("trained", torch.empty_like(trained, device=device))
             self._unconditional = bool(trained)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _require_weights(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """A ScoreError where what is loaded has none of the network's weights, or integers for them."""
+        ours = {f"{prefix}{name}": value for name, value in self.state_dict().items() if name.startswith("net.")}
+        theirs = ours.keys() & state_dict.keys()
+        if ours and not theirs:
+            raise ScoreError(
+                f"this state holds no weight of the network: there are {', '.join([*state_dict][:3])}, ... where "
+                f"{', '.join([*ours][:2])}, ... belong. A compiled or wrapped module adds a prefix to its names "
+                '("_orig_mod.", "module."): save the state of the module inside it, or remove the prefix.'
+            )
+        for name in theirs:
+            here, there = ours[name], state_dict[name]  # a module's extra state may be anything
+            tensors = isinstance(here, Tensor) and isinstance(there, Tensor)
+            if tensors and here.is_floating_point() != there.is_floating_point():
+                raise ScoreError(f"{name} is {there.dtype} in this state, and {here.dtype} here.")
 
     def forward(self, x: Tensor, t: Tensor | float, y: Condition | None = None) -> Tensor:
         """∇ log p_t(x), shaped as x; with a condition ``y``, the score of x given y.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sdeflow.errors import SolverError
 from sdeflow.numerics.brownian import BrownianRows
+from sdeflow.numerics.memory import memory_hint
 from sdeflow.numerics.noise import BLOCK, NoiseStream
 from sdeflow.scores import evaluating
 from sdeflow.scores.thresholded import Thresholded
@@ -35,6 +36,7 @@ from sdeflow.symbolic.equations import Equation
 
 __all__ = ["demand_of_path", "run"]
 
+_HINT = "The solve does not fit into memory: pass chunk=, the number of samples to solve at once."
 _LARGEST = 2**24  # elements of a state that are solved at once
 
 
@@ -108,7 +110,7 @@ def _chunks(
                 watch=Watch(plan.max_calls, None if bar.disable else bar.update, hint=hint),
                 noise=_noise(options, seed, first if rows is None else rows[first:last]),
             )  # fmt: skip
-            with evaluating(part.score), _rows_counted_from(first):
+            with evaluating(part.score), _rows_counted_from(first), memory_hint(_HINT):
                 found.append(_solve(part, x[first:last], problem, plan, options, kept))
     return found[0] if len(found) == 1 else _joined(found)
 

@@ -24,7 +24,7 @@ from sdeflow.training.checkpoint import Checkpoint, latest_checkpoint, packed, u
 from sdeflow.training.identity import differences
 from sdeflow.training.run import Run, recent
 
-__all__ = ["Callback", "Checkpoints", "Progress", "Validation", "checked_callbacks"]
+__all__ = ["Callback", "Checkpoints", "Progress", "Trackers", "Validation", "checked_callbacks"]
 
 _EXTRA = "extra state/"  # names of a module's tensors hold no slash before their dots
 
@@ -114,6 +114,19 @@ class Progress:
         self._bar.update()
         if run.step % 10 == 1:
             self._bar.set_postfix(loss=f"{recent(run.losses):.4g}")
+
+
+class Trackers:
+    """Tells the trackers of the user's Accelerator of each step: loss, learning rate, and new validation values."""
+
+    def after_step(self, run: Run, loss: float) -> None:
+        """Logs a step."""
+        if not run.accelerator.trackers:
+            return
+        values = {"loss": loss, "lr": run.optimiser.param_groups[0]["lr"]}
+        if run.result.validation and run.result.validation[-1][0] == run.step:
+            _, values["validation"], values["validation_stderr"] = run.result.validation[-1]
+        run.accelerator.log(values, step=run.step)
 
 
 class Checkpoints:

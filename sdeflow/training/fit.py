@@ -43,7 +43,7 @@ from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.training import identity
 from sdeflow.training.batches import Batches, SampleData
-from sdeflow.training.callbacks import Callback, Checkpoints, Progress, Validation, checked_callbacks
+from sdeflow.training.callbacks import Callback, Checkpoints, Progress, Trackers, Validation, checked_callbacks
 from sdeflow.training.checkpoint import run_lock
 from sdeflow.training.ema import MovingAverage
 from sdeflow.training.interrupts import Interrupts
@@ -131,7 +131,8 @@ def fit(
             "schedule", ...).
         checkpoint_every: steps between checkpoints.
         mixed_precision: "bf16" or "fp16", as accelerate takes it.
-        accelerator: an accelerate ``Accelerator`` of your own.
+        accelerator: an accelerate ``Accelerator`` of your own. Its precision is taken, its gradient accumulation makes
+            each step in parts of the batch, and its trackers get the loss and the learning rate of each step.
         gap: of an SDE without a kernel: the length of the last step of a path, whose law is the target, in steps of it,
             5 by default. A longer one gives targets of less variance and more bias.
         simulation_steps: of such an SDE: the steps of a path, 200 by default.
@@ -154,6 +155,8 @@ def fit(
         WeightingError: for a weighting or a density of times with negative or infinite values.
     """
     _check_options(score, steps, batch_size, ema, clip, checkpoint_every, label_dropout)
+    if accelerator is not None and mixed_precision is not None:
+        raise ValueError("mixed_precision= is of fit's own Accelerator: yours has its own precision.")
     lr = _checked_lr(lr, optimiser)
     objective = chosen(score, objective, weighting, times, gap, simulation_steps)
     draws = objective.draws(score)
@@ -188,7 +191,7 @@ def fit(
         drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator, dropped)
         try:
             with Progress(steps, run.step, _hidden(progress, accelerator)) as bar, Interrupts() as interrupts:
-                run.callbacks = (run.average, *watching, bar, *filter(None, [run.checkpoints]))
+                run.callbacks = (run.average, *watching, bar, Trackers(), *filter(None, [run.checkpoints]))
                 while not (run.stopped or run.step >= steps):
                     run.take(*next(drawn), interrupted=interrupts.caught is not None)
         finally:
@@ -242,6 +245,8 @@ def _prepare_score(
         raise DataError(f"the data is constant ({float(seen.mean()):g}): there is nothing to learn.")
     if std > _UNUSUAL_STD and kernel is not None:
         warn(f"the data's standard deviation is {std:.3g}; schedules expect about 1.", DataScaleWarning)
+    if not score.declaration.coupled:
+        _warn_of_constants(seen)
     score.to(accelerator.device)
     if score.declaration.coupled:  # one number for each component
         parts = seen.movedim(1, 0).flatten(1)
@@ -262,7 +267,7 @@ def _prepare_score(
         with torch.no_grad():
             (score.eval() if kernel is None else score.eval().noise)(x, score.declaration.T, y)
     except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, ScoreError):
+        if isinstance(error, ScoreError | torch.OutOfMemoryError):
             raise
         raise DataError(
             f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}"
@@ -272,6 +277,19 @@ def _prepare_score(
     finally:
         score.train(training)
     return x[:1].detach().cpu()
+
+
+def _warn_of_constants(seen: Tensor) -> None:
+    """A warning for channels, or coordinates of vectors, that have one value in all samples seen."""
+    parts = seen.movedim(1, 0).flatten(1)
+    constant = (parts == parts[:, :1]).all(1).nonzero().flatten().tolist() if len(seen) > 1 else []
+    if constant:
+        what = "channels" if seen.ndim > 2 else "coordinates"
+        warn(
+            f"{what} {constant[:8]} of the data are constant in all {len(seen)} samples looked at: there the score is "
+            "that of a point, and log p grows without bound as t falls to 0. Leave them out, or add noise.",
+            DataScaleWarning,
+        )
 
 
 def _check_options(

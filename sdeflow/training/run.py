@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sdeflow.errors import CheckpointError, TrainingDivergedError
-from sdeflow.numerics.conditions import Condition, leaves, mapped, of_samples
+from sdeflow.numerics.conditions import Condition, leaves, mapped, of_samples, picked
+from sdeflow.numerics.memory import memory_hint
 from sdeflow.numerics.noise import NoiseStream, mixed_seed
 from sdeflow.scores import Score
 from sdeflow.training.batches import Batches
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "Run", "drawn_steps", "recent", "seed_global"]
 
 _PATIENCE = 10  # steps in a row whose loss is not finite
+_HINT = (
+    "A step does not fit into memory: lower batch_size, or pass accelerator=Accelerator(gradient_accumulation_steps=k) "
+    "for the same step in k parts. Checkpoints that were written stay whole."
+)
 _BLOCK_NUMBERS = 2**18  # at most so many numbers are simulated at once
 
 
@@ -165,9 +171,7 @@ class Run:
         if self._rate is not None:
             self._set_rates(self._rate(self.step))
         self.optimiser.zero_grad()
-        with self.accelerator.autocast():
-            loss = self._loss(y, weight, *batch)
-        self.accelerator.backward(loss / self._times.total)
+        loss = self._gradient(batch, weight, y)
         norm = self.accelerator.clip_grad_norm_(self.score.parameters(), self._clip)
         value = float(self.accelerator.reduce(loss.detach(), "mean"))
         if math.isfinite(value) and math.isfinite(float(norm)):
@@ -184,6 +188,25 @@ class Run:
                 "lower lr, or look for extreme values in the data."
             )
         return math.nan
+
+    def _gradient(self, batch: Batch, weight: Tensor, y: Condition | None) -> Tensor:
+        """The mean loss of a batch, and its gradient, put into the parameters.
+
+        An Accelerator that accumulates gradients gets the batch in as many parts: the same step in less memory.
+        """
+        samples, accumulated = len(weight), self.accelerator.gradient_accumulation_steps
+        size, total = -(-samples // accumulated), torch.zeros((), device=weight.device)
+        for first in range(0, samples, size):
+            rows = slice(first, first + size)
+            last = first + size >= samples
+            with memory_hint(_HINT), nullcontext() if last else self.accelerator.no_sync(self._loss):
+                with self.accelerator.autocast():
+                    part = self._loss(None if y is None else picked(y, rows), weight[rows], *(b[rows] for b in batch))
+                    loss = part * (len(weight[rows]) / samples)
+                # accelerate divides by the number of parts that were declared
+                self.accelerator.backward(loss * accumulated / self._times.total)
+            total = total + loss.detach()
+        return total
 
     def _set_rates(self, factor: float) -> None:
         for group, rate in zip(self.optimiser.param_groups, self._rates, strict=False):
