@@ -33,6 +33,13 @@ Found = tuple[Tensor, Tensor]  # errors and bars, (samples,) each
 LOG2 = math.log(2.0)
 
 
+class Learned(GaussianMixture):
+    """An exact score that is known as a network is, by the data's moments: they give the prior."""
+
+    def marginal_law(self, t: float) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Problem:
     """A mixture under an SDE, and ``samples`` points of its law at the cutoff."""
@@ -110,14 +117,14 @@ def problems(samples: int) -> list[Problem]:
         "OU to T = 0.5, wide, d = 8": (catalog.OU(T=0.5), _wide(8)),
         "VP, wide, d = 12": (catalog.VP(), _wide(12)),
     }
-    return [Problem(name, sde, GaussianMixture(sde, *law), samples) for name, (sde, law) in given.items()]
+    return [Problem(name, sde, Learned(sde, *law), samples) for name, (sde, law) in given.items()]
 
 
 def coupled(samples: int) -> list[Problem]:
     """Two of critically damped Langevin dynamics."""
     sde = catalog.CriticallyDampedLangevin()
     laws = {"ring, d = 2": _ring(2), "wide, d = 4": _wide(4)}
-    return [Problem(name, sde, GaussianMixture(sde, *law), samples) for name, law in laws.items()]
+    return [Problem(name, sde, Learned(sde, *law), samples) for name, law in laws.items()]
 
 
 def by_solver(**options: object) -> Callable[[Problem], Found]:
@@ -158,7 +165,7 @@ def by_prior(problem: Problem) -> Found:
     draw = torch.Generator().manual_seed(0)
     for _ in range(12):
         means = exact.means + 0.3 * torch.randn(exact.means.shape, generator=draw, dtype=torch.float64)
-        other = GaussianMixture(sde, means, exact.variances)
+        other = Learned(sde, means, exact.variances)
         x_T = sde.kernel.sample(other.sample(8, seed=0, dtype=torch.float64), sde.T, seed=1)
         model = sde.flow_ode(other).model
         found, bar = prior_mismatch(model, x_T, torch.float64)

@@ -356,8 +356,9 @@ MUTATIONS = (
        ("tests/kernels/test_kinds.py",)),
     # -------------------------------------------------------------------- the prior of a solve
     _m("the given prior left out", "solving/prior_of.py",
-       "        if self.given is not None:\n            return self.given\n        score",
-       "        score", (), ("tests/solving/test_sampling.py", "tests/solvers/test_solvers.py", "-k", "prior")),
+       "if self.given is None else self.given\n        if known is not None:\n            return known\n        score",
+       "\n        if known is not None:\n            return known\n        score", (),
+       ("tests/likelihood/test_budget.py", "-k", "prior")),
     _m("the prior of other samples", "solving/prior_of.py", "return replace(self, index=ours[index])",
        "return replace(self, index=ours[: len(ours[index])])", (), ("tests/scores/test_rows.py",)),
     _m("a variance for a standard deviation", "solving/prior_of.py", "return mean, variance.sqrt(), _near",
@@ -500,6 +501,10 @@ MUTATIONS = (
        ("tests/solving/test_simulation.py", "-k", "local_law")),
     _m("noise of a short step", "kernels/local.py", "Q * _phi(2.0 * z)", "Q * _phi(z)", (),
        ("tests/solving/test_simulation.py", "-k", "local_law")),
+    _m("law of a mixture at T", "scores/mixture.py", "path.alpha(kernel.to_basis(x_0)) + path.offset + path.sigma(eps)",
+       "path.alpha(kernel.to_basis(x_0)) + path.sigma(eps)", (), ("tests/scores/test_scores.py", "-k", "horizon")),
+    _m("what the noise leaves of data", "kernels/gaussian.py", "left = path.sigma.inverse @ path.alpha @",
+       "left = path.sigma.inverse @", (), ("tests/scores/test_scores.py", "-k", "horizon")),
     # -------------------------------------------------------------------- solvers
     _m("churn over N + 1", "solvers/edm.py", "self.S_churn / len(begins)", "self.S_churn / (len(begins) + 1)",
        (), ("tests/solvers/test_presets.py", "-k", "churn")),

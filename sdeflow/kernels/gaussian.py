@@ -516,6 +516,17 @@ class Kernel:
             root = path.sigma @ spread.root_of_one_plus_gram
         return Gaussian(level[0], root, self.basis)
 
+    def left_of(self, std: Tensor, event: tuple[int, ...], t: float) -> float:
+        """The largest entry of sigma⁻¹ alpha c at t: how much of data of standard deviation ``std`` the noise leaves.
+
+        The law of x_t then is that of :meth:`marginal`, whatever the data, to half of its square in nats per dimension.
+        """
+        like = torch.empty((1, *event), dtype=torch.float64)
+        with torch.no_grad():
+            path = self.path(like, torch.tensor(t, dtype=torch.float64))
+            left = path.sigma.inverse @ path.alpha @ self.scale(std.cpu(), like)
+        return float(left.values.abs().max())
+
     def to_basis(self, x: Tensor) -> Tensor:
         """The coefficients of a state in the kernel's basis."""
         return x if self.basis is None else self.basis.forward(x)

@@ -126,6 +126,9 @@ class Conditional(Wrapping):
         alpha, sigma, _ = kernel.coefficients(torch.tensor(kernel.T, dtype=torch.float64))
         return moments if float((alpha / sigma).max() * moments[1].max()) <= _FORGOTTEN else None
 
+    def marginal_law(self, t: float) -> None:
+        """None: that of all data is not that given y."""
+
 
 class Guided(Wrapping):
     """Classifier-free guidance (arXiv:2207.12598): s(x) + strength (s(x|y) - s(x)), one call of twice the samples.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdeflow.errors import DataError, ScoreError
 from sdeflow.kernels.gaussian import Kernel, Path
 from sdeflow.kernels.kinds import AnyKernel
+from sdeflow.laws.each import Law
 from sdeflow.numerics.basis import Basis
 from sdeflow.numerics.checks import checked_state, checked_time
 from sdeflow.numerics.linear import levels, multiplied
@@ -92,6 +93,10 @@ class ScoreFunction(nn.Module):
     def prior_moments(self) -> tuple[Tensor, Tensor] | None:
         """The moments of the data whose diffusion this score is of, from which p(x_T) follows; None where unknown."""
         return self.data_moments()
+
+    def marginal_law(self, t: float) -> Law | None:
+        """p_t itself, where this score knows it better than by :meth:`prior_moments`; else None."""
+        return None
 
     def rows(self, index: Tensor | slice) -> Self:
         """The score of some samples of the batch: its sample i is sample ``index[i]`` of this score.
@@ -235,6 +240,9 @@ class Wrapping(ScoreFunction):
 
     def prior_moments(self) -> tuple[Tensor, Tensor] | None:
         return self.score.prior_moments()
+
+    def marginal_law(self, t: float) -> Law | None:
+        return self.score.marginal_law(t)
 
 
 class _Part(NamedTuple):

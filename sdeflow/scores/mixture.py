@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel
+from sdeflow.laws.drawn import DrawnLaw
 from sdeflow.numerics.checks import (
     checked_count,
     checked_dtype,
@@ -23,8 +24,9 @@ from sdeflow.numerics.checks import (
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction
 
-__all__ = ["GaussianMixture"]
+__all__ = ["DiffusedMixture", "GaussianMixture"]
 
+_FORGOTTEN = 0.03  # alpha c / sigma
 _ASYMMETRIC = 1e-5  # of a covariance's largest entry
 
 
@@ -95,6 +97,7 @@ class GaussianMixture(ScoreFunction):
             roots = torch.diag_embed(variances.sqrt()) if rotations is None else rotations * variances.sqrt()[:, None]
             means, roots, variances = self._lifted(means, roots, marginal)
             rotations, marginal = None, variances
+        self._is_one = n == 1 and not full  # then p_t is the Gaussian of the data's moments
         self.event = tuple(means.shape[1:])
         flat = means.flatten(1)
         mean = (weights[:, None] * flat).sum(0)
@@ -126,6 +129,16 @@ class GaussianMixture(ScoreFunction):
     def data_moments(self) -> tuple[Tensor, Tensor] | None:
         return self.data_mean, self.data_std
 
+    def marginal_law(self, t: float) -> DiffusedMixture | None:
+        """p_t, a mixture; None where the Gaussian of the data's moments is the same, exactly or almost.
+
+        Almost is where alpha_t times the data's standard deviation is below 3 % of sigma_t: 5e-4 nats per dimension.
+        """
+        if self._is_one:
+            return None
+        forgotten = self.kernel.left_of(self.data_std, self.event, t) <= _FORGOTTEN
+        return None if forgotten else DiffusedMixture(self, t)
+
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         x, t = self._entered(x, t, least=0.0)
         log_joint, gradient = self._components(x, t)
@@ -147,7 +160,10 @@ class GaussianMixture(ScoreFunction):
             dtype: theirs; None is PyTorch's default dtype, whatever that of the means: these are kept in float64.
         """
         n, dtype = checked_count(n, "n", 0), checked_dtype(dtype)
-        stream = NoiseStream(seed, "mixture")
+        return self.drawn(n, NoiseStream(seed, "mixture")).to(dtype or torch.get_default_dtype())
+
+    def drawn(self, n: int, stream: NoiseStream) -> Tensor:
+        """As :meth:`sample`, in float64 on the CPU."""
         cumulative = self.weights.cumsum(0)[:-1].cpu()
         k = torch.searchsorted(cumulative, stream.uniform((n,), torch.float64))
         if self.roots is not None:
@@ -157,7 +173,7 @@ class GaussianMixture(ScoreFunction):
             deviation = stream.normal((n, self.means.shape[1]), torch.float64) * self.variances.cpu()[k].sqrt()
             if self.rotations is not None:
                 deviation = torch.einsum("be,bde->bd", deviation, self.rotations.cpu()[k])
-        return (self.means.cpu()[k] + deviation).reshape(n, *self.event).to(dtype or torch.get_default_dtype())
+        return (self.means.cpu()[k] + deviation).reshape(n, *self.event)
 
     def _components(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """log w_k N_k (batch, n), and each component's gradient (batch, n, d), in the kernel's basis."""
@@ -210,6 +226,34 @@ class GaussianMixture(ScoreFunction):
         log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
         log_normal = -0.5 * whitened.square().sum(1).mT - log_det - 0.5 * d * math.log(2.0 * math.pi)
         return log_normal + self.weights.log(), gradient
+
+
+class DiffusedMixture(DrawnLaw):
+    """p_t of data from a mixture of Gaussians: alpha x_0 + offset + sigma eps.
+
+    Args:
+        mixture: its score.
+        t: a time in [0, T].
+    """
+
+    def __init__(self, mixture: GaussianMixture, t: float) -> None:
+        self.mixture, self.t = mixture, t
+
+    def drawn(self, shape: tuple[int, ...], noise: NoiseStream) -> Tensor:
+        kernel, x_0 = self.mixture.kernel, self.mixture.drawn(shape[0], noise)
+        path = kernel.path(x_0, torch.tensor(self.t, dtype=torch.float64))
+        eps = noise.normal(tuple(shape), torch.float64)
+        return kernel.from_basis(path.alpha(kernel.to_basis(x_0)) + path.offset + path.sigma(eps))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.mixture.log_prob(x, self.t)
+
+    def require_event(self, event: tuple[int, ...]) -> None:
+        if tuple(event) != self.mixture.event:
+            raise DataError(f"this prior is of events of shape {self.mixture.event}, not {tuple(event)}.")
+
+    def __repr__(self) -> str:
+        return f"DiffusedMixture({len(self.mixture.means)} components at t = {self.t:g})"
 
 
 def _require_symmetric(covariances: Tensor) -> None:

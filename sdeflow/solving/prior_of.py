@@ -73,10 +73,16 @@ class PriorOf:
         return self.batch if self.index is None else len(self.index)
 
     @property
+    def _exact(self) -> Prior | None:
+        """p(x_T) where the score itself knows it."""
+        return None if self.gaussian is None or self.score is None else self.score.marginal_law(self.gaussian.T)
+
+    @property
     def known(self) -> Prior | None:
         """The prior, or None where it is still to be read off the score."""
-        if self.given is not None:
-            return self.given
+        known = self._exact if self.given is None else self.given
+        if known is not None:
+            return known
         moments = None if self.score is None else self.score.prior_moments()
         if moments is not None and self.gaussian is not None and self.gaussian.basis is None:
             return self.gaussian.marginal(*moments, self.gaussian.T)  # in a basis a mean over it needs the event
@@ -88,8 +94,9 @@ class PriorOf:
         Raises:
             MissingPriorError: for an SDE without a Gaussian kernel and without ``prior=``.
         """
-        if self.given is not None:
-            return self.given
+        known = self._exact if self.given is None else self.given
+        if known is not None:
+            return known
         score, event, kernel = require_score(self.score), tuple(like.shape[1:]), self.gaussian
         moments = score.prior_moments()
         if moments is not None and kernel is not None and kernel.basis is None:

@@ -176,6 +176,9 @@ def test_prior_mismatch_is_exact_where_both_are_known():
     sde = SDE(-x / 2, 1, T=1.0)
     exact = mixture(sde, 2)
     points = sde.kernel.sample(exact.sample(20, seed=0, dtype=torch.float64), sde.T, seed=1)
+    own, _ = budget.prior_mismatch(sde.flow_ode(exact).model, points, torch.float64)
+    assert float(own.abs().max()) < 1e-5  # the prior of the exact score is its own law
+    exact.marginal_law = lambda t: None  # as of a network: the prior is that of the data's moments
     model = sde.flow_ode(exact).model
     truth = exact.log_prob(points, sde.T) - model.prior_for(points).log_prob(points)
     found, _ = budget.prior_mismatch(model, points, torch.float64)

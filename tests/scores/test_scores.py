@@ -1,5 +1,7 @@
 """Scores: the parametrisations agree, preconditioning is exact for Gaussians, and mixtures are the truth."""
 
+import math
+
 import pytest
 import torch
 from problems import CATALOGUE, correlated, ring
@@ -222,3 +224,36 @@ def test_weights_are_not_loaded_as_something_else():
             other.load_state_dict(one.state_dict())
     old = {key: value for key, value in one.state_dict().items() if key != "meaning"}
     again.load_state_dict(old)
+
+
+@pytest.mark.parametrize("components", [1, 2])
+def test_the_prior_of_a_mixture_is_its_law_at_the_horizon(components):
+    """dx = (1 - x) dt + (1 - t) dw leaves much of the data at T = 1, and its correlations."""
+    sde = SDE(1 - x, 1 - t, T=1)
+    C = torch.tensor([[0.5, 0.45], [0.45, 0.5]], dtype=torch.float64)
+    means = torch.tensor([[0.3, -1.0], [-0.5, 2.0]], dtype=torch.float64)[:components]
+    exact = GaussianMixture(sde, means, C.expand(components, 2, 2), full=True)
+    flow, decay = sde.flow_ode(exact), math.exp(-1)
+    var = (1.0 - 5.0 * math.exp(-2)) / 4.0  # ∫ e^{-2 (1 - t)} (1 - t)² dt
+    law = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(components, dtype=torch.float64)),
+        torch.distributions.MultivariateNormal(
+            1.0 + decay * (means - 1.0), decay**2 * C + var * torch.eye(2, dtype=torch.float64)
+        ),
+    )
+    points = 0.8 * torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(flow.prior.log_prob(points), law.log_prob(points))
+    drawn = flow.prior.sample((20_000, 2), seed=0, dtype=torch.float64)
+    spread = torch.cov(means.T, correction=0) if components > 1 else 0.0
+    expected = decay**2 * (C + spread) + var * torch.eye(2, dtype=torch.float64)
+    level = 1.0 + decay * (means.mean(0) - 1.0)
+    assert bool(((drawn.mean(0) - level).abs() < 5 * (expected.diagonal() / 20_000).sqrt()).all())
+    assert float((drawn.T.cov() - expected).abs().max()) < 5 * float(expected.max()) * math.sqrt(2 / 20_000)
+    samples = flow.sample((5_000, 2), "rk4", 20, seed=0, dtype=torch.float64)
+    assert float((samples.T.cov() - C - spread).abs().max()) < 5 * float((C + spread).max()) * math.sqrt(2 / 5_000)
+    vp = sdeflow.catalog.VP()
+    assert isinstance(
+        vp.flow_ode(GaussianMixture(vp, means, C.expand(components, 2, 2), full=True)).prior, sdeflow.Gaussian
+    )
+    one = sde.flow_ode(GaussianMixture(sde, means[:1], torch.tensor([0.5])))
+    assert isinstance(one.prior, sdeflow.Gaussian)
