@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 import sdeflow
 from sdeflow import SDE, catalog
 from sdeflow.dynamics import FlowODE
+from sdeflow.errors import PriorMismatchWarning
 from sdeflow.likelihood.bounds import Elbo
 from sdeflow.likelihood.budget import prior_mismatch
 from sdeflow.likelihood.dequantisation import TruncatedNormal, Uniform
@@ -328,6 +330,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/coverage.inc")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", PriorMismatchWarning)  # some do not fit, on purpose
     groups = table(options.samples, options.only)
     if options.write:
         path = Path(__file__).parent.parent / "docs" / "benchmarks" / "coverage.inc"

@@ -14,10 +14,12 @@ from sdeflow.laws.each import EachGaussian, EachSample
 from sdeflow.laws.each import Law as Prior
 from sdeflow.laws.gaussian import Gaussian
 from sdeflow.scores import DeclaredSDE, ScoreFunction, evaluating
+from sdeflow.solving.mismatch import Mismatch, compare, is_new
 
 __all__ = ["READ", "Prior", "PriorOf", "fitted_moments", "require_score"]
 
 READ = 1024  # states from which a prior is read off a score, and that are given to it at once
+_COMPARED = 32  # conditions of a batch whose prior is compared with the score
 _READ_OF_EACH = 256  # where each sample has a condition of its own
 _READ_ELEMENTS = 2**20  # elements of the states that are given to it at once, where they are small
 _MISMATCH = 0.01  # nats per dimension
@@ -40,6 +42,7 @@ class PriorOf:
         index: which samples of it are meant; None for all.
         found: what has been found, for (event, samples); samples is None where all have the same prior. Shared by the
             parts of a batch.
+        quiet: whether nothing starts from it, so that nothing is said of it.
     """
 
     gaussian: Kernel | None
@@ -49,6 +52,7 @@ class PriorOf:
     batch: int | None = None
     index: Tensor | None = None
     found: dict[tuple[tuple[int, ...], int | None], Prior] = field(default_factory=dict)
+    quiet: bool = False
 
     def of_score(self, score: ScoreFunction) -> PriorOf:
         """That of another score, but for what is known already."""
@@ -65,7 +69,7 @@ class PriorOf:
 
     def own(self) -> PriorOf:
         """The prior that follows from the data's moments or the score, whichever was given."""
-        return self if self.given is None else replace(self, given=None, found={})
+        return self if self.given is None else replace(self, given=None, found={}, quiet=True)
 
     @property
     def samples(self) -> int | None:
@@ -101,7 +105,7 @@ class PriorOf:
         moments = score.prior_moments()
         if moments is not None and kernel is not None and kernel.basis is None:
             kernel.require_event(event)
-            return kernel.marginal(*moments, kernel.T)  # which training may change
+            return self._of_moments(kernel, moments, like)  # which training may change
         prior = self.found.get((event, None))
         if prior is None:
             samples = self.batch or score.samples or len(like) or 1
@@ -111,14 +115,20 @@ class PriorOf:
                 self.found[event, samples if isinstance(prior, EachSample) else None] = prior
         return prior.rows(self.index) if self.index is not None and isinstance(prior, EachSample) else prior
 
+    def _of_moments(self, kernel: Kernel, moments: tuple[Tensor, Tensor], like: Tensor) -> Gaussian:
+        prior, score = kernel.marginal(*moments, kernel.T), require_score(self.score)
+        if not self.quiet:
+            compare(prior, kernel, score, moments[1], like, self.batch or score.samples or 1)
+        return prior
+
     def _derived(self, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
         kernel, event, moments = self.gaussian, tuple(like.shape[1:]), score.prior_moments()
         if kernel is None:
             return self._default(score.of_batch(samples), like, samples)
         kernel.require_event(event)
         if moments is not None:
-            return kernel.marginal(moments[0].expand(event), moments[1], kernel.T)
-        return _read(kernel, score.of_batch(samples), like, samples)
+            return self._of_moments(kernel, (moments[0].expand(event), moments[1]), like)
+        return _read(kernel, score.of_batch(samples), like, samples, self.quiet)
 
     def _default(self, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
         """Of an SDE without a Gaussian kernel: pushed forward, for each condition, or the stationary law."""
@@ -163,7 +173,7 @@ def require_score(score: ScoreFunction | None) -> ScoreFunction:
     return score
 
 
-def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int) -> Prior:
+def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int, quiet: bool) -> Prior:
     """N(m, V) from s(x, T) = -V⁻¹ (x - m), fitted to the score on one batch: V by coordinate, or k x k blocks.
 
     Where samples have conditions of their own, one for each condition.
@@ -172,13 +182,20 @@ def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int) -> P
     x_T = start.sample((READ, *event), seed=0, dtype=like.dtype, device=like.device)
     conditions = _distinct(score, x_T[:1].expand(samples, *event))
     rows = torch.zeros(1, dtype=torch.long) if conditions is None else conditions[0]
-    mean, root, near = _fitted(kernel, score, rows, x_T if conditions is None else x_T[:_READ_OF_EACH], start)
+    x_T = x_T if conditions is None else x_T[:_READ_OF_EACH]
+    (mean, root, near), gradients = _fitted(kernel, score, rows, x_T, start)
     if not near.all():
         warn(
             "the score at T is not that of a Gaussian near N(offset, sigma²), so the prior could not be read off "
             f"it; {start} is used. Give the data's moments, or prior=.",
             PriorMismatchWarning,
         )
+    elif not quiet and is_new(score, event):
+        read_off = [Gaussian(mean[i], kernel.maps(root[i]), kernel.basis) for i in range(len(gradients))]
+        apart = [Mismatch.of(prior, x_T.double(), s) for prior, s in zip(read_off, gradients, strict=True)]
+        i = max(range(len(apart)), key=lambda i: apart[i].fisher)
+        if apart[i].visible:
+            apart[i].warn(read_off[i], kernel.T)
     if conditions is not None and not kernel.coupled:
         read = near.reshape(-1, *(1,) * len(event))
         mean, std = torch.where(read, mean, start.mean), torch.where(read, root, start.std)
@@ -190,8 +207,12 @@ def _read(kernel: Kernel, score: ScoreFunction, like: Tensor, samples: int) -> P
     return priors[0] if conditions is None else EachSample(priors, conditions[1])
 
 
-def _fitted(kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian) -> _Moments:
-    """The moments of p(x_T) of each of the samples ``rows``, from the score at states x_T of each."""
+def _fitted(
+    kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, start: Gaussian
+) -> tuple[_Moments, Tensor]:
+    """The moments of p(x_T) of each of the samples ``rows``, from the score at states x_T of each; and the scores of
+    the first of these samples, (samples, states, *event)."""
+    first: list[Tensor] = []
     states, u, found = len(x_T), kernel.to_basis(x_T.double()), []
     fit = _fitted_blocks if kernel.coupled else fitted_moments
     with torch.no_grad(), evaluating(score):
@@ -199,9 +220,11 @@ def _fitted(kernel: Kernel, score: ScoreFunction, rows: Tensor, x_T: Tensor, sta
             of_part = score.rows(part.repeat_interleave(states))
             x = x_T.repeat(len(part), *(1,) * (x_T.ndim - 1))
             gradient = kernel.to_basis(of_part(x, kernel.T).double())
-            found.append(fit(u, gradient.unflatten(0, (len(part), states)), start))
+            gradient = gradient.unflatten(0, (len(part), states))
+            first = first or [gradient[:_COMPARED]]
+            found.append(fit(u, gradient, start))
     mean, root, near = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    return mean, root, near
+    return (mean, root, near), first[0]
 
 
 def _distinct(score: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -22,6 +22,7 @@ bars = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = bars
 _spec.loader.exec_module(bars)
 
+pytestmark = pytest.mark.filterwarnings("ignore::sdeflow.errors.PriorMismatchWarning")  # some do not fit, on purpose
 SAMPLES = 60
 PROBLEMS = ("sub-VP, two modes, d = 3", "VE, scales, d = 4", "OU to T = 0.5, wide, d = 8")
 
