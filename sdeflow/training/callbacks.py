@@ -26,6 +26,7 @@ from sdeflow.training.run import Run, recent
 
 __all__ = ["Callback", "Checkpoints", "Progress", "Trackers", "Validation", "checked_callbacks"]
 
+_WRITES = 3  # failures in a row that end a run
 _EXTRA = "extra state/"  # names of a module's tensors hold no slash before their dots
 
 
@@ -149,20 +150,20 @@ class Checkpoints:
         self._saved: int | None = None
 
     def after_step(self, run: Run, loss: float) -> None:
-        """Writes a checkpoint where one is due. A failure is a warning; the third in a row is an error."""
+        """Writes a checkpoint where one is due. A failure is a warning; the third in a row ends all processes."""
         if run.step % self.every and not run.last:
             return
+        failure: CheckpointError | None = None
         if run.accelerator.is_main_process:
-            state, tensors = self._state(run)
             try:
-                self._write(run.step, state, tensors)
+                self._write(run.step, *self._state(run))
                 self._failures = 0
             except CheckpointError as error:
-                self._failures += 1
-                if self._failures >= 3:
-                    raise
-                warn(f"{error} Training goes on.")
-        run.accelerator.wait_for_everyone()
+                self._failures, failure = self._failures + 1, error
+                if self._failures < _WRITES:
+                    warn(f"{error} Training goes on.")
+        if run.any_process(self._failures >= _WRITES):  # which waits for the main process
+            raise failure or CheckpointError(f"the main process could not write {_WRITES} checkpoints in a row.")
 
     def rescue(self, run: Run) -> None:
         """Writes the last whole step of a run that ends by a callback's error, if it is not written already."""

@@ -142,7 +142,7 @@ class Run:
         self.result.losses.append(loss)
         self.result.skipped += math.isnan(loss)
         self.result.steps += 1
-        if self._any_process(interrupted):
+        if self.any_process(interrupted):
             self.stop()
         try:
             for callback in self.callbacks:
@@ -154,7 +154,7 @@ class Run:
                 self.checkpoints.rescue(self)
             raise
 
-    def _any_process(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process of the run: all must stop at the same step."""
         if self.accelerator.num_processes == 1:
             return flag

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import hashlib
 import json
 import os
 import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from torch.utils.data import TensorDataset
 
 import sdeflow
 from sdeflow import Score, catalog, fit
-from sdeflow.errors import CheckpointError, CheckpointMismatch
+from sdeflow.errors import CheckpointError, CheckpointMismatch, CheckpointVersionError
 from sdeflow.scores import evaluating
-from sdeflow.training.checkpoint import latest_checkpoint, run_lock, write_checkpoint
+from sdeflow.training import callbacks
+from sdeflow.training.checkpoint import FORMAT, latest_checkpoint, run_lock, write_checkpoint
 from sdeflow.training.identity import hash_of, shown
 
 
@@ -277,6 +280,46 @@ def test_each_flipped_bit_falls_back_to_the_checkpoint_before(tmp_path):
         assert latest_checkpoint(tmp_path)[0]["step"] == 1
 
 
+def rewritten(path, **values):
+    """A checkpoint whose state holds other values, with the hash that belongs to it, as format 1 and 2 had none."""
+    state = {**json.loads((path / "state.json").read_text()), **values}
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "state.sha256").unlink()
+    if state["format"] > 2:
+        (path / "state.sha256").write_text(hashlib.sha256((path / "state.json").read_bytes()).hexdigest())
+
+
+def test_older_formats_are_read_and_newer_ones_name_themselves(tmp_path):
+    path = write_checkpoint(tmp_path, 4, {"identity": {}}, {"a": {"w": torch.arange(3.0)}})
+    for version in (1, 2, FORMAT):
+        rewritten(path, format=version)
+        state, tensors = latest_checkpoint(tmp_path)
+        assert state["step"] == 4 and tensors["a"]["w"].tolist() == [0.0, 1.0, 2.0]
+        (path / "state.sha256").touch()
+        rewritten(path, format=FORMAT)
+    rewritten(path, format=FORMAT + 1)
+    with pytest.raises(CheckpointVersionError, match=f"has format {FORMAT + 1}; this sdeflow reads up to {FORMAT}"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd"])
+def test_a_checkpoint_names_no_file_elsewhere(name, tmp_path):
+    write_checkpoint(tmp_path, 1, {}, {"a": {"w": torch.zeros(1)}})
+    path = write_checkpoint(tmp_path, 2, {}, {"a": {"w": torch.zeros(1)}})
+    rewritten(path, sha256={name: "0" * 64})
+    with pytest.warns(UserWarning, match="names a file"):
+        assert latest_checkpoint(tmp_path)[0]["step"] == 1
+
+
+def test_a_huge_state_is_not_read_whole(tmp_path):
+    write_checkpoint(tmp_path, 1, {}, {"a": {"w": torch.zeros(1)}})
+    path = write_checkpoint(tmp_path, 2, {}, {"a": {"w": torch.zeros(1)}})
+    with open(path / "state.json", "ab") as file:
+        file.truncate(2**40)  # a sparse file of a terabyte
+    with pytest.warns(UserWarning, match="state.json"):
+        assert latest_checkpoint(tmp_path)[0]["step"] == 1
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     write_checkpoint(tmp_path, 1, {}, {"weights": {"w": torch.zeros(8)}})
     write_checkpoint(tmp_path, 2, {}, {"weights": {"w": torch.full((8,), float("nan"))}})
@@ -327,6 +370,60 @@ def test_the_users_own_accelerator_is_left_as_it_was():
         trained(steps=1, mixed_precision="half")
 
 
+def of_two_ranks(function, folder):
+    """What ``function(rank)`` gives in each of two processes that are one process group, through JSON."""
+
+    def run(rank):
+        os.environ.pop("LOCAL_RANK", None)
+        meeting = f"file://{folder}/meeting"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        (folder / str(rank)).write_text(json.dumps(function(rank)))
+
+    children = [forked(functools.partial(run, rank)) for rank in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+def test_a_failed_write_ends_the_run_in_all_ranks(tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def train(rank):
+        def full(*_):
+            raise CheckpointError("no space left")
+
+        callbacks.write_checkpoint = full  # in this process alone
+        try:
+            trained(steps=9, out=tmp_path / "out", checkpoint_every=2)
+        except CheckpointError as error:
+            return str(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, second = of_two_ranks(train, tmp_path)
+    assert first == "no space left" and "main process could not write 3 checkpoints" in second
+
+
+def test_ranks_draw_other_noise_for_the_same_weights(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.ones(2)), []
+
+        def forward(self, x, t):
+            if self.training:
+                self.seen.append([*x[0].tolist(), float(t[0])])
+            return self.weight * x
+
+    def train(rank):
+        torch.manual_seed(rank)
+        score = Score(Net(), catalog.VP())
+        trained(score, steps=2)
+        return [score.net.seen, score.net.weight.tolist()]
+
+    (first, weight), (second, same) = of_two_ranks(train, tmp_path)
+    assert weight == same and all(a != b for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
 def test_ranks_of_the_users_own_process_group_share_the_batch(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -338,17 +435,11 @@ def test_ranks_of_the_users_own_process_group_share_the_batch(tmp_path):
             return self.weight * x
 
     def train(rank):
-        os.environ.pop("LOCAL_RANK", None)
-        meeting = f"file://{tmp_path}/meeting"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
         score = Score(Net(), catalog.VP())
         result = trained(score, steps=3)
-        found = [score.net.seen, score.net.weight.tolist(), result.losses]
-        (tmp_path / str(rank)).write_text(json.dumps(found))
+        return [score.net.seen, score.net.weight.tolist(), result.losses]
 
-    children = [forked(functools.partial(train, rank)) for rank in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    first, second = of_two_ranks(train, tmp_path)
     assert first[0] == 8 and first == second
 
 
