@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import DeclarationError, ScheduleError, TooLargeError
+from sdeflow.kernels.continuity import Readings, require_continuous
 from sdeflow.numerics.breakpoints import break_points
 from sdeflow.numerics.chebyshev import NODES, geometric_edges, nodes_of
 from sdeflow.numerics.checks import checked_numbers
@@ -48,6 +49,7 @@ _CUTOFF_NOISE = 2e-3  # sigma / alpha at the default cutoff
 _AGREEMENT = 1e-11  # of closed forms with quadrature, relative
 _ROUNDING = 16 * float(torch.finfo(torch.float64).eps)  # of a time, and of the functions of it in a formula
 _STEP_ROUNDING = 2 * float(torch.finfo(torch.float64).eps)
+_EARLIEST_PIECE = 1e-12  # of the horizon: no piece of a path is looked for before
 _LARGEST = float(torch.finfo(torch.float32).max)
 _SMALLEST_STD = float(torch.finfo(torch.float32).tiny)
 _SAMPLES = 2**16  # times from which the inverse of the log-SNR starts, at most
@@ -96,6 +98,7 @@ class Coefficients:
             even = torch.linspace(0.0, self.T, 258, dtype=torch.float64)[1:-1]
             self._require_noise_at(even, everywhere=False)
             self.table = self._integrate()
+            self._require_continuous_path(self.table)
             self._require_noise_at(self.table.times[:, ::5].reshape(-1), everywhere=True)
             self._require_no_overflow()
             self._version = values.version
@@ -363,12 +366,35 @@ class Coefficients:
                     f"give {symbol} as a number, or a tensor without requires_grad."
                 )
 
+    def _require_continuous_path(self, table: MomentTable) -> None:
+        """A ScheduleError where a declared path jumps, which f and g, and so the table, do not hold."""
+        path = self.declaration.path
+        if path is None:
+            return
+        try:
+            declared = compile_expressions(path, (time_symbol,), self.values, self.T)
+        except DeclarationError:  # such as 0/0 at these values of the parameters
+            return
+
+        def read(points: np.ndarray) -> Readings:
+            t = torch.as_tensor(points)
+            log_alpha, var, _ = table(t)
+            a, _, q = self.of_sde(t)
+            rows = *self._evaluated(declared, t), log_alpha.exp(), var, a, q
+            return Readings(*(row.detach().cpu().reshape(len(points), -1).numpy() for row in rows))
+
+        pieces = np.concatenate([[0.0], break_points(path, self.values.entries(), self.T), [self.T]])
+        times = np.union1d(table.times[:, ::5].reshape(-1).numpy(), 0.5 * (pieces[1:] + pieces[:-1]))
+        require_continuous(path, times[times >= _EARLIEST_PIECE * self.T], read, self.values.numbers_at)
+
     def _refresh(self) -> None:
         """Follows values that were changed in place, as by an optimiser."""
         if self._version == self.values.version:
             return
         self._version = self.values.version
         with torch.no_grad():
+            if self.declaration.path is not None and self._moves_jumps:
+                self._require_continuous_path(self._integrate())
             rows = () if self.closed is None else self._evaluated(self.closed, self.table.times)
             if rows and all(bool(torch.isfinite(row).all()) for row in rows):
                 _, offset, std, log_alpha = rows

@@ -124,6 +124,15 @@ class Values(Mapping[sp.Symbol, "float | Tensor"]):
             arrays = {symbol: float(array[0, 0]) for symbol, array in arrays.items()}
         return {**self._values, **arrays}
 
+    def numbers_at(self, entry: int) -> dict[sp.Symbol, float]:
+        """The values at one place of the flattened common shape of tensors."""
+        return {
+            symbol: value
+            if isinstance(value, float)
+            else float(value.detach().double().expand(self.shape).reshape(-1)[entry])
+            for symbol, value in self._values.items()
+        }
+
     def replaced(self, changes: Mapping[sp.Symbol, object]) -> Values:
         """A copy with some values changed."""
         return Values({**self._values, **changes})

@@ -138,6 +138,8 @@ def _step(expr: sp.Basic) -> tuple[Step | sp.Expr, tuple[sp.Basic, ...]]:
         constant = expr.evalf(20)
         number = math.nan if constant.is_extended_real is False else float(constant)  # as on a branch never taken
         return lambda _: number, ()
+    if isinstance(expr, sp.Derivative | sp.Subs):  # as of a floor
+        raise UnknownValue(f"{expr} cannot be evaluated.")
     if isinstance(expr, sp.Piecewise):
         return _selected, tuple(part for branch in expr.args for part in branch)
     function = expr.func

@@ -26,12 +26,20 @@ from sdeflow.symbolic.evaluate import UnknownValue, evaluate
 from sdeflow.symbolic.exact import value_at
 from sdeflow.symbolic.patience import patiently, small, within
 from sdeflow.symbolic.schedule import Schedule, schedule, table_of
+from sdeflow.symbolic.switches import jumps
 from sdeflow.symbolic.symbols import t, x
 
-__all__ = ["declare_path", "is_table"]
+__all__ = ["RAMP", "declare_path", "is_table"]
+
+RAMP = (
+    "For a jump at t = c from p to q write a steep ramp that takes a short time w: "
+    "p + (q - p)*Min(Max((t - c)/w, 0), 1)."
+)
+"""What to write for a jump."""
 
 _SMALL = 40  # operations
 _SECONDS = 0.2  # of processor time to shorten f, and g²; the declaration needs the rest of its time for checks
+_STEPS = (sp.floor, sp.ceiling, sp.sign, sp.Heaviside)
 _SWITCHING = (sp.Abs, sp.sign, sp.Max, sp.Min, sp.Heaviside, sp.floor, sp.ceiling, sp.frac, sp.Mod)
 _LEAST = 0.5  # the least alpha at the first entry of a table
 _JOIN = 1e-3  # of the first step: the end of the continuation, for a table that starts at t = 0 with alpha < 1
@@ -91,6 +99,11 @@ def _declared(
             f"alpha = {alpha} and sigma = {sigma} are too large to derive f and g from them: declare f and g."
         )
     rate, gram = found
+    if gram == 0 and (steps := jumps((alpha, sigma))):
+        raise ScheduleError(
+            f"alpha = {alpha} and sigma = {sigma} change by jumps alone, where {steps[0].expr} switches: there f or g "
+            f"would be infinite, and elsewhere g is 0. A path is continuous. {RAMP}"
+        )
     start, initial = (_at_start(e) for e in (alpha, sigma))
     first = float(sp.re(start)) if start.is_number and start.is_finite else math.nan
     if start.is_number and not abs(first - 1) <= 1e-12:
@@ -175,10 +188,18 @@ def _continued(
 
 def _path_coefficients(alpha: sp.Expr, sigma: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
     """f / x = alpha' / alpha and g² = 2 sigma sigma' - 2 f sigma² / x."""
-    rate = _simplest(sum(derivative(factor, t) / factor for factor in sp.Mul.make_args(alpha)))
+    rate = _simplest(sum(_slope(factor) / factor for factor in sp.Mul.make_args(alpha)))
     if sp.expand(sigma**2 + alpha**2) == 1:
         return rate, -2 * rate
-    return rate, _simplest(2 * sigma * derivative(sigma, t) - 2 * rate * sigma**2)
+    return rate, _simplest(2 * sigma * _slope(sigma) - 2 * rate * sigma**2)
+
+
+def _slope(expr: sp.Expr) -> sp.Expr:
+    """d/dt between the jumps; whether there are any, numbers say (:mod:`sdeflow.kernels.continuity`)."""
+    plain = expr.replace(sp.Mod, lambda u, p: u - p * sp.floor(u / p)).replace(sp.frac, lambda u: u - sp.floor(u))
+    constant = {step: sp.Dummy(real=True) for step in plain.atoms(*_STEPS)}
+    back = {dummy: step for step, dummy in constant.items()}
+    return derivative(plain.xreplace(constant), t).xreplace(back)
 
 
 def _simplest(expr: sp.Expr) -> sp.Expr:

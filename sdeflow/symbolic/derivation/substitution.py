@@ -29,6 +29,7 @@ Numbers = Mapping[sp.Symbol, float]
 
 _TIMES = tuple(sp.Rational(k, 97) for k in (7, 29, 47, 71, 96))  # in units of the horizon
 _STANDING = (sp.Integral, sp.Derivative, AppliedUndef, Schedule)
+_STEPPED = (sp.floor, sp.ceiling, sp.frac, sp.Mod)
 _TOLERANCE = 1e-10
 _FLOOR = 1e-29  # the resolution of 30 digits
 _EXPANDABLE = 400  # the most operations of an expression that is expanded
@@ -80,7 +81,9 @@ def _entries(side: sp.Expr | sp.MatrixBase) -> list[sp.Expr]:
 
 
 def _settled(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with constant factors moved before its integrals, and without integrals over empty intervals."""
+    """``expr`` with constant factors moved before its integrals, without integrals over empty intervals, and with the
+    slopes of floor, Mod and their like between jumps."""
+    expr = expr.replace(_is_slope_of_steps, _slope_of_steps) if expr.has(*_STEPPED) else expr
 
     def pull(function: sp.Expr, *limits: sp.Tuple) -> sp.Expr:
         variable, *ends = limits[0]
@@ -93,6 +96,17 @@ def _settled(expr: sp.Expr) -> sp.Expr:
         return constant * sp.Integral(function, *limits)
 
     return expr.replace(sp.Integral, pull) if expr.has(sp.Integral) else expr
+
+
+def _is_slope_of_steps(node: sp.Basic) -> bool:
+    """Whether a node is the derivative of a floor or its like, or, inner parts first, that derivative at a place."""
+    if isinstance(node, sp.Derivative):
+        return node.expr.func in _STEPPED and node.expr.args[:1] == node.variables
+    return isinstance(node, sp.Subs) and node.expr.is_number
+
+
+def _slope_of_steps(node: sp.Basic) -> sp.Expr:
+    return node.expr if isinstance(node, sp.Subs) else sp.Integer(node.expr.func in (sp.Mod, sp.frac))
 
 
 def _scaled(function: sp.Piecewise, variable: sp.Symbol) -> tuple[sp.Expr, sp.Piecewise]:
