@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +54,7 @@ _ROUNDED_BETWEEN = 30.0  # the rounding of an interpolant, in units of that of e
 _REACH = 2.125
 _TRUNCATION = 4.0 * 4.0**-23 / 3.0
 _CERTAIN = 5e-13
+_LEBESGUE = 4.0  # interpolants at 24 nodes are so much worse than the best constant
 
 _theta = (np.arange(NODES) + 0.5) * math.pi / NODES
 _points = -np.cos(_theta)  # increasing, inside (-1, 1)
@@ -93,6 +95,9 @@ class Bound(Protocol):
 
     def __call__(self, centre: np.ndarray, radius: np.ndarray, analytic: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Values (k, n) at real centres, and their largest distance to values on discs around, complex or real."""
+
+    def between(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest values (k, n) on intervals without a break point inside."""
 
 
 class PiecewiseChebyshev:
@@ -311,17 +316,18 @@ class _Test:
             between = np.maximum(1e3 * small, _ROUNDED_BETWEEN * rounded)
             resolved[resolved] = self._holds_between(nodes, coefficients, between, resolved)
             return resolved
-        certain, rounding = self._is_certain(self.bound, 0.5 * (left + right), width, nodes[:, _LOOKED_AT])
+        certain, rounding = self._is_certain(self.bound, left, right, nodes[:, _LOOKED_AT])
         # A computed value may have the rounding error of its formula, but not a larger one.
         floor = rounding if len(rounding) == len(tail) else rounding.max(0)
         small = np.maximum(np.maximum(tolerance * size, floor) + 1e-300, negligible)
         return certain & (tail <= small).all(0)
 
     def _is_certain(
-        self, bound: Bound, centre: np.ndarray, width: np.ndarray, points: np.ndarray
+        self, bound: Bound, left: np.ndarray, right: np.ndarray, points: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Whether bounds prove all functions to be interpolated, (panels,); their rounding errors, (k, panels)."""
-        radius = bound(centre, _REACH * 0.5 * width)[1]
+        width = right - left
+        radius = bound(0.5 * (left + right), _REACH * 0.5 * width)[1]
         values, rounding = _rounded(bound, points, 0.5 * _EPSILON * np.abs(points))
         size = np.nan_to_num(np.abs(values)).max(-1)
         coarse = (rounding > 1e-3 * size).any(0)
@@ -333,16 +339,16 @@ class _Test:
         certain |= radius * width <= negligible
         rest = ~certain.all(0)
         if rest.any():  # beside the end of a root, where nothing is analytic, a panel may hold next to nothing
-            real = bound(centre[rest], 0.5 * width[rest], analytic=False)[1]
-            certain[:, rest] |= real * width[rest] <= negligible
+            low, high = bound.between(left[rest], right[rest])
+            certain[:, rest] |= (high - low) * width[rest] <= negligible
+            certain[:, rest] |= _LEBESGUE * (high - low) <= _CERTAIN * size[:, rest]
         return certain.all(0), rounding
 
     def share(self, left: np.ndarray, right: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Bounds of the integrals of the moduli over panels, (k, panels)."""
         size = np.abs(values).max(-1)
         if self.bound is not None:
-            middle, radius = self.bound(0.5 * (left + right), 0.5 * (right - left), analytic=False)
-            largest = np.nan_to_num(np.abs(middle)) + radius
+            largest = reduce(np.maximum, map(np.abs, self.bound.between(left, right)))
             if len(largest) == len(size):  # for tensor parameters a constant has one bound, but a value for each entry
                 # At 0 an integrable power is unbounded.
                 size = np.where(left > 0, np.maximum(size, largest), size)

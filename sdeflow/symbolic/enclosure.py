@@ -27,6 +27,7 @@ from sympy.functions.elementary.piecewise import ExprCondPair
 from sympy.logic.boolalg import BooleanAtom
 
 from sdeflow.errors import DeclarationError
+from sdeflow.symbolic.ranges import Range, Ranges, towards_ends
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.special import special_functions
 from sdeflow.symbolic.squares import is_even_root
@@ -94,13 +95,62 @@ class Enclosure:
             analytic: whether a function must be analytic on the disc to have a finite radius. If not, only the
                 values at real points of the disc are bounded, which is enough for rounding.
         """
-        walk = _Walk({**self._known, time_symbol: Disc(centre, radius)}, self._known, analytic)
+        walk = self._walk(centre, radius, analytic)
         with np.errstate(all="ignore"):
             discs = [walk(expression) for expression in self.expressions]
         # Each is (entries, n), or (1, n) for a part without arrays of parameters.
         parts = [np.broadcast_arrays(disc.centre, disc.radius, np.empty((1, centre.size)))[:2] for disc in discs]
         centres, radii = (np.concatenate(part, dtype=np.float64) for part in zip(*parts, strict=True))
         return centres, np.where(np.isnan(radii), np.inf, radii)
+
+    def between(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest real values on intervals without a break point inside, (m, n) each.
+
+        Values are infinite where there is no bound. At the ends of the intervals a part may be infinite, such as the
+        exponent of exp(-1/u).
+        """
+        low, high = self._between(left, right, settled=True)
+        unknown = (np.isnan(low) | np.isnan(high)).any(0)
+        if unknown.any():
+            first, last = towards_ends(left[unknown], right[unknown])
+            lows, highs = self._between(first.reshape(-1), last.reshape(-1), settled=False)
+            low[:, unknown] = lows.reshape(len(low), *first.shape).min(-1)
+            high[:, unknown] = highs.reshape(len(low), *first.shape).max(-1)
+        nowhere = np.isnan(low) | np.isnan(high)
+        return np.where(nowhere, -np.inf, low), np.where(nowhere, np.inf, high)
+
+    def _between(self, left: np.ndarray, right: np.ndarray, settled: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The ends of the ranges, NaN if interval arithmetic knows none; with ``settled``, 0 up to rounding is 0."""
+        n, ends = len(left), np.concatenate([left, right])
+        discs = self._walk(0.5 * (left + right), 0.5 * (right - left), analytic=False)
+        beside = self._walk(ends, _ROUNDING * np.abs(ends), analytic=False)
+
+        def rounding(expr: sp.Basic) -> np.ndarray | float:
+            """The rounding error at an end where the value is no more than that; 0 where it is not."""
+            if not settled:
+                return 0.0
+            value, radius = np.broadcast_arrays(*beside(expr)[:2], np.empty(2 * n))[:2]
+            radius = np.where(np.isfinite(radius) & (np.abs(value) <= 2.0 * radius), radius, 0.0)
+            return radius.reshape(*radius.shape[:-1], 2, n).max(-2)
+
+        known = {symbol: Range(disc.centre, disc.centre) for symbol, disc in self._known.items()}
+        ranges = Ranges(discs, rounding, {**known, time_symbol: Range(left, right)})
+        with np.errstate(all="ignore"):
+            found = [_common(discs(expression), ranges(expression), n) for expression in self.expressions]
+        low, high = (np.concatenate(part, dtype=np.float64) for part in zip(*found, strict=True))
+        return low, high
+
+    def _walk(self, centre: np.ndarray, radius: np.ndarray, analytic: bool) -> _Walk:
+        return _Walk({**self._known, time_symbol: Disc(centre, radius)}, self._known, analytic)
+
+
+def _common(disc: Disc, found: Range, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ends (entries, n) of what lies in a range and in a disc, which knows more where terms cancel."""
+    low, high, centre, radius = np.broadcast_arrays(*found, disc.centre, disc.radius, np.empty((1, n)))[:4]
+    return (
+        np.where(np.isnan(low), np.nan, np.fmax(low, centre - radius)),
+        np.where(np.isnan(high), np.nan, np.fmin(high, centre + radius)),
+    )
 
 
 class _Walk:

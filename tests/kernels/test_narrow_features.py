@@ -320,6 +320,39 @@ def test_time_of_inverts_the_log_snr_across_features(g):
     np.testing.assert_allclose(back, times, rtol=1e-11)
 
 
+# ------------------------------------------------------------------ parts that are infinite at an edge
+
+
+def bump(width, centre):
+    """The standard mollifier: smooth, and 0 outside of centre - width, centre + width."""
+    u = (t - centre) / width
+    return PW((100 * sp.exp(-1 / (1 - u**2)), sp.Abs(u) < 1), (0, True))
+
+
+MOLLIFIER = 0.4439938161680794  # the integral of exp(-1/(1 - u²)) over |u| < 1
+_u, _v = 2 * t - R(1, 2), t - R(1, 3)  # a step from t = 1/4 to 3/4, and what starts at 1/3
+EDGES = {  # pulses and their integrals over [0, 1]
+    "bump": (bump(R(121, 1250), R(6, 13)), 9.68 * MOLLIFIER),  # 1 - u² is not 0 at the rounded edge
+    "narrow bump": (bump(R(1, 10**5), R(1, 3)), 1e-3 * MOLLIFIER),
+    "step": (PW((0, _u <= 0), (1 / (1 + sp.exp(1 / _u - 1 / (1 - _u))), _u < 1), (1, True)), 0.5),
+    "0 times infinity": (PW((sp.exp(-1 / _v) / _v**2, _v > 0), (0, True)), math.exp(-1.5)),
+    "0 / 0": (PW((sp.sin(9 * _v) / _v + 5, sp.Ne(_v, 0)), (14, True)), float(sp.Si(3) + sp.Si(6)) + 5),
+    "poles below": (1 / (1 + sp.tan(9 * t) ** 2), 0.5 + math.sin(18) / 36),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_bounded_functions_of_what_is_infinite_at_an_edge(name):
+    pulse, area = EDGES[name]
+    assert at(SDE(0, sp.sqrt(1 + pulse)))[1] == pytest.approx(1 + area, rel=1e-12)
+
+
+@pytest.mark.parametrize("pulse", [sp.exp(_v) * _v / _v**2, 1 + sp.exp(1 / (1 - (3 * _v) ** 2))], ids=["pole", "power"])
+def test_what_grows_without_bound_at_an_edge_is_refused(pulse):
+    with pytest.raises(ScheduleError, match=r"singular|not finite"):
+        SDE(0, sp.sqrt(1 + PW((pulse, (_v > 0) & (_v < R(1, 3))), (0, True))))
+
+
 # ------------------------------------------------------------------ bounds
 
 SHAPES = [
@@ -350,6 +383,20 @@ def test_discs_contain_the_values(expr):
         assert distance <= bound * (1 + 1e-9)
         tightness.append(bound / max(distance, 1e-14 * max(1, abs(value))))
     assert len(tightness) >= 10 and np.median(tightness) < 5
+
+
+@pytest.mark.parametrize("expr", SHAPES, ids=str)
+def test_ranges_contain_the_values(expr):
+    """The real ones on intervals; and not much more than them."""
+    rng = np.random.default_rng(0)
+    function = sp.lambdify(t, expr, ["scipy", "numpy"])
+    left = rng.uniform(0.02, 0.9, 40)
+    right = np.minimum(left + 10 ** rng.uniform(-3, -0.3, 40), 0.98)
+    (low,), (high,) = Enclosure([expr], {}).between(left, right)
+    values = function(np.linspace(left, right, 201))
+    least, most, rounding = values.min(0), values.max(0), 1e-11 * (1 + abs(values).max(0))
+    assert (low <= least + rounding).all() and (high >= most - rounding).all()
+    assert np.median((high - low) / (most - least + rounding)) < 3
 
 
 def test_rounding_is_bounded():
