@@ -45,7 +45,7 @@ from sdeflow.symbolic.coupled import derive_coupled, information, symbolic_chole
 from sdeflow.symbolic.declaration import Declaration
 from sdeflow.symbolic.display import integrate_within
 from sdeflow.symbolic.exact import numbers_at
-from sdeflow.symbolic.moments import Moments, derive_moments, integral_moments, square_root
+from sdeflow.symbolic.moments import Moments, completed, derive_moments, integral_moments, square_root
 from sdeflow.symbolic.symbols import data_symbols
 from sdeflow.symbolic.symbols import t as time_symbol
 
@@ -219,12 +219,12 @@ class Kernel:
 
     @cached_property
     def _derived(self) -> Moments:
-        """The moments of an elementwise SDE, in closed form where rules give it."""
+        """The moments of an elementwise SDE, in closed form where rules give it, and as functions A(t), m(t), v(t)."""
         if self.declaration.path is not None:
             alpha, sigma = self.declaration.path
             rules = ("alpha: declared", "offset: none", "variance: declared")
             return Moments(sp.log(alpha), alpha, sp.Integer(0), sigma**2, rules)
-        return derive_moments(self._drift, self.declaration.g, self.declaration.P0, self.T, self.values.numbers)
+        return derive_moments(self._drift, self.declaration.g, self.declaration.P0, self.T, self.values.numbers, False)
 
     @cached_property
     def shown(self) -> Moments:
@@ -235,9 +235,8 @@ class Kernel:
             return self._derived
         if self._derived.closed and self._is_true(self._derived):
             return self._derived  # true, but not computed as it stands: digits would cancel
-        unsolved = self._derived
-        if self._derived.closed:
-            unsolved = integral_moments(self._drift, self.declaration.g, self.declaration.P0)
+        given = self._drift, self.declaration.g, self.declaration.P0
+        unsolved = integral_moments(*given) if self._derived.closed else completed(self._derived, *given)
         integrated = integrate_within(unsolved)
         if integrated is None:
             return unsolved

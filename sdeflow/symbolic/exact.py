@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import sympy as sp
+from sympy.functions.elementary.piecewise import ExprCondPair
+from sympy.logic.boolalg import Boolean
 
 from sdeflow.symbolic.patience import patiently, within
 
-__all__ = ["numbers_at", "rationalised", "value_at"]
+__all__ = ["numbers_at", "rationalised", "value_at", "without_poles"]
+
+_FINITE = (
+    sp.Symbol, sp.NumberSymbol, sp.Add, sp.Mul, sp.exp, sp.sin, sp.cos, sp.sinh, sp.cosh, sp.tanh, sp.atan, sp.asinh,
+    sp.erf, sp.erfc, sp.Abs, sp.sign, sp.Heaviside, sp.floor, sp.ceiling, sp.frac, sp.Max, sp.Min, sp.Piecewise,
+    ExprCondPair, Boolean,
+)  # fmt: skip
 
 Point = Mapping[sp.Symbol, float | sp.Expr]
 
@@ -31,6 +39,18 @@ def rationalised(expr: sp.Expr) -> sp.Expr:
     """``expr`` with its floats as exact rationals, 0.1 as 1/10, because SymPy does not cancel floats."""
     floats = {number: sp.Rational(str(number)) for number in expr.atoms(sp.Float)}
     return expr.xreplace(floats)
+
+
+def without_poles(expr: sp.Basic) -> bool:
+    """Whether ``expr`` is finite for all finite values of its symbols, as its parts show: none of them has a pole."""
+    return all(map(_is_finite, sp.preorder_traversal(expr)))
+
+
+def _is_finite(node: sp.Basic) -> bool:
+    """Whether a node is finite where its arguments are."""
+    if isinstance(node, sp.Pow):
+        return (node.exp.is_Rational and node.exp > 0) or (node.base.is_Rational and node.base > 0)
+    return isinstance(node, _FINITE) or (isinstance(node, sp.Number) and node.is_finite)
 
 
 def _value_at(expr: sp.Expr, at: Point, digits: int | None) -> sp.Expr:

@@ -15,7 +15,7 @@ compiled numbers agree with quadrature.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 from sympy.core.function import AppliedUndef
@@ -28,6 +28,7 @@ from sdeflow.symbolic.symbols import t, unused
 
 __all__ = [
     "Moments",
+    "completed",
     "constant_ratio",
     "derive_moments",
     "integral_moments",
@@ -61,7 +62,9 @@ class Moments:
         return not any(e.has(*unsolved) for e in (self.log_alpha, self.alpha, self.offset, self.var))
 
 
-def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: Mapping[sp.Symbol, float]) -> Moments:
+def derive_moments(
+    drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: Mapping[sp.Symbol, float], integrals: bool = True
+) -> Moments:
     """The moments by rules; a moment without a rule is an integral.
 
     Args:
@@ -70,18 +73,38 @@ def derive_moments(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: 
         P0: the variance at t = 0.
         T: the horizon.
         values: numbers of the parameters, used only for the signs of the arguments of logarithms.
+        integrals: whether integrals are written; if not, a function stands for each until it is :func:`completed`.
     """
+    found = _by_rules(drift, g, P0, T, values)
+    return completed(found, drift, g, P0) if integrals else found
+
+
+def completed(moments: Moments, drift: AffineDrift, g: sp.Expr, P0: float) -> Moments:
+    """``moments`` with integrals for those that no rule gave."""
+    if moments.closed:
+        return moments
+    unsolved = integral_moments(drift, g, P0)
+    if moments.log_alpha.has(AppliedUndef):
+        return unsolved
+    offset, var = (
+        other if own.has(AppliedUndef) else own
+        for own, other in ((moments.offset, unsolved.offset), (moments.var, unsolved.var))
+    )
+    return replace(moments, offset=offset, var=var)
+
+
+def _by_rules(drift: AffineDrift, g: sp.Expr, P0: float, T: float, values: Mapping[sp.Symbol, float]) -> Moments:
+    """The moments that rules give, and functions A(t), m(t), v(t) for the others."""
     a, b = drift
+    named = _named(b)
     start, midpoint = rationalised(sp.Float(P0)), {**values, t: T / 2}
     log_alpha, alpha = patiently(_growth, a, midpoint, otherwise=(None, None), seconds=_SECONDS)
     if log_alpha is None:
-        return integral_moments(drift, g, P0)
+        return named
     offset, offset_rule = patiently(_offset, a, b, alpha, midpoint, otherwise=_UNSOLVED, seconds=_SECONDS)
     known = a, g, log_alpha, alpha, start, midpoint
     var, var_rule = patiently(_variance, *known, otherwise=_UNSOLVED, seconds=_SECONDS)
-    if offset is None or var is None:
-        unsolved = integral_moments(drift, g, P0)
-        offset, var = unsolved.offset if offset is None else offset, unsolved.var if var is None else var
+    offset, var = named.offset if offset is None else offset, named.var if var is None else var
     rules = ("log alpha: antiderivative of a", f"offset: {offset_rule}", f"variance: {var_rule}")
     return Moments(log_alpha, alpha, offset, var, rules)
 
@@ -102,9 +125,12 @@ def moments_of(declaration: Declaration, values: Mapping[sp.Symbol, float]) -> M
 
 def integral_moments(drift: AffineDrift, g: sp.Expr, P0: float) -> Moments:
     """The moments as integrals, for any schedule; as functions A(t), m(t) and v(t) if that takes too long."""
+    return patiently(_rational_integrals, *drift, g, P0, otherwise=_named(drift[1]), seconds=_SECONDS)
+
+
+def _named(b: sp.Expr) -> Moments:
     log_alpha, offset, var = (sp.Function(name, real=True)(t) for name in ("A", "m", "v"))
-    named = Moments(log_alpha, sp.exp(log_alpha), offset if drift[1] != 0 else drift[1], var, ("by quadrature",) * 3)
-    return patiently(_rational_integrals, *drift, g, P0, otherwise=named, seconds=_SECONDS)
+    return Moments(log_alpha, sp.exp(log_alpha), offset if b != 0 else b, var, ("by quadrature",) * 3)
 
 
 def _rational_integrals(a: sp.Expr, b: sp.Expr, g: sp.Expr, P0: float) -> Moments:

@@ -5,6 +5,7 @@ import sympy as sp
 import torch
 
 from sdeflow import SDE, ScheduleError, state, t, x
+from sdeflow.symbolic.exact import without_poles
 
 R, k = sp.Rational, sp.Symbol("k")
 S, V = state("S V")
@@ -58,3 +59,17 @@ def test_a_simulation_runs_between_far_ends():
 def test_what_is_real_nowhere_is_refused(g):
     with pytest.raises(ScheduleError, match="not finite and real at t = "):
         SDE(-x, g)
+
+
+def test_what_has_a_pole_is_seen():
+    q = R(1, 2)
+    finite = (
+        sp.exp(-(((t - 0.3) / 1e-3) ** 2)), sp.sqrt(1 + t), sp.Piecewise((1, (t < 1) | (t > 2)), (t**2, True)),
+        2**t * sp.sin(k * t), sp.Max(t, 1) + sp.pi, sp.Abs(t - 1) * sp.tanh(t) / 10, sp.Integer(0),
+    )  # fmt: skip
+    poles = (
+        1 / t, sp.log(t), sp.tan(t), t**-q, t**k, sp.exp(1 / (1 - t)), sp.gamma(t), sp.atanh(t), (-2) ** t,
+        sp.Mod(t, 1), sp.oo * sp.Symbol("p", positive=True), sp.log(sp.cos(t)) * sp.sin(t),
+    )  # fmt: skip
+    assert all(map(without_poles, finite))
+    assert not any(map(without_poles, poles))
