@@ -217,7 +217,9 @@ def steps_of(grid: Grid) -> int | None:
     return None if grid is None or isinstance(grid, str) else max(1, len(torch.as_tensor(grid).reshape(-1)) - 1)
 
 
-def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale: float = 1.0) -> Clock:
+def make_clock(
+    grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale: float = 1.0, breaks: np.ndarray | None = None
+) -> Clock:
     """The clock for ``grid``; None takes the angle, log_snr for an SDE of many scales, and t without a kernel.
 
     Args:
@@ -226,19 +228,20 @@ def make_clock(grid: Grid, kernel: Kernel | None, cutoff: float, T: float, scale
         cutoff: the first time.
         T: the last time.
         scale: the data's scale c, for the angle.
+        breaks: times at which f or g is not smooth, where there is no kernel to say so.
 
     Raises:
         ValueError: for an unknown name, one that this SDE has not, or times that do not run from cutoff to T.
     """
     grid = as_grid(grid)
     if isinstance(grid, Tensor):
-        return _of_times(grid, cutoff, T, None if kernel is None else _all_breaks(kernel))
+        return _of_times(grid, cutoff, T, breaks if kernel is None else _all_breaks(kernel))
     if grid is not None and grid not in GRIDS and grid != "pilot":
         names = f"one of {', '.join(GRIDS)}" if kernel is not None else '"t" (all that this SDE has)'
         raise ValueError(f"grid must be {names} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
         if kernel is None:
-            return Clock(cutoff, T)
+            return Clock(cutoff, T, breaks=breaks)
         return Clock(cutoff, T, breaks=_all_breaks(kernel), check=partial(require_resolved, kernel, scale))
     if kernel is None:
         raise ValueError(f'grid="{grid}" needs a Gaussian kernel, which this SDE has not; use grid="t" or a tensor.')

@@ -152,8 +152,12 @@ class Problem:
         eager_checks: bool = False,
         order: int = 1,
         scheme: Scheme | None = None,
+        retries: bool = False,
     ) -> Sequence[float]:
         """Before a solve, by a method of this ``order``; ``eager_checks`` reads the finiteness at every call.
+
+        A method that ``retries`` tries a step again, shorter, where the drift is not finite; see
+        :meth:`~sdeflow.solvers.watch.Watch.tried`.
 
         Of a method with a tableau, ``scheme``, the order is that one's, and steps that spoil Gaussian data are told.
 
@@ -166,7 +170,7 @@ class Problem:
         self._end = None if given else end if steps is None else float(steps)
         self._part = None
         self._divide(steps, order if scheme is None else scheme.order, scheme)
-        self.watch.start(y.detach(), eager_checks)
+        self.watch.start(y.detach(), eager_checks, retries)
         if given:
             return (-self.times(steps) if self.backward else self.times(steps)).tolist()
         return [0.0, end] if steps is None else range(steps + 1)
@@ -306,6 +310,8 @@ class Problem:
         r = float(r.detach() if isinstance(r, Tensor) else r)  # steps chosen by an error have its graph
         if self._last is not None and self._last[0] == r and self._last[1] is y:
             return self._last[2]  # torchsde asks for the first drift twice
+        if self.watch.leaves(y):
+            return torch.full_like(y, math.nan)
         rows, y = y, self.from_rows(y) if self.components else y
         t, rate = self.time(r)
         value = self.watch.asked(self._drift, y, t)
@@ -431,6 +437,8 @@ class Normalised:
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
         """dy/dr; one call."""
         t, rate = self._time(float(r.detach() if isinstance(r, Tensor) else r))
+        if self._problem.watch.leaves(y):
+            return torch.full_like(y, math.nan)
         size = self._size(t)
         score = self._problem.flat_score(y * size, torch.tensor(t, dtype=torch.float64))
         return (y + size * score) * (rate if self._problem.backward else -rate)

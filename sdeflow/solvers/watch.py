@@ -13,6 +13,9 @@ from sdeflow.errors import MaxStepsError, NonFiniteStateError
 __all__ = ["Coefficient", "Watch"]
 
 _CHECK_EVERY = 50
+_MOST_RETRIES = 12  # of steps in a row that are not finite, each a fifth of the one before
+_REFUSED = 1e10  # an error relative to the tolerance, of a step that is not finite
+_JUST_NOW = 50  # calls
 _EXPLOSION = 1e12  # of a state, relative to 1 + the largest initial value
 
 Coefficient = Callable[[Tensor, Tensor], Tensor]
@@ -49,14 +52,20 @@ class Watch:
         self.failure: Exception | None = None
         self.grid_times: list[float] = []
         self._eager = False
+        self._retries = False
+        self._refused, self._left = 0, NonFiniteStateError("", nfe=0)
         self._limit = math.inf
         self._bad_since = torch.empty(0)
         self._times: list[float] = []
         self._sums: list[Tensor] = []
 
-    def start(self, y: Tensor, eager_checks: bool = False) -> None:
-        """Before a solve from y (batch, n); with ``eager_checks`` finiteness is read at every call."""
-        self._eager, self.batch = eager_checks, len(y)
+    def start(self, y: Tensor, eager_checks: bool = False, retries: bool = False) -> None:
+        """Before a solve from y (batch, n); with ``eager_checks`` finiteness is read at every call.
+
+        With ``retries`` the method tries a step that is not finite again, and says so to :meth:`tried`.
+        """
+        self._eager, self.batch = eager_checks or retries, len(y)
+        self._retries, self._refused = retries, 0
         if not bool(torch.isfinite(y).all()):
             rows = _rows(~torch.isfinite(y).all(1))
             raise NonFiniteStateError(f"the initial state is not finite in samples {rows}.", nfe=0, bad_rows=rows)
@@ -101,7 +110,41 @@ class Watch:
             finite = torch.isfinite(value.sum(1))
             self._bad_since = torch.minimum(self._bad_since, torch.where(finite, math.inf, float(self.nfe)))
         if self.nfe % _CHECK_EVERY == 0 or (suspicious and (on_cpu or self._eager)):
+            self._read_or_retry(y)
+
+    def tried(self, error: Tensor) -> Tensor:
+        """After a step by a method that ``retries``: its error (), as large as can be where it is not finite.
+
+        Raises:
+            NonFiniteStateError: where shorter and shorter steps are no better.
+        """
+        if bool(torch.isfinite(error)):
+            self._refused = 0
+            return error
+        self._refused += 1
+        if self._refused > _MOST_RETRIES:
+            raise self._left
+        return torch.full_like(error, _REFUSED)
+
+    @property
+    def just_left(self) -> NonFiniteStateError | None:
+        """What was wrong with one of the last steps, where it was not finite."""
+        nfe = self._left.nfe or 0
+        return self._left if nfe > max(0, self.nfe - _JUST_NOW) else None
+
+    def leaves(self, y: Tensor) -> bool:
+        """Whether y (batch, n) is no state to ask for, in a step that will be tried again."""
+        return self._retries and self.nfe > 0 and not bool(torch.isfinite(y.detach()).all())
+
+    def _read_or_retry(self, y: Tensor) -> None:
+        try:
             self._read(y)
+        except NonFiniteStateError as error:
+            exploded = not bool(torch.isfinite(self._bad_since).any())
+            if exploded or not self._retries or self.nfe == 1:
+                raise
+            self._left = error
+            self._bad_since = torch.full_like(self._bad_since, math.inf)
 
     def called(self, u: Tensor, value: Tensor, i: int) -> None:
         """After a call of states u (batch, ...) at time number ``i`` of a fixed grid, which counts it too."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.kernels.kinds import AnyKernel
+from sdeflow.numerics.breakpoints import Features
 from sdeflow.numerics.compile import compile_expressions
 from sdeflow.numerics.linear import maps_of
 from sdeflow.scores import DeclaredSDE
@@ -180,10 +181,10 @@ class Fields:
 
     def clock(self, grid: Grid, scale: float) -> Clock:
         """The time variable, centred on data of that ``scale``."""
+        if self.gaussian is None:
+            return make_clock(grid, None, self.cutoff, self.T, scale, Features(self).breaks)
         if grid is not None and not isinstance(grid, str):
             return make_clock(grid, self.gaussian, self.cutoff, self.T, scale)
-        if self.gaussian is None:
-            return make_clock(grid, None, self.cutoff, self.T, scale)
         kept, version = self.gaussian.clocks, self.values.version
         if (version, grid, scale) not in kept:  # up to some tenths of a second to build
             for old in [key for key in kept if key[0] != version]:

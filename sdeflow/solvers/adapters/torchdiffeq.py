@@ -5,10 +5,10 @@ relative to its scale, as a function of sigma / alpha alone, in which f and g do
 those of the state at the end. Otherwise they begin anew at each break point of f and g.
 
 Adaptive methods of torchdiffeq step past the end and interpolate back, and guess a first step that can
-leave the horizon altogether: ``step_t`` and the problem's clock prevent both. Their error norm is the
-largest over samples, so that a sample's accuracy does not depend on its batch. Fixed methods take the
-steps that were asked for, and nothing is signalled by ``assert`` alone. SciPy's methods do not say when a step
-ends, so they give no trajectory.
+leave the horizon altogether: ``step_t`` and the problem's clock prevent both. A step that leaves the states where the
+drift is finite is tried again, shorter. Their error norm is the largest over samples, so that a sample's accuracy does
+not depend on its batch. Fixed methods take the steps that were asked for, and nothing is signalled by ``assert``
+alone. SciPy's methods do not say when a step ends, so they give no trajectory.
 
 Chen 2018; https://github.com/rtqichen/torchdiffeq
 """
@@ -104,7 +104,10 @@ class Torchdiffeq(Solver):
     def solve(self, problem: Problem, y: Tensor, steps: int | None, rtol: float, atol: float) -> Tensor:
         """The state at the end of ``problem`` from ``y`` (batch, n)."""
         scheme = _SCHEMES.get(self.method)
-        points = problem.start(y, None if self.adaptive else steps, eager_checks=self.adaptive, order=4, scheme=scheme)
+        points = problem.start(
+            y, None if self.adaptive else steps, eager_checks=self.adaptive, order=4, scheme=scheme,
+            retries=self.adaptive and self.method != "scipy_solver",
+        )  # fmt: skip
         flow = problem.normalised() if self.adaptive else None
         observed = None if problem.watch.on_step is None else _Observed(problem, points[0], flow)
         if flow is not None:
@@ -130,7 +133,7 @@ class Torchdiffeq(Solver):
         if self.method == "scipy_solver":
             options: dict[str, object] = {"solver": self.scipy}
         elif self.adaptive:
-            options = {"step_t": ts[-1:], "norm": lambda error: problem.row_norm(error).max()}
+            options = {"step_t": ts[-1:], "norm": lambda error: problem.watch.tried(problem.row_norm(error).max())}
             if flow is not None:  # which is 0 where the data is Gaussian, or forgotten: that says nothing of the rest
                 options.update(first_step=_FIRST, max_step=_LONGEST)
         else:
@@ -146,7 +149,7 @@ class Torchdiffeq(Solver):
         except (UserWarning, AssertionError) as error:
             if error is problem.watch.failure or (observed is not None and observed.failure is error):
                 raise  # the score's or an observer's own
-            raise self._failure(problem, error) from error
+            raise problem.watch.just_left or self._failure(problem, error) from error
         if len(out) != 2:
             t = problem.watch.last_time
             raise SolverError(f"SciPy's {self.scipy} gave up at t = {t:.6g}.", t=t, nfe=problem.nfe)
