@@ -191,7 +191,7 @@ class SDE:
 
         Raises:
             DeclarationError: for a path that depends on x or does not start at alpha = 1.
-            ScheduleError: for one whose signal-to-noise ratio rises somewhere, for then g² < 0.
+            ScheduleError: for one that jumps, or whose signal-to-noise ratio rises somewhere, for then g² < 0.
         """
         resolved = parameter_symbols(params, *(e for e in (alpha, sigma) if e is not None and not is_table(e)))
         sde = object.__new__(cls)

@@ -133,7 +133,20 @@ def _of_table(table: Sequence, T: float | None, cutoff: float | None) -> tuple[s
         steps = np.arange(0 if from_data else 1, len(table) + (0 if from_data else 1), dtype=float)
         table = steps / steps[-1] * (1.0 if T is None else T), table
     times, values = table_of(table, "alpha", "alpha is continuous, for where it jumps f = alpha'/alpha x is infinite")
-    if not (values[-1] > 0 and values[0] <= 1 and (np.diff(values) < 0).all()):
+    rises = np.flatnonzero(np.diff(values) >= 0)
+    if values[-1] == 0 and not len(rises):
+        raise ScheduleError(
+            f"alpha = 0 at t = {times[-1]:g} leaves nothing of the data (zero terminal SNR), and f = alpha'/alpha x is "
+            "infinite there: leave out the last entry and pass the times, from_kernel((times[:-1], alphas[:-1])). "
+            "Without times the other entries would move, since n values alone stand for T/n, 2T/n, ..., T."
+        )
+    if len(rises):
+        i = int(rises[0])
+        raise ScheduleError(
+            f"a table of alpha falls: its entry {i + 1}, {values[i + 1]:g}, is not below its entry {i}, {values[i]:g} "
+            "(counted from 0). Its squares are DDPM's alphas_cumprod."
+        )
+    if not (values[-1] > 0 and values[0] <= 1):
         raise ScheduleError(
             "a table of alpha falls from 1, or below it, and stays above 0: its squares are DDPM's alphas_cumprod; "
             f"this one runs from {values[0]:g} to {values[-1]:g}."

@@ -80,6 +80,10 @@ def test_tables_that_are_none_are_refused():
     ):  # fmt: skip
         with pytest.raises(error):
             SDE.from_kernel(table)
+    with pytest.raises(ScheduleError, match=r"entry 2, 0\.9, is not below its entry 1, 0\.9 "):
+        SDE.from_kernel([0.99, 0.9, 0.9, 0.5, 0.1])
+    with pytest.raises(ScheduleError, match="leave out the last entry and pass the times"):
+        SDE.from_kernel([0.9, 0.5, 0.0])
     with pytest.raises(DeclarationError, match="sigma = sqrt"):
         SDE.from_kernel([0.9, 0.5], t)
     with pytest.raises(DeclarationError, match="alpha\\(0\\) must be 1"):
