@@ -1,37 +1,13 @@
 r"""Bounds on the likelihood of the reverse-time SDE: the ELBO of a sample, and the KL divergence to the data's law.
 
-Of which model. With P = sigma sigmaᵀ the kernel's covariance and Q = g gᵀ, let p^θ_t be the law at t of the solution
-of dx = [a x + b - Q s] dt + g dw̄ that starts from the prior π at T. The bounds are on p^θ: of what
-``reverse.sample`` draws, in the limit of small steps, and not of what the probability flow does with the same
-score, whose log-density is :func:`sdeflow.likelihood.log_prob`. The two agree only where s is the score of some
-law that the SDE carries to π; elsewhere the flow can be further from the data than any of these bounds.
+With Q = g gᵀ, q_t = p(x_t | x) and the prior π, of what ``reverse.sample`` draws in the limit of small steps:
 
-**A sample.** With q_t = p(x_t | x) of a sample x, Girsanov's theorem bounds what is lost on the way to the prior:
+    -E_q log p_cutoff(x_cutoff)  <=  E_q[-log π(x_T)] + ½ ∫ E_q ‖s(x_t, t) - ∇ log q_t‖²_Q dt + H(q_cutoff) - H(q_T),
+    KL(data at cutoff ‖ model)   <=  ½ ∫ E ‖∇ log p_t - s‖²_Q dt + KL(p_T ‖ π)
 
-    -E_q log p^θ_cutoff(x_cutoff)  <=  E_q[-log π(x_T)] + ½ ∫ E_q ‖s(x_t, t) - ∇ log q_t‖²_Q dt + H(q_cutoff) - H(q_T)
-
-(Song et al. 2021, arXiv:2101.09258, theorem 3, after integration by parts; Huang et al. 2021, arXiv:2106.02808).
-With eps̃ = -sigmaᵀ s, which approximates eps, the integrand is ½ (eps - eps̃)ᵀ M (eps - eps̃), M = sigma⁻¹ Q sigma⁻ᵀ, and
-H(q_cutoff) - H(q_T) = log|sigma_cutoff| - log|sigma_T|. Elementwise ½ M dt = -dλ, λ = log(alpha / sigma), and the
-integral is ∫ E‖eps - eps̃‖² dλ whatever the schedule (Kingma et al. 2021, arXiv:2107.00630). For the data itself
-a decoder r(x | x_cutoff) = N(x; E[x_0 | x_cutoff], J⁻¹) is added, its mean by Tweedie from the same score, its
-precision the information J = alphaᵀ P⁻¹ alpha (of the data's components) that the state holds of x; elementwise its
-standard deviation is sigma / alpha. Then, with p^θ_0(x) = ∫ p^θ_cutoff(x') r(x | x') dx',
-
-    -log p^θ_0(x)  <=  the bound above + E_q[-log r(x | x_cutoff)] - H(q_cutoff).
-
-For the exact score and π = p_T the first is an equality for every x; the second exceeds -log p_0(x) by
-E_q log p(x | x_cutoff) / r, on average a KL divergence, of fourth order in sigma / alpha for data that have a density.
-
-**The data's law** (arXiv:2101.09258, theorem 1; the weighting lambda = g²):
-
-    KL(p_cutoff ‖ p^θ_cutoff)  <=  ½ ∫ E ‖∇ log p_t - s‖²_Q dt + KL(p_T ‖ π),
-
-an equality where s is the score of a law that the same SDE diffuses.
-
-**Variance.** Times are drawn with density ∝ ½ tr(P⁻¹ Q), whose integral is log|sigma| - log|alpha|: uniform in λ
-elementwise. What Gaussian data of the score's own mean and scale would give is known in closed form, and is taken
-off each draw: for the score of such data the estimate has no variance.
+(arXiv:2101.09258, theorems 3 and 1). For the data itself a Gaussian decoder x | x_cutoff is added. The page
+:doc:`theory_bounds` says of which law these are, derives them, and has the density of the times and what is subtracted
+from each draw.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 r"""The times that a solve visits, and the variable in which it takes its steps.
 
-A method's steps are uniform in its own variable, so that variable matters as much as the method. A
-:class:`Clock` maps u in [0, 1] to the SDE's time t in [cutoff, T], with dt/du, and solvers of any equation integrate
+A :class:`Clock` maps u in [0, 1] to the SDE's time t in [cutoff, T], with dt/du, and solvers of any equation integrate
 
     dx/du = drift(x, t(u)) dt/du,    and for noise  diffusion · √(dt/du).
 
@@ -11,20 +10,7 @@ A method's steps are uniform in its own variable, so that variable matters as mu
     "t"        t itself
     a tensor   times from cutoff to T: steps in t between exactly these
 
-Here log(alpha / sigma) is the kernel's half_log_snr, whose rate is -g² / (2 sigma²) elementwise.
-
-**Where the noise pauses.** A named variable w of the log-SNR stands still where g = 0, or nearly so. dt/dw is then
-infinite or very large, at one time (g(0) = 0 with P0 > 0) or over a stretch, and the state moves all the same. There
-u is a mixture, which never stands still,
-
-    u ∝ w + ¼ t + ¼ log(1 + (t - cutoff) / τ),        each from 0 at the cutoff to 1 at T,
-
-τ the time in which sigma / alpha first grows by √2. Methods that know the kernel need times alone, and no dt/du. They
-cross a pause exactly, and visit the times at which w itself is uniform. So do adaptive methods of one schedule for all
-coordinates, which carry the state relative to its scale; others begin anew at each break point of f and g.
-
-**Where f or g jumps**, the data's prediction is a smooth function of the log-SNR all the same, if that is one for all
-coordinates. Where it is a mean (coupled states, schedules per coordinate) the break points are times of the grid.
+The page :doc:`theory_solvers` says what happens where the noise pauses, and where f or g jumps.
 """
 
 from __future__ import annotations

@@ -1,29 +1,13 @@
-r"""Denoising score matching (Vincent 2011; arXiv:2011.13456, eq. 7).
+r"""Denoising score matching (Vincent 2011; arXiv:2011.13456, eq. 7), and the error of pairs (x_t, target).
 
     L(t) = w(t) E ‖s(x_t, t) - ∇ log p(x_t | x_0)‖²,   x_t ~ p(x_t | x_0)
+    L = E ‖rootᵀ (s(x_t, t) - target)‖²,               root a function of (x_t, t) alone
 
-whose minimiser is ∇ log p_t whatever w > 0. Since ∇ log p(x_t | x_0) = -sigma⁻ᵀ eps, it is computed from the
-error of eps, in which nothing is large near t = 0. The weightings are those of :mod:`sdeflow.training.weightings`; two
-are derived from the declaration:
-
-    "score"        w = 1 / E|∇ log p(x_t | x_0)|² per coordinate = sigma²; for a coupled state ‖sigmaᵀ (s - ∇ log p)‖²
-    "likelihood"   w = g², ‖gᵀ (s - ∇ log p)‖² in general: ½ ∫ L dt bounds the KL divergence (arXiv:2101.09258)
-
-An SDE without a Gaussian kernel gives pairs (x_t, target), the target with the score as its mean given x_t: the score
-of a kernel that is known (:class:`KernelPairs`), or of one step of a simulated path (:mod:`sdeflow.solving.simulate`).
-Then
-
-    L = E ‖rootᵀ (s(x_t, t) - target)‖²,    root a function of (x_t, t) alone.
-
-The weight must not depend on x_0, as the kernel's own standard deviation does. The minimiser would then be
-E[rootᵀ root target | x_t] / E[rootᵀ root | x_t], which is not the score.
-
-**Where paths reach an end of the domain** (a square-root process of dimension delta < 2, a Jacobi process with A or
-B < 1, a change of state that folds), p_t goes to the end as u^(nu) with -1 < nu < 0, u the distance from it. The score
-is nu / u there and g² is linear in u, so that E[g² ‖∇ log p‖²], which "likelihood" is, is infinite, in Lamperti's
-coordinate too. The weight of "score" falls by one more power of u: its root has the factor sqrt(u / (u + sigma²)), with
-sigma² in the units of u, which makes every target bounded near the end. The weight depends on (x_t, t) alone, and the
-minimiser is still the score.
+Since ∇ log p(x_t | x_0) = -sigma⁻ᵀ eps, the first is computed from the error of eps, in which nothing is large near
+t = 0. The weightings are those of :mod:`sdeflow.training.weightings`. The second is of SDEs without a Gaussian kernel:
+the mean of the target given x_t is the score (:class:`KernelPairs`, :mod:`sdeflow.training.pairs`). The page
+:doc:`theory_training` says why the weight must not depend on x_0, and which weights are finite where paths reach an end
+of the domain.
 """
 
 from __future__ import annotations

@@ -1,28 +1,12 @@
 r"""Pairs of states from which a score is learned where no kernel p(x_t | x_0) is known.
 
-Where p(x_t | x_0) is unknown, that of a short step is not. For any s < t
+The law of a short step is known. For any s < t
 
     ∇ log p_t(x) = E[ ∇ log p(x_t | x_s) | x_t = x ],
 
-so the score is learned from pairs (x_s, x_t), x_s simulated (arXiv:2407.07998).
-
-The law of the step is that of :mod:`sdeflow.kernels.local`. The target -P⁻¹ (x_t - m) is the exact score of the step
-that drew x_t, so all bias comes from the law of that one step, O(h²) as far as it is not Gaussian.
-
-A longer step lowers the variance of the target, tr P⁻¹ ~ 1 / h, and raises its bias. With T / dt steps in [0, T],
-h = gap · dt; a gap of 1 is a step of Euler-Maruyama, for which the targets are exact, in a chain that is not the SDE's.
-Measured on dx = (x - x³) dt + dw, T = 2, 200 steps, data N(0.3, 0.2²), with exact p_s on a grid: the standard deviation
-of the target, and the rms of E[target | x_t] - ∇ log p_t, relative to that of ∇ log p_t (which is 1.9):
-
-    ====  ===========  =====  ========================================
-    gap   target std   bias   bias of Ozaki's step, without curvature
-    ====  ===========  =====  ========================================
-    1     10.0         0.5 %  (Euler-Maruyama)
-    2     7.2          0.1 %
-    5     4.7          0.7 %  1.7 %
-    10    3.4          3.6 %  6.2 %
-    20    2.7          14 %   19 %
-    ====  ===========  =====  ========================================
+so the score is learned from pairs (x_s, x_t), x_s simulated (arXiv:2407.07998). The law of the step is that of
+:mod:`sdeflow.kernels.local`, and the target -P⁻¹ (x_t - m) is the exact score of the step that drew x_t. A longer step
+lowers the variance of the target and raises its bias; the page :doc:`theory_training` has both, measured.
 
 Not to be confused with matching p(x_t | x_0) itself, which :mod:`sdeflow.training.losses` does wherever it is known.
 """

@@ -1,40 +1,18 @@
 r"""Propagators and weights of exponential integrators, derived from the perturbation kernel alone.
 
-The family of reverse equations with one marginal law,
+With s = X F - Y u, a prediction F that changes slowly, and Q = g gᵀ,
 
-    du = [a u - ½ (1 + eta²) Q s] dt + eta g dw̄,      Q = g gᵀ,   eta = 0: the flow,  eta = 1: the reverse SDE,
+    u_t = Ψ(t, s) u_s - ½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X F dτ + noise,      dΨ/dt = [a + ½ (1 + eta²) Q Y] Ψ,
+    M_k = -½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X θ(τ)^k dτ,                      θ(s) = 0, θ(t) = 1.
 
-is split as s = X F - Y u into a part that is linear in the state and a prediction F that changes slowly:
-
-    u_t = Ψ(t, s) u_s - ½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X F dτ + noise,      dΨ/dt = [a + ½ (1 + eta²) Q Y] Ψ.
-
-The first part is exact. F is replaced by the polynomial through its known values, and what remains are the moments
-
-    M_k = -½ ∫_s^t (1 + eta²) Ψ(t, τ) Q X θ(τ)^k dτ,      θ(s) = 0, θ(t) = 1,
-
-numbers of the grid alone, in float64. Elementwise everything depends on zeta = sigma / alpha and on one function
-rho(zeta), the scale by which the split divides the state, with lambda = -log zeta:
-
-    ============  ===================  ==============================================================
-    prediction    rho                  F = rho (u / sigma · dlog rho / dlog zeta - eps)
-    ============  ===================  ==============================================================
-    "data"        zeta                 E[x_0 | x]                     (DPM-Solver++, UniPC, SA-Solver, ER-SDE)
-    "noise"       1                    -eps                           (DDIM, DPM-Solver, DEIS)
-    "velocity"    1 + zeta             E[x_0 | x] - eps               (straight paths, flow matching)
-    "reference"   √(c² + zeta²)        what Gaussian data N(0, c²) leave over: 0 for such data
-    ============  ===================  ==============================================================
+Elementwise, with zeta = sigma / alpha, lambda = -log zeta and the scale rho(zeta) of the prediction (zeta for "data", 1
+for "noise", 1 + zeta for "velocity", √(c² + zeta²) for "reference"),
 
     M_k = alpha_t ∫ (rho_t / rho)^{1 + eta²} (1 + eta²) (zeta / rho) θ^k dlambda,
     noise variance = alpha_t² ∫ (rho_t / rho)^{2 + 2 eta²} 2 eta² zeta² dlambda.
 
-For coupled states the same holds with matrices, P = sigma sigmaᵀ the kernel's covariance and Φ = alpha:
-
-    "data"        X = P⁻¹ Φ,   Y = P⁻¹                               F = E[u_0 | u]
-    "reference"   X = P⁻¹ Φ,   Y = (Φ C Φᵀ + P)⁻¹
-    "noise"       X = -R⁻ᵀ,    Y = 0,   dR/dt = (a + ½ Q P⁻¹) R, R Rᵀ = P    (gDDIM, arXiv:2206.05564)
-
-Integrals are Gauss-Legendre sums over panels of the half-log-SNR, and the small matrix equations are solved by
-collocation at the same nodes; both to rounding.
+The page :doc:`theory_solvers` derives both, with X, Y and F of coupled states. Integrals are Gauss-Legendre sums over
+panels of the half-log-SNR; small matrix equations are solved by collocation at the same nodes.
 """
 
 from __future__ import annotations
