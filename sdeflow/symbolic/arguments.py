@@ -5,7 +5,7 @@
 
 An argument named t (or time, tau) is the time, and an argument with the name of a component is that component, at any
 place. If there is one component, y, z or state mean the state too. Capitals, a plural s, digits and underscores change
-nothing: T, ts, t_ and t0 are the time. All other arguments take the remaining symbols, in the order (x, t) or
+nothing: T, ts, ``t_`` and t0 are the time. All other arguments take the remaining symbols, in the order (x, t) or
 (x, v, ..., t). Names that contradict each other, or of which none is known, are refused.
 """
 
