@@ -18,6 +18,9 @@ shorter attempt takes its part by a Brownian bridge, ΔW(h') = (h'/h) ΔW + √(
 used when the time comes (rejection sampling with memory, Rackauckas & Nie 2017, doi:10.3934/dcdsb.2017133). So every
 path is one path of Brownian motion, however its steps were chosen.
 
+**Rounding.** ΔW = √h ξ carries what rounding does to E into h, and back into the next E: in hundreds of attempts it grew
+from 1e-16 to 1e-3 and more in a sample of a hundred. So h is cut to few binary digits, which rounding does not reach.
+
 Times are the SDE's own, one for each sample: E chooses the steps, and the clock has no part in it.
 """
 
@@ -38,6 +41,7 @@ __all__ = ["GottaGoFast"]
 
 _SMALLEST_ERROR = 1e-4  # of E: a step does not grow more than 0.9 · 1e4^0.9-fold
 _SMALLEST_STEP = 1e-13  # relative to T
+_DIGITS = 6  # binary ones of a step's length: it is cut by 1 % in the mean
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class GottaGoFast(Solver):
             kept = per_sample(accepted & (h > 0), u)
             u, previous = torch.where(kept, improved, u), torch.where(kept, euler, previous)
             t = torch.where(accepted, later, t)
-            h = torch.minimum(t - cutoff, self.safety * h * error.clamp_min(_SMALLEST_ERROR).pow(-self.exponent))
+            wanted = _cut(self.safety * h * error.clamp_min(_SMALLEST_ERROR).pow(-self.exponent))
+            h = torch.minimum(t - cutoff, wanted)
             self._require_progress(problem, h, ~accepted, t)
             attempts += 1
             problem.observe(attempts, float(t.max()), u)
@@ -121,6 +126,11 @@ class GottaGoFast(Solver):
                 f"the step shrank to nothing at t = {at:.6g} in samples {rows[:8]}: loosen rtol and atol.",
                 t=at, nfe=problem.nfe, bad_rows=rows,
             )  # fmt: skip
+
+
+def _cut(h: Tensor) -> Tensor:
+    """h (batch,) in float64 to its first binary digits, nearly always the same for numbers that differ by rounding."""
+    return (h.view(torch.int64) & -(1 << 52 - _DIGITS)).view(torch.float64)
 
 
 def _attempt(
