@@ -18,8 +18,9 @@ shorter attempt takes its part by a Brownian bridge, ΔW(h') = (h'/h) ΔW + √(
 used when the time comes (rejection sampling with memory, Rackauckas & Nie 2017, doi:10.3934/dcdsb.2017133). So every
 path is one path of Brownian motion, however its steps were chosen.
 
-**Rounding.** ΔW = √h ξ carries what rounding does to E into h, and back into the next E: in hundreds of attempts it grew
-from 1e-16 to 1e-3 and more in a sample of a hundred. So h is cut to few binary digits, which rounding does not reach.
+**Rounding.** ΔW = √h ξ carries what rounding does to E into h, and back into the next E: in hundreds of attempts it
+grew from 1e-16 to 1e-3 and more in a sample of a hundred. So h is cut to few binary digits, which rounding does not
+reach.
 
 Times are the SDE's own, one for each sample: E chooses the steps, and the clock has no part in it.
 """

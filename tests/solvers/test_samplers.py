@@ -651,12 +651,13 @@ def test_a_sample_of_gotta_go_fast_does_not_depend_on_its_batch():
 
 
 def test_rounding_does_not_grow_in_the_steps_of_gotta_go_fast():
-    """Where a step's length follows E to the last digit, they differ by 1e-9 and more."""
+    """Where a step's length follows E to the last digit, these differ by 5e-12, and more of them by 1e-3."""
     sde = catalog.VP()
     means = torch.tensor([[-1.0, 0.0, 0.3], [1.0, 0.5, 0.0]], dtype=double)
     reverse = sde.reverse(GaussianMixture(sde, means, torch.tensor([0.04, 0.01], dtype=double)))
-    whole, parts = (reverse.sample((14, 3), GottaGoFast(), seed=3, dtype=double, chunk=n) for n in (14, 7))
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    options = {"rtol": 0.05, "atol": 0.02, "seed": 3, "dtype": double}
+    whole, parts = (reverse.sample((20, 3), GottaGoFast(), chunk=n, **options) for n in (20, 7))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-13)
 
 
 def test_gotta_go_fast_takes_coupled_states():
