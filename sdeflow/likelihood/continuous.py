@@ -60,11 +60,14 @@ def by_torchdiffeq(
         on_call: called at each call of the score.
     """
     plan, clock = way.plan, model.clock(options.grid)
+    compared = clock if plan.steps is None else clock.splitting(plan.steps)
     model = model.carried_by(plan, clock)
     calls: list[int] = []
     everyone = torch.arange(len(x), device=x.device)
 
-    def solved(part: Tensor, plan: Plan, round: int = 0, graph: bool = False) -> tuple[Estimate, Tensor]:
+    def solved(
+        part: Tensor, plan: Plan, round: int = 0, graph: bool = False, clock: Clock = clock
+    ) -> tuple[Estimate, Tensor]:
         vectors = _probes(model, x[part], rows[part], options, round)
         estimate, x_T, nfe = Flow(model.rows(part), equation, clock, dtype, vectors, graph)(x[part], plan, on_call)
         calls.append(nfe)
@@ -91,7 +94,7 @@ def by_torchdiffeq(
     estimate, x_T, first = measured(everyone, plan)
     error, used = torch.full_like(first, math.nan), sum(calls)
     if options.full:
-        error = _compared(first, plan, lambda other: solved(everyone, other)[0].value.detach())
+        error = _compared(first, plan, lambda other: solved(everyone, other, clock=compared)[0].value.detach())
     return Solved(estimate.value, estimate.stderr, estimate.dof, error, x_T, used)
 
 

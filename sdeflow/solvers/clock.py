@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property, partial
 from itertools import pairwise
 
@@ -94,6 +95,7 @@ class Clock:
         self.cutoff, self.T, self.given, self._first = cutoff, T, given, first
         self._curve, self._levels = curve, levels
         self._breaks, self._stops, self.normalised, self._check = breaks, stops, normalised, check
+        self._split: int | None = None
 
     def __call__(self, u: float) -> tuple[float, float]:
         """t, never outside [cutoff, T], and dt/du."""
@@ -123,14 +125,27 @@ class Clock:
             self._check(times, None)
         return times
 
+    def splitting(self, steps: int) -> Clock:
+        """The same, for solves that tell the error of one in ``steps`` steps: a multiple of these splits each of them.
+
+        Else a pause that takes one step on both grids spoils both alike. Nothing is warned of.
+        """
+        clock = copy(self)
+        clock._split, clock._check = steps, None
+        return clock
+
     def nodes(
         self, steps: int, order: int, stochastic: bool, backward: bool, scheme: Scheme | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """u (steps + 1,) between which methods of any equation step, and at which numbers the break points are; None
         for even steps, where there are no break points, or too many. Of the method see
         :class:`~sdeflow.solvers.resolution.Plain`."""
-        shared = _shared(np.array([u for u, _ in self.breaks]), steps) if self.breaks else None
-        u, fixed = shared or (np.linspace(0.0, 1.0, steps + 1), None)
+        parts = 1 if self._split is None or steps % self._split else steps // self._split
+        shared = _shared(np.array([u for u, _ in self.breaks]), steps // parts) if self.breaks else None
+        u, fixed = shared or (np.linspace(0.0, 1.0, steps // parts + 1), None)
+        if parts > 1:
+            u = np.interp(np.arange(steps + 1) / parts, np.arange(len(u)), u)
+            fixed = None if fixed is None else parts * fixed
         if self._check is not None:
             stages = partial(self._stages, u[::-1] if backward else u)
             restarts = frozenset([] if fixed is None else (steps - fixed if backward else fixed).tolist())
@@ -378,9 +393,9 @@ class _Variable:
             t, v, slope = self._at(u)
             rate = rate_at(t, slope)
             with np.errstate(invalid="ignore"):
-                drifts = self._drift_rate(t) * rate > _MOST_DRIFT
-            beside_data = drifts & (v < math.log(self._scale)) & (rate > _STEEPEST_WITH_DRIFT * horizon)
-            if beside_data.any() or not (rate <= steepest * horizon).all():
+                moved = self._drift_rate(t, v) * rate > _MOST_DRIFT
+            jumped_over = moved & (rate > _STEEPEST_WITH_DRIFT * horizon)
+            if jumped_over.any() or not (rate <= steepest * horizon).all():
                 raise ScheduleError("the log-SNR stands still.")
             return np.stack([t, rate])
 
@@ -397,10 +412,19 @@ class _Variable:
         jumped = abs(_integral(table, 1) / horizon - 1.0)  # of a pause that no u falls in, dt/du knows nothing
         return _Series(table) if jumped <= _MISSED else None
 
-    def _drift_rate(self, t: np.ndarray) -> np.ndarray:
-        """The largest |a| at each time."""
-        a = self._kernel.sde_coefficients(torch.as_tensor(t))[0].detach().abs()
-        return a.reshape(len(t), -1).amax(1).numpy()
+    def _drift_rate(self, t: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """What f moves at each time that noise does not make up for.
+
+        |a| beside the data; where the data is noise, as after a pulse of g, the rate at which the flow contracts it,
+        -a - ½ g² / S² with S² = alpha² c² + sigma².
+        """
+        a, _, gram = (part.detach() for part in self._kernel.sde_coefficients(torch.as_tensor(t)))
+        beside_data = a.abs().reshape(len(t), -1).amax(1).numpy()
+        if self._kernel.coupled or self._kernel.values.shape:
+            return np.where(v < math.log(self._scale), beside_data, 0.0)
+        alpha, sigma, _ = (part.detach() for part in self._kernel.coefficients(torch.as_tensor(t)))
+        contracts = -a - 0.5 * gram / ((alpha * self._scale).square() + sigma.square())
+        return np.where(v < math.log(self._scale), beside_data, contracts.numpy())
 
     def normalised(self, curve: Curve | None) -> Curve:
         """t, by ``curve`` where there is one, and ζ ζ'/(c² + ζ²) = v' / (1 + c²/ζ²), for u = w."""

@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import sympy as sp
 import torch
 
-from sdeflow import catalog
+from sdeflow import SDE, catalog, t, x
 from sdeflow.errors import LongSolveWarning
 from sdeflow.likelihood import budget, exponential
 from sdeflow.numerics.traces import Hutchinson, HutchPP, widening
@@ -256,3 +257,22 @@ def test_long_work_on_a_large_network_is_told_of(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flow.log_prob(points, atol=1e-3, progress=False)
+
+
+@pytest.mark.parametrize(
+    "g, T",
+    [
+        (sp.Piecewise((1, t < sp.Rational(1, 4)), (0, t < sp.Rational(3, 4)), (3, True)), 3),  # a step across the pause
+        (sp.sqrt(1 + 100 * sp.exp(-((50 * (t - 1)) ** 2))), 2),  # and across all that follows a pulse
+    ],
+    ids=["pause", "smooth pulse"],
+)
+def test_bars_of_steps_that_jump_over_parts_of_a_schedule(g, T):
+    sde = SDE(-x, g, T=T)
+    means = torch.randn(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact = GaussianMixture(sde, means, torch.tensor([0.05, 0.1, 0.3], dtype=torch.float64))
+    points = sde.kernel.sample(exact.sample(40, seed=0, dtype=torch.float64), sde.cutoff, seed=1)
+    of_flow = sde.flow_ode(exact).log_prob(points, solver="rk4", steps=12, full=True)
+    bar = torch.stack([of_flow.solver_error, of_flow.prior_mismatch, of_flow.prior_error]).norm(dim=0)
+    found = of_flow.value - exact.log_prob(points, sde.cutoff), bar
+    assert covers_of(found) >= 0.95 and covers([found])
