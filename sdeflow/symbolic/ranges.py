@@ -13,19 +13,21 @@ A range holds for the branch that is taken in the middle of the interval, which 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import sympy as sp
 
 from sdeflow.symbolic.squares import is_even_root
+from sdeflow.symbolic.symbols import t
 
 __all__ = ["Range", "Ranges", "towards_ends"]
 
 _ZERO = 2.0  # an end of that many rounding errors is 0
 _NARROWEST = 8 * 2.0**-52  # of t: nearer to an end, times have no digits
 _HALVINGS = 48
+_DEGREE = 4  # of polynomials that are factored
 
 Array = np.ndarray | float
 
@@ -86,6 +88,8 @@ class Ranges:
 
     def _operation(self, expr: sp.Basic) -> Range:
         kind = type(expr)
+        if isinstance(expr, sp.Add) and (factors := _factored(expr)) != expr:
+            return self(factors)
         if isinstance(expr, sp.Piecewise):
             return self._piecewise(expr)
         if is_even_root(expr):
@@ -124,6 +128,20 @@ def towards_ends(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.nd
     nearest = _NARROWEST * np.maximum(np.abs(left), np.abs(right))[:, None]
     points = np.clip(points, left[:, None] + nearest, right[:, None] - nearest)
     return points[:, :-1], points[:, 1:]
+
+
+@lru_cache(maxsize=1000)
+def _factored(expr: sp.Add) -> sp.Expr:
+    """A polynomial in t as a product: t - t² runs over both signs below 1, and t (1 - t) does not."""
+    few = len(expr.args) <= 2 * _DEGREE and expr.free_symbols == {t} and expr.is_polynomial(t)
+    polynomial = sp.Poly(expr, t) if few else None
+    if (
+        polynomial is None
+        or not 1 < polynomial.degree() <= _DEGREE
+        or not (polynomial.domain.is_ZZ or polynomial.domain.is_QQ)
+    ):
+        return expr
+    return sp.factor(expr)
 
 
 def _sum(u: Range, v: Range) -> Range:

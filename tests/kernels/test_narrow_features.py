@@ -334,6 +334,7 @@ _u, _v = 2 * t - R(1, 2), t - R(1, 3)  # a step from t = 1/4 to 3/4, and what st
 EDGES = {  # pulses and their integrals over [0, 1]
     "bump": (bump(R(121, 1250), R(6, 13)), 9.68 * MOLLIFIER),  # 1 - u² is not 0 at the rounded edge
     "narrow bump": (bump(R(1, 10**5), R(1, 3)), 1e-3 * MOLLIFIER),
+    "bump up to T": (sp.exp(-1 / (4 * t - 4 * t**2)), 0.5 * MOLLIFIER),
     "step": (PW((0, _u <= 0), (1 / (1 + sp.exp(1 / _u - 1 / (1 - _u))), _u < 1), (1, True)), 0.5),
     "0 times infinity": (PW((sp.exp(-1 / _v) / _v**2, _v > 0), (0, True)), math.exp(-1.5)),
     "0 / 0": (PW((sp.sin(9 * _v) / _v + 5, sp.Ne(_v, 0)), (14, True)), float(sp.Si(3) + sp.Si(6)) + 5),
