@@ -708,6 +708,8 @@ MUTATIONS = (
        ("tests/solving/test_domains.py", "-k", "jump_is_an_end")),
     _m("steps that leave the domain", "solvers/watch.py", "torch.full_like(error, _REFUSED)",
        "torch.zeros_like(error)", (), ("tests/solving/test_domains.py", "-k", "stay_inside")),
+    _m("lengths of given steps", "solvers/clock.py", "return at, np.abs(np.diff(ends)) + np.zeros_like(at)",
+       "return at, np.ones_like(at)", (), ("tests/solvers/test_grids.py", "-k", "one_row")),
     _m("the side of an end", "numerics/compile.py", "low, high = (inside if self._jumps[0]",
        "low, high = (-inside if self._jumps[0]", (), ("tests/solvers/test_ends.py", "-k", "limits")),
     _m("what a jump is", "numerics/compile.py", "(at - beside).abs() > _JUMP * (beside - further).abs()",

@@ -30,7 +30,7 @@ from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.numerics.chebyshev import PiecewiseChebyshev
 from sdeflow.numerics.checks import checked_numbers, checked_real
-from sdeflow.solvers.resolution import Plain, require_plain, require_resolved
+from sdeflow.solvers.resolution import Plain, require_given, require_plain, require_resolved
 from sdeflow.solvers.schemes import Scheme
 
 __all__ = ["GRIDS", "Clock", "Grid", "as_grid", "make_clock", "smooth_clock", "steps_of"]
@@ -153,6 +153,19 @@ class Clock:
             self._check(np.array([self(v)[0] for v in u]), plain)
         return u, fixed
 
+    def check_given(self, times: np.ndarray, stochastic: bool, backward: bool, scheme: Scheme | None) -> None:
+        """Warns where steps in t between ``times`` that were given, rising, cannot serve; see :meth:`nodes`."""
+        if self._check is None or scheme is None:
+            return
+        ends, fixed = (times[::-1] if backward else times), np.flatnonzero(np.isin(times, self.given_breaks))
+        restarts = frozenset((len(times) - 1 - fixed if backward else fixed).tolist())
+
+        def stages(places: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+            at = ends[:-1] + np.clip(places, _BESIDE_NODE, 1.0 - _BESIDE_NODE)[:, None] * np.diff(ends)
+            return at, np.abs(np.diff(ends)) + np.zeros_like(at)
+
+        self._check(times, Plain(scheme.order, stochastic, backward, scheme, restarts, stages))
+
     def _stages(self, u: np.ndarray, places: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         """t and |dt/dr|, (len(places), steps), at places in the steps from each u to the next, of length 1 in r.
 
@@ -236,7 +249,11 @@ def make_clock(
     """
     grid = as_grid(grid)
     if isinstance(grid, Tensor):
-        return _of_times(grid, cutoff, T, breaks if kernel is None else _all_breaks(kernel))
+        points = _checked(grid, cutoff, T)
+        through = _Cubics.through(np.linspace(0.0, 1.0, len(points)), points)
+        of_given = None if kernel is None or kernel.values.shape else partial(require_given, kernel, scale)
+        every = breaks if kernel is None else _all_breaks(kernel)
+        return Clock(cutoff, T, through, given=points, breaks=every, check=of_given, name=torch.as_tensor(points))
     if grid is not None and grid not in GRIDS and grid != "pilot":
         names = f"one of {', '.join(GRIDS)}" if kernel is not None else '"t" (all that this SDE has)'
         raise ValueError(f"grid must be {names} or a tensor of times, not {grid!r}.")
@@ -600,15 +617,11 @@ def _integral(table: PiecewiseChebyshev, row: int) -> float:
     return float(mass @ np.diff(table.edges))
 
 
-def _of_times(times: Tensor, cutoff: float, T: float, breaks: np.ndarray | None) -> Clock:
-    points = _checked(times, cutoff, T)
-    curve = _Cubics.through(np.linspace(0.0, 1.0, len(points)), points)
-    return Clock(cutoff, T, curve, given=points, breaks=breaks, name=torch.as_tensor(points))
-
-
 def _checked(times: Tensor, cutoff: float, T: float) -> np.ndarray:
     """Times as a rising array from cutoff to T."""
-    points = times.detach().cpu().to(torch.float64).numpy().reshape(-1)
+    if times.ndim != 1:
+        raise ValueError(f"a grid of times is one row of them, (n,), not of shape {tuple(times.shape)}.")
+    points = times.detach().cpu().to(torch.float64).numpy()
     points = points[::-1].copy() if len(points) > 1 and points[0] > points[-1] else points.copy()
     if len(points) < 2 or not np.isfinite(points).all() or (np.diff(points) <= 0).any():
         wrong = np.flatnonzero(~(np.diff(points) > 0))

@@ -184,6 +184,8 @@ class Problem:
         """Sets where r the break points of f and g are, and how u goes with r where its nodes are uneven for them."""
         self._nodes, self._edges = None, []
         if self._end is None:
+            if steps is not None:
+                self.clock.check_given(self.clock.times(steps), self._diffusion is not None, self.backward, scheme)
             at = self.clock.given_breaks.tolist()
             self._edges = [(-t, t) for t in reversed(at)] if self.backward else [(t, t) for t in at]
             return

@@ -31,7 +31,7 @@ from sdeflow.errors import CoarseStepsWarning, warn
 from sdeflow.kernels.gaussian import FORGOTTEN, Kernel
 from sdeflow.solvers.schemes import Scheme, carried
 
-__all__ = ["Plain", "require_plain", "require_resolved"]
+__all__ = ["Plain", "require_given", "require_plain", "require_resolved"]
 
 _MOST, _FEW, _FEW_COUPLED, _FEW_DRIFT = 0.25, 4.0, 16.0, 60.0  # the last three over the number of steps
 _SINGULAR = 1e-12  # of the largest eigenvalue of Σ
@@ -81,14 +81,10 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Pla
                 f'grid="t": f or g is infinite at t = 0, which no uniform steps in t come near to; {remedy}'
             )
         t, steps = torch.as_tensor(times), len(times) - 1
-        widest, at = _angles(kernel, t, scale).max(0)
-        if float(widest) > max(_MOST, _FEW / steps):
-            warn(
-                f'grid="t": {steps} uniform steps in t are long here. The one from t = {times[int(at)]:.4g} to '
-                f"{times[int(at) + 1]:.4g} alone takes {float(widest):.2f} of the {math.pi / 2:.2f} rad between data "
-                f"and noise; {remedy} More steps, or your own times in a tensor, serve too.",
-                CoarseStepsWarning,
-            )
+        _tell_widest(
+            kernel, scale, times, f'grid="t": {steps} uniform steps in t are long here.',
+            f"{remedy} More steps, or your own times in a tensor, serve too.",
+        )  # fmt: skip
         if plain is None or kernel.values.shape:
             return
         if not kernel.coupled:
@@ -103,6 +99,31 @@ def require_resolved(kernel: Kernel, scale: float, times: np.ndarray, plain: Pla
                 "steps, your own times in a tensor, or the default solver serve too."
             )
         require_plain(kernel, "t", scale, times, plain)
+
+
+def require_given(kernel: Kernel, scale: float, times: np.ndarray, plain: Plain | None) -> None:
+    """A warning where steps between ``times`` that were given cannot serve a method that does not know the kernel."""
+    if plain is None:
+        return
+    with torch.no_grad():
+        told = _tell_widest(
+            kernel, scale, times, "the given times are far apart.", "set more there, or leave grid out."
+        )
+    if not told:
+        _require_spread(kernel, None, scale, times, plain)
+
+
+def _tell_widest(kernel: Kernel, scale: float, times: np.ndarray, what: str, remedy: str) -> bool:
+    """Whether one of the steps takes much of the way between data and noise, of which it then warns."""
+    widest, at = _angles(kernel, torch.as_tensor(times), scale).max(0)
+    told = float(widest) > max(_MOST, _FEW / (len(times) - 1))
+    if told:
+        warn(
+            f"{what} The step from t = {times[int(at)]:.4g} to {times[int(at) + 1]:.4g} alone takes "
+            f"{float(widest):.2f} of the {math.pi / 2:.2f} rad between data and noise; {remedy}",
+            CoarseStepsWarning,
+        )
+    return told
 
 
 def require_plain(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain | None) -> None:
@@ -190,11 +211,12 @@ def _require_turning(kernel: Kernel, grid: str, scale: float, times: np.ndarray,
     return coarse
 
 
-def _require_spread(kernel: Kernel, grid: str, scale: float, times: np.ndarray, plain: Plain) -> None:
+def _require_spread(kernel: Kernel, grid: str | None, scale: float, times: np.ndarray, plain: Plain) -> None:
     r"""A warning where Gaussian data of the scale c ends with another spread than it should.
 
     With the score -Σ⁻¹ x its flow is dx = (A + ½ g gᵀ Σ⁻¹) x dt, its reverse SDE dx = (A + g gᵀ Σ⁻¹) x dt + g dw. Both
     are linear, and so is the recursion that a method makes of them. What it spoils here is spoilt for other data too.
+    ``grid`` is None where the times were given one by one.
     """
     if plain.scheme is None:
         return
@@ -219,8 +241,9 @@ def _require_spread(kernel: Kernel, grid: str, scale: float, times: np.ndarray, 
         ratios = np.sqrt(np.diagonal(found)[seen] / np.diagonal(end.numpy())[seen])
     furthest, steps = max(ratios.tolist(), key=_logarithm), at.shape[1]
     if _logarithm(furthest) > max(_MOST, _FEW / steps):
+        named = "the given times" if grid is None else f'grid="{grid}"'
         warn(
-            f'grid="{grid}": {steps} steps are long for this solver. Gaussian data of the scale {scale:.3g} ends '
+            f"{named}: {steps} steps are long for this solver. Gaussian data of the scale {scale:.3g} ends "
             f"with {furthest:.3g} times the spread that it should have; take more steps, or the default solver, which "
             "is exact in what is linear in the state.",
             CoarseStepsWarning,

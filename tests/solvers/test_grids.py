@@ -1,6 +1,7 @@
 """Grids of given times: steps in t between exactly these, by every solver, against formulas in t written by hand."""
 
 import math
+import warnings
 from functools import lru_cache
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from problems import ring
 
 from sdeflow import SDE, scores, solvers, state, x
 from sdeflow import t as time_symbol
+from sdeflow.errors import CoarseStepsWarning
 from sdeflow.numerics.noise import NoiseStream
 from sdeflow.solvers import Exponential, Torchdiffeq, Torchsde
 
@@ -425,3 +427,24 @@ def test_jumps_among_the_given_times_are_taken_from_each_side(name, order):
         errors.append(abs(float(found) / start - 1.0))
     assert errors[1] < 0.06
     assert errors[1] < 1e-9 or math.log2(errors[0] / errors[1]) > order - 0.4
+
+
+def test_given_times_are_one_row_and_are_told_where_they_cannot_serve():
+    """Even times over a long horizon jump over the data, whose smaller direction then ends 40 times too wide."""
+    sde = SDE(-x, sp.sqrt(2), T=50)
+    ends = torch.tensor([[sde.cutoff, 50.0]])
+    data = torch.tensor([[1.0, 0.01]], dtype=double)
+    flow = sde.flow_ode(scores.GaussianMixture(sde, torch.zeros(1, 2, dtype=double), data))
+    z = torch.ones(2, 2, dtype=double)
+    with pytest.raises(ValueError, match="one row"):
+        flow.decode(z, "euler", grid=ends)
+    with pytest.warns(CoarseStepsWarning, match="the given times are far apart"):
+        flow.decode(z, "heun", grid=torch.linspace(sde.cutoff, 50, 201, dtype=double))
+    fine = torch.tensor(sde.cutoff) + 3 * torch.linspace(0, 1, 33).double() ** 3
+    late = torch.cat([fine, torch.linspace(3, 50, 20, dtype=double)[1:]])  # where (1 - h)² > 1 in the reverse SDE
+    with pytest.warns(CoarseStepsWarning, match="the given times: 51 steps are long .* the spread"):
+        sde.reverse(lambda x, t: -x).sample((2, 2), "euler", grid=late, seed=0, dtype=double)
+    short = SDE(-x, sp.sqrt(2), T=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short.reverse(lambda x, t: -x).sample((2, 2), "euler", grid=fine, seed=0, dtype=double)
