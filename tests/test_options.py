@@ -309,7 +309,15 @@ def square_root_kernel():
 
 AS_LOG_PROB = dict.fromkeys(LogProbOptions.__annotations__, "as log_prob")
 
+
 # (the function whose signature it is, how it is called, its options: what to set, and what to change then, or a reason)
+def clock(**options):
+    """Of a clock what its options change: break points are named where there is no kernel."""
+    grid, kernel = ("t", None) if "breaks" in options else ("angle", ou().kernel)
+    made = sdeflow.solvers.make_clock(grid, kernel, ou().cutoff, 2.0, **options)
+    return *made(0.5), float(len(made.breaks))
+
+
 TABLE = {
     "SDE": (SDE.__init__, declared, {
         "T": ({}, {"T": 2.0}),
@@ -632,8 +640,10 @@ TABLE = {
     "names_for": (sdeflow.solvers.names_for, lambda **o: sdeflow.solvers.names_for("ode", **o), {
         "with_kernel": ({}, {"with_kernel": False}),
     }),
-    "make_clock": (sdeflow.solvers.make_clock, lambda **o: sdeflow.solvers.make_clock(
-        "angle", ou().kernel, ou().cutoff, 2.0, **o)(0.5), {"scale": ({}, {"scale": 3.0})}),
+    "make_clock": (sdeflow.solvers.make_clock, clock, {
+        "scale": ({}, {"scale": 3.0}),
+        "breaks": ({"breaks": None}, {"breaks": np.array([1.0])}),
+    }),
     "Hadamard": (Hadamard, of_trace(Hadamard), {"probes": ({"probes": 2}, {"probes": 1})}),
     "HutchPP": (HutchPP, of_trace(HutchPP), {
         "probes": ({"probes": 3}, {"probes": 6}),

@@ -248,6 +248,7 @@ def make_clock(
         ValueError: for an unknown name, one that this SDE has not, or times that do not run from cutoff to T.
     """
     grid = as_grid(grid)
+    breaks = None if breaks is None else checked_numbers(breaks, "breaks").detach().cpu().numpy()
     if isinstance(grid, Tensor):
         points = _checked(grid, cutoff, T)
         through = _Cubics.through(np.linspace(0.0, 1.0, len(points)), points)
