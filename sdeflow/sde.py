@@ -369,7 +369,7 @@ class SDE:
         return fit_prior(self, data, n, components=components, steps=steps, seed=seed)
 
     def default_prior(
-        self, score: ScoreFunction, like: torch.Tensor
+        self, score: ScoreFunction | Callable[[torch.Tensor, torch.Tensor], torch.Tensor], like: torch.Tensor
     ) -> PushForward | StationaryLaw | BoltzmannLaw | None:
         """The prior of an SDE without a Gaussian kernel where none was given, or None where none follows.
 
@@ -377,7 +377,7 @@ class SDE:
             score: a score of this SDE.
             like: a state (batch, *event).
         """
-        return default_prior(self, score, like)
+        return default_prior(self, as_score(score, self), like)
 
     def reverse(self, score: AnyScore = None, prior: Prior | None = None) -> ReverseSDE:
         """The reverse-time SDE; without a score, the equation itself."""

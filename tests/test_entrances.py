@@ -824,3 +824,42 @@ def test_no_test_looks_at_the_clock_on_the_wall():
     for path in Path(__file__).parent.rglob("test_*.py"):
         if path.name != Path(__file__).name:
             assert not re.search(r"perf_counter|monotonic\(|time\.time\(", path.read_text()), path
+
+
+def of_components(x):
+    sde = catalog.CriticallyDampedLangevin()
+    exact = GaussianMixture(sde, torch.zeros(1, 2), torch.ones(1))
+    return sde.reverse(exact).elbo(x, draws=2)
+
+
+SAID = {
+    "Score(sde, net)": (lambda: Score(ou(), Net()), r"Score\(net, sde\)"),
+    "GaussianMixture(means, sde)": (lambda: GaussianMixture([[0.0]], ou(), [1.0]), r"GaussianMixture\(sde, means"),
+    "fit(net)": (lambda: fit(Net(), torch.zeros(9, 2), steps=1), r"write sdeflow\.Score\(net, sde\)"),
+    "fit of numbers": (lambda: fit(Score(Net(), ou()), torch.zeros(9), steps=1), r"data\[:, None\]"),
+    "log_prob of numbers": (lambda: flow().log_prob(torch.zeros(4)), r"x\[:, None\]"),
+    "sample(method=)": (lambda: reverse().sample((2, D), method="euler"), "Did you mean solver"),
+    "elbo(samples=)": (lambda: reverse().elbo(torch.zeros(2, D), samples=3), "Did you mean draws"),
+    "sample(y=)": (lambda: reverse().sample((2, D), y=torch.zeros(2)), r"score\.given\(y\)"),
+    "g of one argument": (lambda: SDE(-x, lambda t: t), "write lambda x, t"),
+    "f in an array": (lambda: SDE(np.array([1, x]), 1), "a list of these"),
+    "one-hot labels": (
+        lambda: sdeflow.nets.MLP(D, classes=3)(torch.zeros(4, D), torch.zeros(4), torch.eye(4, 3)), r"y\.argmax\(1\)",
+    ),
+    "elbo of states": (lambda: of_components(torch.zeros(3, 2, 2)), "take data, which they lift"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_refusals_say_what_to_write(name):
+    call, said = SAID[name]
+    with pytest.raises((SdeflowError, TypeError), match=said):
+        call()
+
+
+def test_a_bound_is_printed_in_short():
+    assert len(repr(reverse().elbo(torch.zeros(300, D), draws=2))) < 1000
+
+
+def test_a_default_prior_takes_any_score():
+    assert SDE(x - x**3, 1, T=20).default_prior(lambda x, t: -x, torch.zeros(1, 1)) is not None

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sdeflow.errors import DataError
 from sdeflow.kernels.gaussian import Kernel, Path
+from sdeflow.likelihood.result import shown
 from sdeflow.numerics.checks import checked_choice, checked_count, checked_flag, checked_real
 from sdeflow.numerics.linear import Blocks, Diagonal, Linear
 from sdeflow.numerics.noise import NoiseStream, resolve_seed
@@ -38,7 +39,7 @@ _ROWS = 1024  # states in one call of the score, unless the batch itself is larg
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Elbo:
     """A lower bound on the log-likelihood of each sample, (batch,) in nats, and its parts.
 
@@ -64,6 +65,13 @@ class Elbo:
     reconstruction: Tensor
     nfe: int
     error: Tensor
+
+    def __repr__(self) -> str:
+        """The first values of each part; ``value.tolist()`` has all."""
+        names = ("value", "error", "stderr", "prior", "diffusion", "reconstruction")
+        rows = [f"    {name:<14} {shown(getattr(self, name))}" for name in names]
+        first = f"Elbo(shape={tuple(self.value.shape)}, entropy={self.entropy:.5g}, nfe={self.nfe},"
+        return "\n".join([first, *rows]) + ")"
 
 
 @dataclass(frozen=True)

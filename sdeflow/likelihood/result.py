@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.numerics.traces import widening
 
-__all__ = ["LogProb", "Solved", "joined"]
+__all__ = ["LogProb", "Solved", "joined", "shown"]
 
 _SHOWN = 5  # values of each part, where it is printed
 
@@ -54,7 +54,7 @@ class LogProb:
     def __repr__(self) -> str:
         """The first values of each part; ``value.tolist()`` has all."""
         names = ("value", "error", "stderr", "solver_error", "truncation", "prior_mismatch", "prior_error")
-        rows = [f"    {name:<14} {_shown(getattr(self, name))}" for name in names]
+        rows = [f"    {name:<14} {shown(getattr(self, name))}" for name in names]
         return "\n".join([f"LogProb(shape={tuple(self.value.shape)}, unit={self.unit!r}, nfe={self.nfe},", *rows]) + ")"
 
 
@@ -85,7 +85,7 @@ class Solved(NamedTuple):
         return self.stderr * widening(self.dof)
 
 
-def _shown(values: Tensor) -> str:
+def shown(values: Tensor) -> str:
     """The first values of a tensor."""
     numbers = values.detach().flatten()
     first = ", ".join(f"{number:.5g}" for number in numbers[:_SHOWN].tolist())

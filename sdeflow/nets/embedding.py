@@ -233,7 +233,8 @@ class Conditioning(nn.Module):
         if not isinstance(y, Tensor):
             raise TypeError(f"labels y are {type(y).__name__}, a net takes a tensor of integers")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"labels y are {y.dtype}, a net takes integers: pass y.long()")
+            write = "y.argmax(1)" if y.ndim == 2 else "y.long()"
+            raise TypeError(f"labels y are {y.dtype} of shape {tuple(y.shape)}, a net takes integers: pass {write}")
         if y.shape != t.shape:
             raise ValueError(
                 f"labels y have shape {tuple(y.shape)}, a net takes one label per sample, shape ({len(t)},)"

@@ -98,7 +98,7 @@ def checked_state(x: object, name: str = "x", sides: int = 2, dtype: torch.dtype
         raise DataError(f"{name} must be floating, not {x.dtype}: {_remedy(x.dtype, name)}.")
     if x.ndim < sides:
         wanted = "(batch, *event)" if sides > 1 else "(batch,) or (batch, *event)"
-        hint = f"; one sample is {name}[None]" if x.ndim else ""
+        hint = f"; one sample is {name}[None], samples that are numbers are {name}[:, None]" if x.ndim else ""
         raise DataError(f"{name} must be a tensor {wanted}, not of shape {tuple(x.shape)}{hint}.")
     return x
 
@@ -507,5 +507,6 @@ def checked_data(x: object, what: str = "data", indices: list[int] | None = None
     """
     data = checked_state(x, what, 0)
     if data.ndim < 2 or not len(data):
-        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(data.shape)}.")
+        hint = "; samples that are numbers are data[:, None]" if data.ndim == 1 and len(data) else ""
+        raise DataError(f"{what} must be of shape (n, *event) with n >= 1, not {tuple(data.shape)}{hint}.")
     return checked_finite(data.clone() if data.is_inference() else data, what, indices)

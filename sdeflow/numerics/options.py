@@ -17,6 +17,15 @@ from sdeflow.errors import OptionError
 
 __all__ = ["takes"]
 
+_MEANT = {"method": "solver", "optimizer": "optimiser", "samples": "draws", "n_steps": "steps", "num_steps": "steps"}
+"""Names of other libraries, and what they are here."""
+_ELSEWHERE = {
+    "y": "A condition goes with the score: score.given(y).",
+    "label": "A condition goes with the score: score.given(label).",
+    "guidance": "Guidance goes with the score: score.guided(y, strength=...).",
+}
+"""What is no option, and where it goes."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -56,6 +65,7 @@ def takes(options: type, like: Callable[..., object]) -> Callable[[F], F]:
 
 def _unknown(function: str, given: list[str], known: list[str]) -> OptionError:
     name = next(name for name in given if name not in known)
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+    near = [_MEANT[name]] if _MEANT.get(name) in known else difflib.get_close_matches(name, known, 1, 0.5)
     meant = f" Did you mean {near[0]}?" if near else ""
+    meant = f" {_ELSEWHERE[name]}" if name in _ELSEWHERE else meant
     return OptionError(f"{function} has no option {name}.{meant} It takes {', '.join(known)}.")

@@ -53,6 +53,11 @@ class ScoreFunction(nn.Module):
 
     def __init__(self, sde: DeclaredSDE) -> None:
         super().__init__()
+        if not hasattr(sde, "declaration"):
+            raise ScoreError(
+                f"a score belongs to an SDE, not to {type(sde).__name__}: the order is sdeflow.Score(net, sde) and "
+                "GaussianMixture(sde, means, covariances)."
+            )
         self.declaration = sde.declaration
         self.schedule = nn.ParameterDict(sde.values.learned)  # so that score.parameters() holds a learned schedule
         self.values = sde.values

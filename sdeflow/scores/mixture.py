@@ -178,7 +178,10 @@ class GaussianMixture(ScoreFunction):
     def _components(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """log w_k N_k (batch, n), and each component's gradient (batch, n, d), in the kernel's basis."""
         if tuple(x.shape[1:]) != self.event:
-            raise DataError(f"x must be of shape (batch, {', '.join(map(str, self.event))}), not {tuple(x.shape)}.")
+            lifted = self.declaration.auxiliary and x.ndim == len(self.event) + 2
+            hint = " elbo and kl_bound take data, which they lift to states; log_prob takes states." if lifted else ""
+            wanted = ", ".join(map(str, self.event))
+            raise DataError(f"x must be of shape (batch, {wanted}), not {tuple(x.shape)}.{hint}")
         if self.roots is not None:
             return self._dense_components(x.to(torch.float64), time, self.roots)
         kernel = self.kernel

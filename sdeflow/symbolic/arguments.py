@@ -68,6 +68,8 @@ def applied(function: Callable, name: str, components: Sequence[sp.Symbol]) -> o
         return function(*arguments)
     except (TypeError, AttributeError) as error:
         said = str(error).splitlines()[0].rstrip(".")
+        if len(symbols) > 1 and takes_one(function):
+            said = f"it takes one argument: write lambda {wanted}: ..., with all of them"
         raise DeclarationError(
             f"{name} is a function that could not be called with ({wanted}): {said}{_hint(said)}"
         ) from error

@@ -464,7 +464,7 @@ def coefficient_of(
     if not isinstance(value, sp.Expr) or isinstance(value, sp.MatrixBase):
         raise DeclarationError(
             f"{name} must be a scalar SymPy expression in sdeflow.x and sdeflow.t, a function of (x, t), text "
-            f"or a number, not {type(value).__name__}: {value!r}"
+            f"or a number (of a coupled state a list of these), not {type(value).__name__}: {value!r}"
         )
     expr: sp.Expr = value
     _require_short_numbers(expr, name)

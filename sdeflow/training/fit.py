@@ -302,7 +302,7 @@ def _check_options(
     label_dropout: float,
 ) -> None:
     if not isinstance(score, Score):
-        raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}.")
+        raise ScoreError(f"fit trains an sdeflow.Score, not {type(score).__name__}: write sdeflow.Score(net, sde).")
     if not any(p.requires_grad for p in score.parameters()):
         if score.is_function:
             reason = f"its net is a function, which hides those that it may use: {HIDDEN}"
