@@ -348,8 +348,8 @@ class FlowODE(_Bound):
     ) -> Tensor:  # fmt: skip
         """States from x_a to x_b along the sphere of the prior, (points, batch, *event), both ends included.
 
-        Both are encoded, whitened by the Gaussian prior, interpolated by :func:`sdeflow.solving.latents.spherical` and
-        decoded. The ends come back up to :meth:`round_trip_error`.
+        Both are encoded, whitened by the Gaussian prior (of a mixture by the Gaussian of its moments), interpolated by
+        :func:`sdeflow.solving.latents.spherical` and decoded. The ends come back up to :meth:`round_trip_error`.
 
         Args:
             x_a, x_b: (batch, *event) each, at t = cutoff.

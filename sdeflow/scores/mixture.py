@@ -13,6 +13,7 @@ from torch import Tensor
 from sdeflow.errors import DataError, ScheduleError
 from sdeflow.kernels.gaussian import Kernel
 from sdeflow.laws.drawn import DrawnLaw
+from sdeflow.laws.gaussian import Gaussian
 from sdeflow.numerics.checks import (
     checked_count,
     checked_dtype,
@@ -250,6 +251,12 @@ class DiffusedMixture(DrawnLaw):
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.mixture.log_prob(x, self.t)
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian law of its mean and standard deviations."""
+        mean, std = self.mixture.data_mean, self.mixture.data_std
+        return self.mixture.kernel.marginal(mean.expand(self.mixture.event), std, self.t)
 
     def require_event(self, event: tuple[int, ...]) -> None:
         if tuple(event) != self.mixture.event:

@@ -342,6 +342,11 @@ class Problem:
     # ---------------------------------------------------------------- for methods that know the kernel
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether there is a Gaussian perturbation kernel."""
+        return self.view is not None and self.view.kernel is not None
+
+    @property
     def kernel(self) -> Kernel:
         """The perturbation kernel.
 

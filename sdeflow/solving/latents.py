@@ -29,6 +29,7 @@ def spherical(prior: Prior, z_a: Tensor, z_b: Tensor, points: int) -> Tensor:
     Raises:
         ValueError: for a prior that is not Gaussian, whose sphere is not known.
     """
+    prior = getattr(prior, "gaussian", prior)  # of a law that is not Gaussian but has the moments of one
     if not (isinstance(prior, Gaussian) or (isinstance(prior, EachSample) and prior.is_gaussian)):
         raise ValueError(f"spherical interpolation needs a Gaussian prior, not {prior}.")
     z_a = checked_state(z_a, "z_a")

@@ -5,10 +5,10 @@ relative to its scale, as a function of sigma / alpha alone, in which f and g do
 those of the state at the end. Otherwise they begin anew at each break point of f and g.
 
 Adaptive methods of torchdiffeq step past the end and interpolate back, and guess a first step that can
-leave the horizon altogether: ``step_t`` and the problem's clock prevent both. A step that leaves the states where the
-drift is finite is tried again, shorter. Their error norm is the largest over samples, so that a sample's accuracy does
-not depend on its batch. Fixed methods take the steps that were asked for, and nothing is signalled by ``assert``
-alone. SciPy's methods do not say when a step ends, so they give no trajectory.
+leave the horizon altogether: ``step_t`` and the problem's clock prevent both. Without a Gaussian kernel a step that
+leaves the states where the drift is finite is tried again, shorter. Their error norm is the largest over samples, so
+that a sample's accuracy does not depend on its batch. Fixed methods take the steps that were asked for, and nothing is
+signalled by ``assert`` alone. SciPy's methods do not say when a step ends, so they give no trajectory.
 
 Chen 2018; https://github.com/rtqichen/torchdiffeq
 """
@@ -106,7 +106,7 @@ class Torchdiffeq(Solver):
         scheme = _SCHEMES.get(self.method)
         points = problem.start(
             y, None if self.adaptive else steps, eager_checks=self.adaptive, order=4, scheme=scheme,
-            retries=self.adaptive and self.method != "scipy_solver",
+            retries=self.adaptive and self.method != "scipy_solver" and not problem.has_kernel,
         )  # fmt: skip
         flow = problem.normalised() if self.adaptive else None
         observed = None if problem.watch.on_step is None else _Observed(problem, points[0], flow)
