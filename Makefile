@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo few-calls double-well density ood bits test test-all mutations lint docs zoo bench bench-solvers device coverage readme clean
+.PHONY: demo few-calls double-well density ood bits test test-all mutations lint docs zoo simulation guidance bench bench-solvers device coverage readme clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -29,6 +29,12 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
+
+simulation: $(VENV)/ready
+	$(BIN)/python examples/simulation_based_inference.py $(ARGS)
+
+guidance: $(VENV)/ready
+	$(BIN)/python examples/guidance.py $(ARGS)
 
 mutations: $(VENV)/ready
 	$(BIN)/python tests/mutations.py $(ARGS)
