@@ -32,6 +32,7 @@ from sdeflow.numerics.brownian import BrownianPath
 from sdeflow.numerics.checks import OF_BASIS, OF_PRIOR, checked_methods
 from sdeflow.numerics.compile import Compiled, compile_expressions
 from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.options import named
 from sdeflow.numerics.parameters import Values
 from sdeflow.proof.certificate import Certificate, certify
 from sdeflow.proof.derivation import Derivation, derive
@@ -114,6 +115,7 @@ class SDE:
         FlowODE(dx/dt = -x - s(x, t))
     """
 
+    @named
     def __init__(
         self,
         f: Coefficient,

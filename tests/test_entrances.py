@@ -832,6 +832,15 @@ def of_components(x):
     return sde.reverse(exact).elbo(x, draws=2)
 
 
+class Swapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(D + 1, D)
+
+    def forward(self, t, x):
+        return self.layer(torch.cat([x, t[:, None].expand(len(t), 1)], dim=1))
+
+
 SAID = {
     "Score(sde, net)": (lambda: Score(ou(), Net()), r"Score\(net, sde\)"),
     "GaussianMixture(means, sde)": (lambda: GaussianMixture([[0.0]], ou(), [1.0]), r"GaussianMixture\(sde, means"),
@@ -846,6 +855,16 @@ SAID = {
     "one-hot labels": (
         lambda: sdeflow.nets.MLP(D, classes=3)(torch.zeros(4, D), torch.zeros(4), torch.eye(4, 3)), r"y\.argmax\(1\)",
     ),
+    "fit(optimizer=)": (lambda: fit(Score(Net(), ou()), X, 1, optimizer=None), "Did you mean optimiser"),
+    "fit(epochs=)": (lambda: fit(Score(Net(), ou()), X, epochs=1), "fit has no option epochs. Did you mean steps"),
+    "SDE(param=)": (lambda: SDE(-x, 1, param={}), "SDE has no option param. Did you mean params"),
+    "SDE(p0=)": (lambda: SDE(-x, 1, p0=1), "Did you mean P0"),
+    "GaussianMixture(variances=)": (
+        lambda: GaussianMixture(ou(), [[0.0]], variances=[1.0]), "option variances. Did you mean covariances",
+    ),
+    "a network for a score": (lambda: ou().flow_ode(sdeflow.nets.MLP(2)), r"MLP is a network.*Score\(net, sde\)"),
+    "a network of (t, x)": (lambda: fit(Score(Swapped(), ou()), X, 1), r"it is called as net\(x, time\)"),
+    "grid=": (lambda: flow().sample((2, D), "euler", 2, grid="logsnr"), "log_snr.*pilot"),
     "elbo of states": (lambda: of_components(torch.zeros(3, 2, 2)), "take data, which they lift"),
 }  # fmt: skip
 
@@ -853,7 +872,7 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_refusals_say_what_to_write(name):
     call, said = SAID[name]
-    with pytest.raises((SdeflowError, TypeError), match=said):
+    with pytest.raises((SdeflowError, TypeError, ValueError), match=said):
         call()
 
 

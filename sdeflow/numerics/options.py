@@ -15,9 +15,13 @@ from typing import Any, TypeVar
 
 from sdeflow.errors import OptionError
 
-__all__ = ["takes"]
+__all__ = ["named", "takes"]
 
-_MEANT = {"method": "solver", "optimizer": "optimiser", "samples": "draws", "n_steps": "steps", "num_steps": "steps"}
+_MEANT = {
+    "method": "solver", "optimizer": "optimiser", "samples": "draws", "n_steps": "steps", "num_steps": "steps",
+    "epochs": "steps", "learning_rate": "lr", "p0": "P0", "param": "params", "variances": "covariances",
+    "stds": "covariances",
+}  # fmt: skip
 """Names of other libraries, and what they are here."""
 _ELSEWHERE = {
     "y": "A condition goes with the score: score.given(y).",
@@ -49,18 +53,32 @@ def takes(options: type, like: Callable[..., object]) -> Callable[[F], F]:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         signature = signature.replace(parameters=[*own, *listed])
-        known = frozenset(signature.parameters)
-
-        @functools.wraps(function)
-        def checked(*args: object, **given: object) -> object:
-            if not known.issuperset(given):
-                raise _unknown(function.__name__, [*given], [name for name in signature.parameters if name != "self"])
-            return function(*args, **given)
-
-        checked.__signature__ = signature  # type: ignore[attr-defined]
-        return checked  # type: ignore[return-value]
+        return _checked(function, signature)
 
     return decorate
+
+
+def named(function: F) -> F:
+    """``function`` without ``**options``, with the names of its arguments checked in each call.
+
+    Raises:
+        OptionError: if the function is called with an argument of another name.
+    """
+    return _checked(function, inspect.signature(function))
+
+
+def _checked(function: F, signature: inspect.Signature) -> F:
+    known, name = frozenset(signature.parameters), function.__qualname__
+    name = name.removesuffix(".__init__") if name.endswith(".__init__") else function.__name__
+
+    @functools.wraps(function)
+    def checked(*args: object, **given: object) -> object:
+        if not known.issuperset(given):
+            raise _unknown(name, [*given], [name for name in signature.parameters if name != "self"])
+        return function(*args, **given)
+
+    checked.__signature__ = signature  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]
 
 
 def _unknown(function: str, given: list[str], known: list[str]) -> OptionError:

@@ -30,6 +30,7 @@ __all__ = ["CallableScore", "DeclaredSDE", "ScoreFunction", "Wrapping", "as_scor
 _evaluated: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 """Parts of networks that are in training, and in eval mode for so many solves."""
 _evaluated_lock = threading.Lock()
+_NETS = "sdeflow.nets"  # whose modules are networks, and no scores
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -430,6 +431,10 @@ def as_score(score: ScoreFunction | Callable[[Tensor, Tensor], Tensor], sde: Dec
         return score
     if not callable(score):
         raise ScoreError(f"a score must be callable as score(x, t), not {score!r}.")
+    if type(score).__module__.startswith(_NETS):
+        raise ScoreError(
+            f"{type(score).__name__} is a network, and what it returns is no score yet: write sdeflow.Score(net, sde)."
+        )
     return CallableScore(score, sde)
 
 

@@ -23,6 +23,7 @@ from sdeflow.numerics.checks import (
     checked_point,
 )
 from sdeflow.numerics.noise import NoiseStream
+from sdeflow.numerics.options import named
 from sdeflow.scores.function import DeclaredSDE, ScoreFunction
 
 __all__ = ["DiffusedMixture", "GaussianMixture"]
@@ -58,6 +59,7 @@ class GaussianMixture(ScoreFunction):
     data_mean: Tensor
     data_std: Tensor
 
+    @named
     def __init__(
         self,
         sde: DeclaredSDE,

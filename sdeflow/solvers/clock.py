@@ -256,7 +256,7 @@ def make_clock(
         every = breaks if kernel is None else _all_breaks(kernel)
         return Clock(cutoff, T, through, given=points, breaks=every, check=of_given, name=torch.as_tensor(points))
     if grid is not None and grid not in GRIDS and grid != "pilot":
-        names = f"one of {', '.join(GRIDS)}" if kernel is not None else '"t" (all that this SDE has)'
+        names = f"one of {', '.join(GRIDS)}, pilot" if kernel is not None else '"t" (all that this SDE has)'
         raise ValueError(f"grid must be {names} or a tensor of times, not {grid!r}.")
     if grid == "t" or (grid is None and kernel is None):
         if kernel is None:

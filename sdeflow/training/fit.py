@@ -39,6 +39,7 @@ from sdeflow.numerics.checks import (
 )
 from sdeflow.numerics.conditions import described, picked
 from sdeflow.numerics.noise import resolve_seed
+from sdeflow.numerics.options import named
 from sdeflow.scores import Score
 from sdeflow.scores.network import HIDDEN
 from sdeflow.training import identity
@@ -65,6 +66,7 @@ _VALIDATIONS = 10  # values of the validation data in a run, at most
 OptimiserFactory = Callable[[list[torch.nn.Parameter]], Optimizer]
 
 
+@named
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
@@ -266,13 +268,13 @@ def _prepare_score(
     try:
         with torch.no_grad():
             (score.eval() if kernel is None else score.eval().noise)(x, score.declaration.T, y)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, ScoreError | torch.OutOfMemoryError):
             raise
+        with_y, called = ("", "net(x, time)") if y is None else (f" with conditions {described(y)}", "net(x, time, y)")
         raise DataError(
-            f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}"
-            f"{'' if y is None else f' with conditions {described(y)}'} (its parameters are "
-            f"{next(score.parameters()).dtype}): {error}"
+            f"the network does not take samples of shape {tuple(x.shape[1:])} in {x.dtype}{with_y} (its parameters are "
+            f"{next(score.parameters()).dtype}; it is called as {called}, time of shape (batch,)): {error}"
         ) from error
     finally:
         score.train(training)
