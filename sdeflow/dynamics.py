@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, overload
 
 import sympy as sp
 import torch
@@ -49,6 +49,13 @@ __all__ = ["FlowODE", "ReverseSDE"]
 AnyScore = ScoreFunction | Callable[[Tensor, Tensor], Tensor] | None
 AnySolver = str | Solver | None
 Shape = tuple[int, ...]
+_OF_THE_OTHER = {
+    **{("ReverseSDE", name): f"the flow, sde.flow_ode(score).{name}" for name in (
+        "log_prob", "likelihood", "data_log_prob", "bits_per_dim", "encode", "decode", "interpolate",
+        "round_trip_error",
+    )},
+    **{("FlowODE", name): f"the reverse SDE, sde.reverse(score).{name}" for name in ("elbo", "kl_bound")},
+}  # fmt: skip
 No = Literal[False]
 Yes = Literal[True]
 
@@ -113,6 +120,11 @@ class _Bound:
             return run(part, self.equation, start, dtype, options, seed=seed if noisy else None, rows=rows)
 
         return draw(seed, None) if options.support is None else within(draw, seed, options.support, options.reject)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        theirs = _OF_THE_OTHER.get((type(self).__name__, name))
+        hint = "" if theirs is None else f": that is of {theirs}"
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}{hint}.")
 
 
 class ReverseSDE(_Bound):

@@ -867,6 +867,8 @@ SAID = {
     ),
     "a network for a score": (lambda: ou().flow_ode(sdeflow.nets.MLP(2)), r"MLP is a network.*Score\(net, sde\)"),
     "a network of (t, x)": (lambda: fit(Score(Swapped(), ou()), X, 1), r"it is called as net\(x, time\)"),
+    "log p of the reverse SDE": (lambda: reverse().log_prob(X), r"is of the flow, sde\.flow_ode\(score\)\.log_prob"),
+    "elbo of the flow": (lambda: flow().elbo(X), r"that is of the reverse SDE, sde\.reverse\(score\)\.elbo"),
     "grid=": (lambda: flow().sample((2, D), "euler", 2, grid="logsnr"), "log_snr.*pilot"),
     "elbo of states": (lambda: of_components(torch.zeros(3, 2, 2)), "take data, which they lift"),
 }  # fmt: skip
@@ -875,7 +877,7 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_refusals_say_what_to_write(name):
     call, said = SAID[name]
-    with pytest.raises((SdeflowError, TypeError, ValueError), match=said):
+    with pytest.raises((SdeflowError, TypeError, ValueError, AttributeError), match=said):
         call()
 
 

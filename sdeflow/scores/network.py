@@ -100,7 +100,7 @@ class Score(ScoreFunction):
                 setattr(self, name, self.gaussian.of_state(moment) if moment.ndim else moment)
         self._declared = (data_mean is not None, data_std is not None)
         self.register_module("null", None)
-        self._unconditional = True
+        self._unconditional, self._without = True, False
         self.register_buffer("moments_known", torch.tensor(data_mean is not None and data_std is not None))
         coupled = self.declaration.coupled and self.data_std.ndim > 0  # auxiliary components have no data: 0
         positive = bool(
@@ -270,6 +270,11 @@ class Score(ScoreFunction):
         if y is None:
             self.require_unconditional()
             return self
+        if self._without:
+            raise ScoreError(
+                "this network was trained without conditions, and never learned what to make of one: train it by "
+                "fit(score, (x, y), ...), or take the score as it is."
+            )
         return Conditional(self, self._as_trained(checked_condition(y)))
 
     def guided(
@@ -299,6 +304,7 @@ class Score(ScoreFunction):
         Raises:
             ScoreError: where conditions are dropped, and the network does not say what stands for none.
         """
+        self._without = y is None and self.null is None
         if y is None:
             self._unconditional = True
         else:

@@ -81,6 +81,18 @@ def test_without_label_dropout_a_condition_is_needed():
             refused()
 
 
+def test_a_network_trained_without_conditions_takes_none():
+    torch.manual_seed(0)
+    score = Score(nets.MLP(2, width=8, depth=1, classes=3), catalog.VP())
+    score.given(1)  # what an untrained network makes of it is its user's
+    data = torch.randn(32, 2)
+    fit(score, data, 1, progress=False)
+    with pytest.raises(ScoreError, match="trained without conditions"):
+        score.given(1)
+    fit(score, (data, torch.arange(32) % 3), 1, progress=False)
+    score.given(1)
+
+
 def test_label_dropout_drops_its_share_alike_after_a_resume(tmp_path):
     score = trained(0.3, steps=40)
     seen = [y for y in score.net.seen if y is not None and len(y["label"]) == 32]
