@@ -44,7 +44,8 @@ UNKNOWN = frozenset({
     "path", "scale", "data_level", "of_state", "equation", "numbers", "components", "bounded_log_snr",
     "log_snr_falls", "require_times", "times_for", "inner", "reduction", "transport", "restore", "restore_inside",
     "line_moments", "line_score", "pushed_moments", "pushed_log_prob", "pearson", "family", "shape", "ends",
-    "attained", "unbounded", "damping", "require_inside", "pinned", "maps",
+    "attained", "unbounded", "damping", "require_inside", "pinned", "maps", "clocks", "bounded_log_snr_and_rate",
+    "left_of",
 })  # fmt: skip
 """What exact kernels tell, and a :class:`LocalKernel` cannot."""
 

@@ -155,8 +155,9 @@ class Checkpoints:
             return
         failure: CheckpointError | None = None
         if run.accelerator.is_main_process:
+            state = self._state(run)
             try:
-                self._write(run.step, *self._state(run))
+                self._write(run.step, *state)
                 self._failures = 0
             except CheckpointError as error:
                 self._failures, failure = self._failures + 1, error

@@ -466,9 +466,17 @@ def test_the_summary_of_mutations_counts_what_is_found_alone(capsys):
     assert "not judged: kernel.py: no text" in capsys.readouterr().out
 
 
-def test_what_breaks_a_check_fails_it(monkeypatch):
+def test_what_breaks_a_check_is_no_verdict(monkeypatch):
     monkeypatch.setattr(Bridge, "moments", lambda *args: 1 / 0)
-    assert "bridge_moments" in failed(build("OU"), bridge.bridge_moments)
+    certificate = build("OU").verify()
+    assert not certificate and "NO VERDICT" in str(certificate).splitlines()[0]
+    assert certificate.unchecked == ("the bridge's moments: ZeroDivisionError: division by zero",)
+
+
+@pytest.mark.parametrize("g", ["1+floor(4*t)", "sqrt(1/10+Mod(4*t,1))", sp.Piecewise((1, t < 1), (30, True))], ids=str)
+def test_a_jump_at_T_is_no_mistake(g):
+    sde = SDE("-x", g) if isinstance(g, str) else SDE(-x, g)
+    assert not failed(sde, moments.log_snr, transport.drifts)
 
 
 # -------------------------------------------------------------------------------- the oracle

@@ -358,7 +358,7 @@ def test_a_thresholded_score_is_a_score():
 @pytest.mark.parametrize("draw", ["normal", "uniform", "rademacher"])
 def test_a_stream_from_a_later_block_gives_the_same_numbers(draw):
     for event in ((3,), (2, 5), (1,)):
-        whole, part = NoiseStream(7, "path"), NoiseStream(7, "path", first=2 * BLOCK)
+        whole, part = NoiseStream(7, "path"), NoiseStream(7, "path", rows=2 * BLOCK)
         for _ in range(3):
             a, b = (getattr(s, draw)(shape) for s, shape in ((whole, (N, *event)), (part, (N - 2 * BLOCK, *event))))
             assert torch.equal(a[2 * BLOCK :], b)
@@ -367,7 +367,7 @@ def test_a_stream_from_a_later_block_gives_the_same_numbers(draw):
 @pytest.mark.parametrize("draw", ["normal", "uniform", "rademacher"])
 def test_a_stream_from_the_middle_of_a_block_gives_the_same_numbers(draw):
     for first, rows in ((7, 30), (1000, 100), (2 * BLOCK + 3, 5), (1, N - 1)):
-        whole, part = NoiseStream(7, "path"), NoiseStream(7, "path", first=first)
+        whole, part = NoiseStream(7, "path"), NoiseStream(7, "path", rows=first)
         for _ in range(2):
             a, b = getattr(whole, draw)((N, 3)), getattr(part, draw)((rows, 3))
             assert torch.equal(a[first : first + rows], b)
