@@ -16,7 +16,7 @@ import numpy as np
 import sympy as sp
 
 from sdeflow.errors import ScheduleError
-from sdeflow.symbolic.evaluate import UnknownValue, number_at
+from sdeflow.symbolic.evaluate import OutOfTime, UnknownValue, number_at
 from sdeflow.symbolic.path import RAMP
 
 __all__ = ["Readings", "require_continuous"]
@@ -26,6 +26,7 @@ _CANCELLED = 1e-13  # of alpha²: what the variance 1 - alpha² has lost in floa
 _ROUNDING = 16 * 2.0**-52  # of a time
 _READ = 8  # times that are read in 30 digits
 _HALVINGS = 1100  # down to the least number
+_AT_ZERO = 1e-40  # of a time: what jumps before it jumps at 0
 
 Numbers = Mapping[sp.Symbol, float]
 Point = tuple[float, float]  # alpha and sigma
@@ -91,6 +92,11 @@ class _Exact:
     def at(self, time: float) -> Point:
         try:
             alpha, sigma = (number_at(e, self._numbers, time) for e in self.path)
+        except OutOfTime as error:
+            raise ScheduleError(
+                f"whether the path alpha = {self.path[0]}, sigma = {self.path[1]} jumps near t = {time:.6g} takes too "
+                "long to find out. Write it in simpler pieces."
+            ) from error
         except UnknownValue:
             return math.nan, math.nan
         return alpha, sigma
@@ -108,7 +114,7 @@ def _refuse(path: tuple[sp.Expr, sp.Expr], exact: _Exact, low: float, high: floa
     """The error for what happens between two times, at the later of which path and integrals are apart."""
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
-        if not low < middle < high:
+        if not low < middle < high or high < _AT_ZERO:
             break
         low, high = (low, middle) if exact.apart(middle) else (middle, high)
     before, after, beside = exact.at(low), exact.at(high), exact.readings(low, high)
@@ -119,7 +125,7 @@ def _refuse(path: tuple[sp.Expr, sp.Expr], exact: _Exact, low: float, high: floa
         for name, p, q, least in zip(("alpha", "sigma"), before, after, np.abs(steep).max((1, 2)), strict=True)
         if abs(q - p) > least * max(abs(p), abs(q))
     ]
-    at = f"t = {high if high > 1e-300 else 0.0:.6g}"
+    at = f"t = {high if high > _AT_ZERO else 0.0:.6g}"
     if not names:
         return
     if after[0] * abs(before[1]) > before[0] * abs(after[1]) * (1.0 + _APART):

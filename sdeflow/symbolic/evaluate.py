@@ -24,7 +24,7 @@ from sdeflow.symbolic.patience import time_left
 from sdeflow.symbolic.schedule import Schedule
 from sdeflow.symbolic.symbols import t as time_symbol
 
-__all__ = ["Declared", "UnknownValue", "evaluate", "in_digits", "number_at", "require_time"]
+__all__ = ["Declared", "OutOfTime", "UnknownValue", "evaluate", "in_digits", "number_at", "require_time"]
 
 DIFFERENCES = tuple(
     (sign * o, sign * w) for o, w in ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280)) for sign in (1, -1)
@@ -36,6 +36,10 @@ Value = np.ndarray | float
 
 class UnknownValue(DeclarationError):
     """A value that only the code under test could give."""
+
+
+class OutOfTime(UnknownValue):
+    """A value for which no processor time is left: nothing follows from it."""
 
 
 _FOLDED: dict[type, Callable[..., np.ndarray]] = {
@@ -77,9 +81,9 @@ def evaluate(expr: sp.Basic, at: Mapping[sp.Expr, Value]) -> np.ndarray:
 
 
 def require_time() -> None:
-    """Raises an UnknownValue if the deadline has passed."""
+    """Raises an OutOfTime error if the deadline has passed."""
     if time_left() <= 0:
-        raise UnknownValue("the processor time allowed for all of this has run out.")
+        raise OutOfTime("the processor time allowed for all of this has run out.")
 
 
 Step = Callable[[list[Value]], Value]

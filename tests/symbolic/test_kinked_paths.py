@@ -8,6 +8,7 @@ from problems import cpu_seconds
 import sdeflow
 from sdeflow import SDE, t
 from sdeflow.errors import ScheduleError
+from sdeflow.kernels import continuity
 from sdeflow.symbolic.derivative import derivative
 from sdeflow.symbolic.path import _at_start
 from sdeflow.symbolic.patience import budget
@@ -65,6 +66,7 @@ JUMPING = {
     "steps alone": (1, sp.Piecewise((R(1, 100), t < HALF), (1, True)), "jumps alone, where t - 1/2 switches"),
     "a pulse": (exp(-t) * sp.Piecewise((HALF, (t > HALF) & (t < HALF + R(1, 10**5))), (1, True)), None, "at t = 0.5"),
     "log-SNR": (1 / sp.sqrt(1 + t**2 * exp(sp.Heaviside(t - HALF))), None, "at t = 0.5: alpha from"),
+    "stairs from 0": (exp(-t - sp.ceiling(5 * t) / 7), None, "at t = 0: alpha from 1 to 0.8668"),
     "little": (sp.Piecewise((1 - t / 2, t < HALF), (1 - t / 2 - R(1, 10**6), True)), t, "alpha from 0.75 to 0.749999"),
 }  # fmt: skip
 
@@ -75,6 +77,15 @@ def test_a_jump_of_a_path_is_refused_with_its_place(name):
     with pytest.raises(ScheduleError, match=message) as caught:
         SDE.from_kernel(alpha, sigma)
     assert message == UP or "Min(Max((t - c)/w, 0), 1)" in str(caught.value)
+
+
+def test_a_jump_for_which_no_time_is_left_is_refused(monkeypatch):
+    def out_of_time(*_):
+        raise continuity.OutOfTime("the processor time allowed for all of this has run out.")
+
+    monkeypatch.setattr(continuity, "number_at", out_of_time)
+    with pytest.raises(ScheduleError, match="takes too long to find out"):
+        SDE.from_kernel(JUMPING["alpha falls"][0])
 
 
 def test_a_jump_of_one_coordinate_or_of_new_parameters_is_refused():
