@@ -487,7 +487,7 @@ MUTATIONS = (
     _m("what a sample counts in a value", "training/objectives/base.py", "weight[part] * loss.double()",
        "loss.double()", (), ("tests/training/test_objectives.py", "-k", "integral")),
     _m("state of callbacks", "training/callbacks.py",
-       'callback.load_state_dict(unpacked(kept, tensors["callbacks"]))', "pass",
+       'callback.load_state_dict(unpacked(kept.pop(place)[1], tensors["callbacks"]))', "pass",
        (), ("tests/test_recipe_objective.py", "-k", "goes_on")),
     _m("learning rates after a resume", "training/run.py", "group[\"lr\"] = rate * factor", "group[\"lr\"] *= factor",
        (), ("tests/training/test_objectives.py", "-k", "is_the_one_that_steps")),

@@ -206,10 +206,18 @@ class Conditioning(nn.Module):
         """Takes the mean and the standard deviation of condition vectors from those of the training data."""
         vectors = self._parts(y)[1]
         if isinstance(vectors, Tensor):
+            self._require_floating(vectors)
             seen = vectors.to(torch.float64)
             std = seen.std(0, correction=0)
             self.mean.copy_(seen.mean(0))
             self.std.copy_(torch.where(std > 0, std, 1.0))
+
+    def _require_floating(self, vectors: Tensor) -> None:
+        if not vectors.is_floating_point():
+            raise TypeError(
+                f"condition vectors y are {vectors.dtype}, a net takes a floating tensor (batch, {self.condition}): "
+                "pass y.float()"
+            )
 
     def _parts(self, y: object) -> tuple[object, object]:
         """The labels and the vectors of y."""
@@ -240,7 +248,7 @@ class Conditioning(nn.Module):
                 f"labels y have shape {tuple(y.shape)}, a net takes one label per sample, shape ({len(t)},)"
             )
         try:
-            return table(y)
+            return table(y.long())
         except IndexError as error:
             raise ValueError(
                 f"labels y lie in [{y.min()}, {y.max()}], this net takes 0 to {self.classes - 1}, "
@@ -251,11 +259,11 @@ class Conditioning(nn.Module):
         """The embedding of condition vectors."""
         if y is None:
             return self.no_vector.expand(len(t), -1)
-        if not isinstance(y, Tensor) or not y.is_floating_point():
-            what = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        if not isinstance(y, Tensor):
             raise TypeError(
-                f"condition vectors y are {what}, a net takes a floating tensor ({len(t)}, {self.condition})"
+                f"condition vectors y are {type(y).__name__}, a net takes a floating tensor (batch, {self.condition})"
             )
+        self._require_floating(y)
         if y.shape != (len(t), self.condition):
             raise ValueError(
                 f"condition vectors y have shape {tuple(y.shape)}, this net takes ({len(t)}, {self.condition})"

@@ -74,6 +74,7 @@ class MLP(nn.Module):
         require_sizes("MLP", features=features, width=width, depth=depth, out_features=out_features)
         require_dropout(dropout)
         self.features = features
+        self.classes = classes
         self.conditioning = Conditioning(width, classes, condition)
         self.stem = nn.Linear(features, width)
         # Inputs of unit size should reach the curved part of SiLU; otherwise fine structure is learned last.

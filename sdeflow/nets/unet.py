@@ -223,6 +223,7 @@ class UNet(nn.Module):
                 resample=resample,
             )
 
+        self.classes = classes
         self.conditioning = Conditioning(embedding, classes, condition)
         self.stem = CONVOLUTION[spatial_dims](channels, width, 3, padding=1)
         c = width

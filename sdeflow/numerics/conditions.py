@@ -84,21 +84,22 @@ def leaves(y: Condition) -> Iterator[Tensor]:
 
 
 def named_leaves(y: Condition, name: str = "y") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a condition, each with its place: "y", "y-image", "y-0-mask"."""
+    """The tensors of a condition, each with its place: "y", "y-image", "y-0-mask"; dicts are sorted."""
     if isinstance(y, Tensor):
         yield name, y
     else:
-        for key, part in y.items() if isinstance(y, dict) else enumerate(y):
+        for key, part in sorted(y.items()) if isinstance(y, dict) else enumerate(y):
             yield from named_leaves(part, f"{name}-{key}")
 
 
 def from_named_leaves(named: Mapping[str, Tensor], name: str = "y") -> Condition:
-    """The condition with these tensors at their places; the inverse of :func:`named_leaves`."""
+    """The condition with these tensors at their places, in whatever order; the inverse of :func:`named_leaves`."""
     if name in named:
         return named[name]
-    keys = dict.fromkeys(place[len(name) + 1 :].split("-")[0] for place in named if place.startswith(f"{name}-"))
-    parts = {key: from_named_leaves(named, f"{name}-{key}") for key in keys}
-    return tuple(parts.values()) if next(iter(keys)).isdigit() else parts
+    keys = {place[len(name) + 1 :].split("-")[0] for place in named if place.startswith(f"{name}-")}
+    if all(key.isdigit() for key in keys):
+        return tuple(from_named_leaves(named, f"{name}-{key}") for key in sorted(keys, key=int))
+    return {key: from_named_leaves(named, f"{name}-{key}") for key in sorted(keys)}
 
 
 def mapped(function: Callable[..., Tensor], y: Condition, *others: Condition) -> Condition:

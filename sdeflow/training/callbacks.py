@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdeflow.errors import CheckpointError, CheckpointMismatch, warn
-from sdeflow.numerics.checks import checked_count
+from sdeflow.numerics.checks import checked_count, checked_names
 from sdeflow.training.batches import SampleData, Samples
 from sdeflow.training.checkpoint import Checkpoint, latest_checkpoint, packed, unpacked, write_checkpoint
 from sdeflow.training.identity import differences
@@ -27,6 +27,7 @@ from sdeflow.training.run import Run, recent
 __all__ = ["Callback", "Checkpoints", "Progress", "Trackers", "Validation", "checked_callbacks"]
 
 _WRITES = 3  # failures in a row that end a run
+_OF_SOME_RUNS = ("callbacks", "groups", "label_dropout", "lr", "optimiser", "schedule")  # names for ``allow``
 _EXTRA = "extra state/"  # names of a module's tensors hold no slash before their dots
 
 
@@ -191,6 +192,8 @@ class Checkpoints:
         """
         layout, _ = _parted(run.score.state_dict())
         found = latest_checkpoint(self.folder)
+        there = {} if found is None else found[0].get("identity", {})
+        allow = checked_names(allow, "allow", {*self.identity, *there, *_OF_SOME_RUNS})
         if found is None:
             return
         if not resume:
@@ -216,9 +219,18 @@ class Checkpoints:
         run.score.load_state_dict(_with_others(tensors["weights"], state, "weights"))
         run.average.score.load_state_dict(_with_others(tensors["average"], state, "average"))
         run.average.updates.copy_(tensors["counters"]["n_averaged"])
-        run.optimiser.load_state_dict(_optimiser_state(run, state, tensors))
-        for callback, kept in zip(self._stateful, state.get("callbacks", ()), strict=True):
-            callback.load_state_dict(unpacked(kept, tensors["callbacks"]))
+        if ours.get("optimiser") == theirs.get("optimiser"):  # another one begins anew
+            try:
+                run.optimiser.load_state_dict(_optimiser_state(run, state, tensors))
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise CheckpointMismatch(
+                    f"the optimiser's state in {self.folder} does not fit this run's: {error!r}."
+                ) from error
+        kept = list(zip(theirs.get("callbacks", ()), state.get("callbacks", ()), strict=False))
+        for callback in self._stateful:
+            place = next((i for i, (name, _) in enumerate(kept) if name == type(callback).__name__), None)
+            if place is not None:
+                callback.load_state_dict(unpacked(kept.pop(place)[1], tensors["callbacks"]))
         self._saved = run.result.steps = int(state["step"])
         if "losses" in tensors["counters"]:  # since format 3
             run.result.losses[:] = tensors["counters"]["losses"].tolist()

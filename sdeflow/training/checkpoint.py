@@ -207,7 +207,7 @@ def _read(path: Path) -> Checkpoint:
             tensors[name] = load_tensors(data)
         except (OSError, SafetensorError) as error:
             raise CheckpointCorrupt(f"{path}/{name}.safetensors cannot be read: {error}.") from error
-    for group in ("weights", "average"):
+    for group in ("weights", "average", "optimiser"):
         for key, value in tensors.get(group, {}).items():
             learned = not key.startswith("null.")  # what stands for no condition may be NaN
             if learned and value.is_floating_point() and not bool(torch.isfinite(value).all()):

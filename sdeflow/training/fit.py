@@ -32,12 +32,11 @@ from sdeflow.numerics.checks import (
     checked_choice,
     checked_count,
     checked_flag,
-    checked_names,
     checked_numbers,
     checked_real,
     checked_within,
 )
-from sdeflow.numerics.conditions import described, picked
+from sdeflow.numerics.conditions import Condition, described, picked
 from sdeflow.numerics.noise import resolve_seed
 from sdeflow.numerics.options import named
 from sdeflow.scores import Score
@@ -159,6 +158,8 @@ def fit(
     _check_options(score, steps, batch_size, ema, clip, checkpoint_every, label_dropout)
     if accelerator is not None and mixed_precision is not None:
         raise ValueError("mixed_precision= is of fit's own Accelerator: yours has its own precision.")
+    if resume and out is None:
+        raise ValueError("resume=True needs out=, the folder of the run to go on with.")
     lr = _checked_lr(lr, optimiser)
     objective = chosen(score, objective, weighting, times, gap, simulation_steps)
     draws = objective.draws(score)
@@ -187,7 +188,7 @@ def fit(
                 **{"precision": accelerator.mixed_precision, "processes": accelerator.num_processes},
             }
             run.checkpoints = Checkpoints(folder, checkpoint_every, compared, watching)
-            run.checkpoints.begin(run, resume, checked_names(allow, "allow", compared))
+            run.checkpoints.begin(run, resume, allow)
         score.train()
         dropped = (label_dropout, score.no_condition()) if label_dropout else None
         drawn = drawn_steps(objective, draws, batches, batch_size, law, seed, run.step, accelerator, dropped)
@@ -258,6 +259,7 @@ def _prepare_score(
     conditions = batches.first_conditions
     if conditions is None and label_dropout:
         raise DataError(f"label_dropout={label_dropout:g}: the data holds no conditions; pass (x, y).")
+    _require_labels(score, conditions)
     measure = getattr(score.net, "measure_condition", None)
     if conditions is not None and not score.conditional and callable(measure):
         measure(conditions)
@@ -279,6 +281,19 @@ def _prepare_score(
     finally:
         score.train(training)
     return x[:1].detach().cpu()
+
+
+def _require_labels(score: Score, conditions: Condition | None) -> None:
+    """Raises a DataError where labels reach the number of classes, which stands for "no label"."""
+    classes = getattr(score.net, "classes", None)
+    labels = conditions[0] if isinstance(conditions, tuple) else conditions
+    if not isinstance(classes, int) or not classes or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise DataError(
+            f"labels lie in [{int(labels.min())}, {int(labels.max())}], and the network takes 0 to {classes - 1} "
+            f"({classes} means no label): count them from 0, or build it with classes={int(labels.max()) + 1}."
+        )
 
 
 def _warn_of_constants(seen: Tensor) -> None:

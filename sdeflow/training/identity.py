@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["differences", "hash_of", "of_optimiser", "of_score", "shown"]
 
 _DIGITS = 16  # of a hash that is shown
+_KNOWN_MODULES = ("torch.", "sdeflow.")
 _ADDED = frozenset({"network", "processes", "precision", "data"})  # by format 3, or told in other words since
 
 
@@ -94,12 +95,15 @@ def hash_of(*values: object) -> str:
     """A hash of what ``values`` are made of."""
     digest = hashlib.blake2b()
     for value in values:
-        _feed(digest, value, set())
+        _feed(digest, value, {})
     return digest.hexdigest()[:_DIGITS]
 
 
-def _feed(digest: hashlib.blake2b, value: object, seen: set[int]) -> None:
-    """Adds ``value`` to a hash: numbers and tensors by their bytes, functions by what they compute."""
+def _feed(digest: hashlib.blake2b, value: object, seen: dict[int, object]) -> None:
+    """Adds ``value`` to a hash: numbers and tensors by their bytes, functions by what they compute.
+
+    ``seen`` keeps what was visited, so that no other object gets its id meanwhile.
+    """
     digest.update(type(value).__qualname__.encode())
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         digest.update(repr(value).encode())
@@ -112,7 +116,7 @@ def _feed(digest: hashlib.blake2b, value: object, seen: set[int]) -> None:
         return
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value
     for part in _parts(value):
         _feed(digest, part, seen)
 
@@ -128,7 +132,9 @@ def _feed_tensor(digest: hashlib.blake2b, value: Tensor) -> None:
 def _parts(value: object) -> list[object]:
     """What an object is made of, for a hash."""
     if isinstance(value, nn.Module):
-        return [type(value).__module__, repr(value)]  # its configuration; the weights are compared by their layout
+        # its configuration and what a user wrote; the weights are compared by their layout
+        own = [part for part in value.modules() if not type(part).__module__.startswith(_KNOWN_MODULES)]
+        return [type(value).__module__, repr(value), *(_written(part) for part in own)]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, types.MethodType):
@@ -149,6 +155,16 @@ def _parts(value: object) -> list[object]:
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
         return [getattr(value, "__module__", None), value.__name__]
     return [getattr(value, "__dict__", {})]
+
+
+def _written(module: nn.Module) -> list[object]:
+    """The code of a user's module, and its plain attributes and functions."""
+    plain = (bool, int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType, functools.partial)
+    attributes = {
+        name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"
+        and isinstance(value, plain)
+    }  # fmt: skip
+    return [type(module).__qualname__, type(module).forward, attributes]
 
 
 def _is_filled(cell: types.CellType) -> bool:

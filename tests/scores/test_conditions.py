@@ -93,6 +93,23 @@ def test_a_network_trained_without_conditions_takes_none():
     score.given(1)
 
 
+def test_labels_that_mean_no_label_are_no_data():
+    data, score = torch.randn(32, 2), Score(nets.MLP(2, width=8, depth=1, classes=3), catalog.VP())
+    for labels, said in ((1 + torch.arange(32) % 3, "count them from 0"), (torch.arange(32) % 3 - 1, r"\[-1, 1\]")):
+        with pytest.raises(DataError, match=said):
+            fit(score, (data, labels), 1, label_dropout=0.1, progress=False)
+    fit(score, (data, (torch.arange(32) % 3).to(torch.uint8)), 1, label_dropout=0.1, progress=False)
+    assert torch.equal(
+        score(data[:1], 0.5, torch.tensor([2], dtype=torch.int16)), score(data[:1], 0.5, torch.tensor([2]))
+    )
+
+
+def test_vectors_of_integers_say_what_to_write():
+    score = Score(nets.MLP(2, width=8, depth=1, condition=2), catalog.VP())
+    with pytest.raises((TypeError, DataError), match=r"pass y\.float\(\)"):
+        fit(score, (torch.randn(32, 2), torch.randint(9, (32, 2))), 1, progress=False)
+
+
 def test_label_dropout_drops_its_share_alike_after_a_resume(tmp_path):
     score = trained(0.3, steps=40)
     seen = [y for y in score.net.seen if y is not None and len(y["label"]) == 32]

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 import sdeflow
 from sdeflow import Score, catalog, fit
 from sdeflow.errors import CheckpointError, CheckpointMismatch, CheckpointVersionError
+from sdeflow.numerics.conditions import from_named_leaves, named_leaves
 from sdeflow.scores import evaluating
 from sdeflow.training import callbacks
 from sdeflow.training.checkpoint import FORMAT, latest_checkpoint, run_lock, write_checkpoint
@@ -256,6 +257,91 @@ def test_functions_are_told_apart_by_what_they_compute(monkeypatch):
     other = data.clone()
     other[997, 1] += 1e-7
     assert hash_of(data) == hash_of(data.clone()) != hash_of(other)
+
+
+def bumps(*heights):
+    def bump(height):
+        return lambda t: height * t
+
+    parts = [bump(height) for height in heights]
+    return lambda t: sum(part(t) for part in parts)
+
+
+def test_closures_within_closures_are_told_apart_and_stay_the_same():
+    """Parts that live for a moment have the addresses of others that did before."""
+    assert len({hash_of(bumps(1.0, 2.0, 3.0, last)) for last in (4.0, 5.0, 400.0)}) == 3
+    same = bumps(1.0, 2.0, 3.0, 4.0)
+    assert len({hash_of(same) for _ in range(100)}) == 1 == len({hash_of(bumps(1.0, 2.0)) for _ in range(20)})
+
+
+class OfUser(nn.Module):
+    def __init__(self, gain=1.0, act=torch.relu):
+        super().__init__()
+        self.layer, self.gain, self.act = nn.Linear(2, 2), gain, act
+
+    def forward(self, x, t):
+        return self.gain * self.act(self.layer(x))
+
+
+def test_what_a_user_wrote_in_a_network_is_compared(tmp_path):
+    trained(Score(OfUser(), catalog.VP()), out=tmp_path, callbacks=[_Stop(2)])
+    for other in (OfUser(gain=-3.0), OfUser(act=torch.sin)):
+        with pytest.raises(CheckpointMismatch, match="network"):
+            trained(Score(other, catalog.VP()), out=tmp_path, resume=True)
+    assert trained(Score(OfUser(), catalog.VP()), out=tmp_path, resume=True).steps == 6
+
+
+@pytest.mark.parametrize("keys", [None, "ab"])
+def test_conditions_of_many_parts_come_back_in_their_order(keys, tmp_path):
+    labels, vectors = torch.arange(64) % 3, draw(seed=3)
+    parts = tuple(torch.full((2,), float(i)) for i in range(12))
+    named = dict(named_leaves(parts))
+    shuffled = {name: named[name] for name in sorted(named, reverse=True)}
+    assert [float(part[0]) for part in from_named_leaves(shuffled)] == [*range(12)]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.classes = nn.Linear(2, 2), 3
+
+        def forward(self, x, t, y):
+            label, vector = (y["b"], y["a"]) if keys else y
+            return self.layer(x) + vector * label.to(x)[:, None]
+
+    y = {"b": labels, "a": vectors} if keys else (labels, vectors)
+    for steps in (3, 6):
+        run = trained(Score(Net(), catalog.VP()), 6, (draw(), y), out=tmp_path, resume=True, label_dropout=0.3,
+                      callbacks=[_Stop(steps)])  # fmt: skip
+    assert run.steps == 6
+
+
+def test_the_names_that_an_error_suggests_are_allowed(tmp_path):
+    class Counted:
+        count = 0
+
+        def after_step(self, run, loss):
+            self.count += 1
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    trained(out=tmp_path, callbacks=[_Stop(2), Counted()])
+    with pytest.raises(CheckpointMismatch, match=r"allow=\['callbacks'\]"):
+        trained(out=tmp_path, resume=True)
+    assert trained(steps=4, out=tmp_path, resume=True, allow=["callbacks"]).steps == 4
+    other = {"optimiser": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
+    with pytest.raises(CheckpointMismatch) as caught:
+        trained(out=tmp_path, resume=True, **other)
+    allow = str(caught.value).split("allow=[")[1].split("]")[0].replace("'", "").split(", ")
+    assert trained(out=tmp_path, resume=True, allow=allow, **other).steps == 6
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="resume=True needs out="):
+        trained(resume=True)
 
 
 # ------------------------------------------------------------------ damaged files

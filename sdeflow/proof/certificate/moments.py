@@ -193,7 +193,8 @@ def log_snr(subject: Subject) -> None:
     if len(subject.rows) < np.prod(subject.values.shape or (1,)):
         raise UnknownValue("the log-SNR is a mean over more entries than are compared.")
     times = np.unique(np.concatenate([np.geomspace(subject.first, subject.T, 33), subject.times]))
-    times = subject.apart(np.clip(times, subject.cutoff, subject.T))
+    times = np.clip(times, subject.cutoff, subject.T)
+    times = np.unique(np.maximum(subject.apart(times), subject.cutoff))
     expected, slope, doubt = information(subject, times)
     at = torch.as_tensor(times)
     value, rate = kernel.half_log_snr(at), kernel.half_log_snr_rate(at)

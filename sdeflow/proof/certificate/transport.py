@@ -109,7 +109,9 @@ def drifts(subject: Subject) -> None:
     n, places = 12, []
     found: dict[str, list[Array]] = {"flow": [], "reverse": [], "noise": []}
     compiled = _Compiled(subject)
-    for at in subject.apart(np.linspace(max(subject.cutoff, 1e-3 * subject.T), subject.T, 4)):
+    for at in np.maximum(
+        subject.apart(np.linspace(max(subject.cutoff, 1e-3 * subject.T), subject.T, 4)), subject.cutoff
+    ):
         x, s = _some_states(subject, at, n), subject.rng.normal(size=(n, subject.k))
         drift = {name: compiled.drift(name, x, at, s) for name in compiled.equations}
         gram = compiled.gram(x, at)
