@@ -58,7 +58,7 @@ def learned(theta: torch.Tensor, y: torch.Tensor, args: argparse.Namespace) -> t
     """The score of θ given y, and the seconds of its training."""
     score = sdeflow.Score(sdeflow.nets.MLP(theta.shape[1], condition=y.shape[1]), SDE)
     started = time.perf_counter()
-    sdeflow.fit(score, (theta, y), args.steps, batch_size=256, seed=args.seed, progress=args.progress)
+    sdeflow.fit(score, (theta, y), args.steps, 256, args.weighting, seed=args.seed, progress=args.progress)
     return score, time.perf_counter() - started
 
 
@@ -191,6 +191,7 @@ def draw(path: Path, panels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4000, help="training steps of batch 256 (default %(default)s)")
+    parser.add_argument("--weighting", help="of fit; by default its own")
     parser.add_argument("--simulations", type=int, default=10_000, help="of each simulator (default %(default)s)")
     parser.add_argument("--observations", type=int, default=1500, help="for the coverage (default %(default)s)")
     parser.add_argument("--classified", type=int, default=6, help="observations of two moons (default %(default)s)")

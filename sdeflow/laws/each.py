@@ -61,8 +61,7 @@ class EachSample:
     ) -> Tensor:
         """Samples of the given ``shape`` (batch, *event): sample i is that of its law in such a batch."""
         if self.is_gaussian:
-            for law in self._gaussians:
-                law.require_event(tuple(shape[1:]))
+            self._require_event(tuple(shape[1:]))
             return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), dtype, device))
         like = torch.empty(shape, device="meta")
         return self._joined(self.laws, like, lambda law, rows: law.sample(shape, seed, dtype, device)[rows.to(device)])
@@ -112,6 +111,10 @@ class EachSample:
         found = torch.cat([of_law(laws[i], rows) for i, rows in zip(numbers.tolist(), parts, strict=True)])
         return found[order.argsort().to(found.device)]
 
+    def _require_event(self, event: tuple[int, ...]) -> None:
+        for law in self._gaussians:
+            law.require_event(event)
+
     def _require_batch(self, x: Tensor) -> None:
         if len(x) != len(self.which):
             raise DataError(f"this prior is of a batch of {len(self.which)} samples, not of {len(x)}.")
@@ -147,17 +150,9 @@ class EachGaussian(EachSample):
         self._require_batch(x)
         return self.means[self.which].to(x), self.stds[self.which].to(x)
 
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        seed: int | torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Samples of the given ``shape`` (batch, *event)."""
-        if tuple(shape[1:]) != self.means.shape[1:]:
-            raise DataError(f"this prior is of events of shape {tuple(self.means.shape[1:])}, not {tuple(shape[1:])}.")
-        return self.coloured(NoiseStream(seed, "prior").normal(tuple(shape), dtype, device))
+    def _require_event(self, event: tuple[int, ...]) -> None:
+        if event != self.means.shape[1:]:
+            raise DataError(f"this prior is of events of shape {tuple(self.means.shape[1:])}, not {event}.")
 
     def coloured(self, noise: Tensor) -> Tensor:
         """mean + std noise of each sample."""

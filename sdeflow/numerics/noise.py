@@ -67,10 +67,10 @@ class NoiseStream:
     def __init__(self, seed: int | torch.Generator | None, purpose: str, rows: int | Tensor = 0) -> None:
         self.seed = resolve_seed(seed)
         self.purpose = purpose
+        first = 0 if isinstance(rows, Tensor) else rows
         self._rows = rows.cpu() if isinstance(rows, Tensor) else None
-        self._block, self._skipped = divmod(
-            rows if isinstance(rows, int) else 0, BLOCK
-        )  # whole blocks before, and rows of the first one
+        self._reach = 0 if self._rows is None or not len(self._rows) else int(self._rows.max()) + 1
+        self._block, self._skipped = divmod(first, BLOCK)  # whole blocks before, and rows of the first one
         self._key = key_of(f"{self.seed}/{purpose}")
         self._draws = 0
 
@@ -108,7 +108,7 @@ class NoiseStream:
         """Numbers that ``form`` makes from words, ``density`` from each word, in whole groups for each block."""
         dtype, wanted = dtype or torch.get_default_dtype(), self._rows
         if wanted is not None:
-            shape = (int(wanted.max()) + 1 if len(wanted) else 0, *shape[1:])
+            shape = (self._reach, *shape[1:])
         row, count = math.prod(shape[1:]), self._skipped + shape[0] if shape[0] else 0
         drawn = [
             words(self._key, (0, 0, self._draws, self._block + block), -(-rows * row // group) * group // density)

@@ -444,8 +444,6 @@ class Normalised:
     def drift(self, r: Tensor | float, y: Tensor) -> Tensor:
         """dy/dr; one call."""
         t, rate = self._time(float(r.detach() if isinstance(r, Tensor) else r))
-        if self._problem.watch.leaves(y):
-            return torch.full_like(y, math.nan)
         size = self._size(t)
         score = self._problem.flat_score(y * size, torch.tensor(t, dtype=torch.float64))
         return (y + size * score) * (rate if self._problem.backward else -rate)
